@@ -1,0 +1,3 @@
+"""tierd: the daemon. Importing it imports nothing else."""
+
+__version__ = "0.1.0"

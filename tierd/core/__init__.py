@@ -1,0 +1,1 @@
+"""The pure core: events in, actions out. No clock, I/O, asyncio or randomness."""

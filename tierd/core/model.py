@@ -1,0 +1,266 @@
+"""The vocabulary of the core: the events that it takes and the actions that it returns.
+
+Every record is a frozen slotted dataclass. Ids are opaque integers: the shell maps a model id to a
+pack, an arena id to a memfd, a client id to a connection. Bytes are exact, times are `at_ns` on one
+monotonic clock that the caller owns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# --------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    """Limits that never change while the machine runs."""
+
+    budget_bytes: int  #: bytes that all arenas together may hold; rounded down to granules
+    granule_bytes: int = 2 << 20  #: unit of physical memory: one huge page, or one small page
+    small_layer_bytes: int = 2 << 20  #: layers below this start on 4 KiB, others on a granule
+    reads_in_flight: int = 2  #: reads that may run at once
+    story_length: int = 10_000  #: decisions that the record keeps
+    first_generation: int = 1  #: after a restart: above every generation in the slot table
+    first_lease: int = 1  #: after a restart: above every lease in the slot table
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LayerKey:
+    """One layer of one loaded pack. A replaced pack is a new `model`."""
+
+    model: int
+    layer: int
+
+
+# --------------------------------------------------------------------------------------------------
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaAdded:
+    """An arena of `span_bytes` address space exists; `[0, warm_bytes)` counts against the budget
+    from now on, because the shell populates it in the background."""
+
+    at_ns: int
+    arena: int
+    span_bytes: int
+    warm_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAdded:
+    """A pack can be served. `layer_bytes[i]` is the size of layer `i`, a multiple of 4 KiB."""
+
+    at_ns: int
+    model: int
+    name: str
+    arena: int
+    layer_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRemoved:
+    """No client will ask for this model again; its leases live on until they are released."""
+
+    at_ns: int
+    model: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientJoined:
+    at_ns: int
+    client: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The order in which `client` will ask for layers of `model`; replaces its earlier plan."""
+
+    at_ns: int
+    client: int
+    request: int
+    model: int
+    order: tuple[int, ...]
+    cyclic: bool = True
+    lookahead: int = 1  #: leases that the client wants to hold ahead of the one it computes with
+
+
+@dataclass(frozen=True, slots=True)
+class Acquire:
+    """`client` wants a lease; `ahead` marks one that it will not compute with yet."""
+
+    at_ns: int
+    client: int
+    request: int
+    key: LayerKey
+    ahead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    at_ns: int
+    client: int
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    """The connection closed or the process died: everything that it held ends now."""
+
+    at_ns: int
+    client: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadDone:
+    """The slot holds its layer, verified."""
+
+    at_ns: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFailed:
+    """`code` and `text` go to everybody who waits for the layer, unchanged."""
+
+    at_ns: int
+    slot: int
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardDone:
+    """The memory behind the range went back to the system."""
+
+    at_ns: int
+    arena: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptedSlot:
+    """A slot found in the slot table of the previous daemon."""
+
+    slot: int
+    arena: int
+    offset: int
+    nbytes: int
+    generation: int
+    key: LayerKey | None  #: None: what it holds is served no more, or it was only half read
+    holders: tuple[int, ...]  #: opaque ids of processes that held a lease on it
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """The first event after a warm restart, before any client. Slots with holders are quarantined:
+    never overwritten until every holder is gone; those with a key can be granted meanwhile."""
+
+    at_ns: int
+    slots: tuple[AdoptedSlot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HolderGone:
+    """A process that held leases of the previous daemon died, or said that it holds them no more."""
+
+    at_ns: int
+    holder: int
+
+
+Event = (
+    ArenaAdded
+    | ModelAdded
+    | ModelRemoved
+    | ClientJoined
+    | Plan
+    | Acquire
+    | Release
+    | ClientGone
+    | ReadDone
+    | ReadFailed
+    | DiscardDone
+    | Adopted
+    | HolderGone
+)
+
+# --------------------------------------------------------------------------------------------------
+# Actions
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Fill `[offset, offset + nbytes)` of the arena with the layer; answer ReadDone or ReadFailed."""
+
+    slot: int
+    generation: int
+    key: LayerKey
+    arena: int
+    offset: int
+    nbytes: int
+    reason: str  #: "demand" or "ahead"
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """The slot is empty from now on. Its memory stays with the arena."""
+
+    slot: int
+    generation: int
+    key: LayerKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Give the memory behind the range back to the system; answer DiscardDone."""
+
+    arena: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    client: int
+    request: int
+    lease: int
+    key: LayerKey
+    slot: int
+    generation: int
+    arena: int
+    offset: int
+    nbytes: int
+    waited_ns: int  #: from when the client had nothing else to compute with until now: its stall
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Not a failure: ask again without `ahead` when the layer is needed."""
+
+    client: int
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """The plan is accepted. `minimum_bytes`: what this client has reserved of the budget."""
+
+    client: int
+    request: int
+    minimum_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """A final answer to a plan or an acquire. `code` is one of `tierd_layouts.wire.ErrorCode`."""
+
+    client: int
+    request: int
+    code: str
+    text: str
+
+
+Action = Read | Evict | Discard | Grant | Later | Admit | Refuse

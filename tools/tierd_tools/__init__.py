@@ -1,0 +1,1 @@
+"""tierctl, the packer, the benchmarks."""

@@ -1,0 +1,20 @@
+// A small persistent pool of threads that share the indices of a loop.
+#pragma once
+
+#include <cstdint>
+
+namespace tierd {
+
+constexpr int kMaxThreads = 128;
+
+using Task = void (*)(void* context, uint32_t index);
+
+// Calls task(context, i) for every i in [0, count) on the caller and up to threads - 1 workers, and
+// returns when all calls have returned. Which thread takes which index is left open.
+//
+// The caller works too and never waits for a worker to wake, so a job costs at most what it costs
+// alone. A second caller while the workers are taken does its job alone: two Python threads never
+// put more threads on the machine than one was allowed. After fork() the child makes its own workers.
+void parallel_for(uint32_t count, int threads, Task task, void* context);
+
+}  // namespace tierd

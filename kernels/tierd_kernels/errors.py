@@ -1,0 +1,18 @@
+"""Errors of the kernels.
+
+KernelsError
+├── KernelError        (ValueError)    arrays that do not fit each other, or whose contents lie
+└── UnsupportedKernel  (RuntimeError)  TIERD_KERNELS names a kernel that is not here
+"""
+
+
+class KernelsError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class KernelError(KernelsError, ValueError):
+    """An array has the wrong type, shape or contents. The output's contents are then undefined."""
+
+
+class UnsupportedKernel(KernelsError, RuntimeError):
+    """The kernel asked for by name is unknown, or this processor cannot run it."""

@@ -1,0 +1,284 @@
+"""Rows of the comparison: each runs its processes inside one memory cap and is measured there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tierd_tools.demo import ssd_counter
+from tierd_tools.demo.memory_cap import MemoryCap, Peak
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MIB = 1 << 20
+#: What torch and transformers take in a process before any weight, granted to each model process.
+RUNTIME_BYTES = 350 * MIB
+READY_SECONDS = 240
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is the same for every row."""
+
+    pruned_dir: Path  #: the pruned model as an ordinary checkpoint
+    pack_dir: Path
+    work_dir: Path
+    dense_bytes: int
+    pack_bytes: int
+    largest_layer_bytes: int  #: of the decoder layers, compressed
+    dram_budget_bytes: int
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    cap_enforced: bool
+
+    @property
+    def cap_bytes(self) -> int:
+        return self.dense_bytes // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. Times are of steady state: every token but the first."""
+
+    name: str
+    clients: int
+    compute: str
+    threads_per_client: int
+    cap_bytes: int
+    seconds_per_token: float  #: median over the tokens of all clients
+    tokens_per_second: float  #: of all clients together
+    ssd_bytes_per_token: int | None  #: what the device read, over the tokens of all clients
+    stall_share: float | None  #: of the time, what clients waited for layers
+    peak_memory_bytes: int | None
+    page_cache_bytes: int | None
+    binding_stage: str
+    tokens_equal: bool
+    first_difference: int | None = None
+    reference_gap: float | None = None
+    tokens: list[list[int]] = field(default_factory=list)
+
+
+def run_memory(setting: Setting) -> tuple[list[int], list[float]]:
+    """The reference, outside any cap: tokens of the in-memory pruned model, and at each the
+    distance of its two best logits."""
+    argv = worker_argv(setting, "memory", setting.threads, "--model", str(setting.pruned_dir))
+    (result,) = run_workers([[*argv, "--gaps"]])
+    return result["tokens"], result["gaps"]
+
+
+def run_accelerate(setting: Setting, reference: list[int]) -> Row:
+    """Accelerate with the same DRAM budget for whole layers and the rest on disk."""
+    offload = setting.work_dir / "offload"
+    shutil.rmtree(offload, ignore_errors=True)
+    ssd_counter.drop_from_page_cache(setting.pruned_dir)
+    with capped(setting, "accelerate", 1) as group:
+        argv = worker_argv(
+            setting,
+            "accelerate",
+            setting.threads,
+            *("--model", str(setting.pruned_dir), "--offload", str(offload)),
+            *("--dram-bytes", str(setting.dram_budget_bytes)),
+        )
+        # The offload copies are written inside the cap; what is left of them in the page cache
+        # goes before the clock starts.
+        results = run_workers(
+            [group.command(argv)], before_go=lambda: ssd_counter.drop_from_page_cache(offload)
+        )
+    row = summarise(setting, "accelerate", "dense", group, results, [(reference, [])])
+    shutil.rmtree(offload)
+    return row
+
+
+def run_tierd(
+    setting: Setting,
+    clients: int,
+    compute: str,
+    reference: tuple[list[int], list[float]],
+    ssd_bandwidth: int | None = None,
+) -> Row:
+    """A daemon and `clients` model processes, together inside one cap."""
+    ssd_counter.drop_from_page_cache(setting.pack_dir)
+    threads = max(1, setting.threads // clients)
+    with (
+        capped(setting, f"tierd-{clients}", clients) as group,
+        tempfile.TemporaryDirectory() as tmp,
+    ):
+        socket = str(Path(tmp) / "tierd.sock")
+        with daemon(setting, group, socket, ssd_bandwidth):
+            argv = worker_argv(
+                setting,
+                "tierd",
+                threads,
+                *("--model", setting.pack_dir.name, "--socket", socket, "--compute", compute),
+            )
+            results = run_workers([group.command(argv) for _ in range(clients)])
+    return summarise(setting, f"tierd-{clients}", compute, group, results, [reference])
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes
+
+
+class Uncapped:
+    """Stands in for MemoryCap where no cgroup can be written: caps nothing, claims nothing."""
+
+    limit_bytes = 0
+
+    def command(self, argv: list[str]) -> list[str]:
+        return argv
+
+    def peak(self) -> Peak | None:
+        return None
+
+
+@contextlib.contextmanager
+def capped(setting: Setting, name: str, clients: int) -> Iterator[MemoryCap | Uncapped]:
+    if not setting.cap_enforced:
+        yield Uncapped()
+        return
+    with MemoryCap(f"tierd-demo-{name}", setting.cap_bytes + clients * RUNTIME_BYTES) as group:
+        yield group
+
+
+@contextlib.contextmanager
+def daemon(
+    setting: Setting, group: MemoryCap | Uncapped, socket: str, ssd_bandwidth: int | None
+) -> Iterator[None]:
+    argv = [sys.executable, "-m", "tierd", "--pack", str(setting.pack_dir), "--socket", socket]
+    argv += ["--dram", str(setting.dram_budget_bytes), "--log-level", "warning"]
+    if ssd_bandwidth is not None:
+        argv += ["--ssd-bandwidth", str(ssd_bandwidth)]
+    process = subprocess.Popen(group.command(argv))
+    try:
+        deadline = time.monotonic() + 30
+        while not Path(socket).exists():
+            if process.poll() is not None:
+                raise RuntimeError(f"the daemon ended with {process.returncode} before READY")
+            if time.monotonic() > deadline:
+                raise RuntimeError("the daemon made no socket within 30 s")
+            time.sleep(0.02)
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def worker_argv(setting: Setting, kind: str, threads: int, *more: str) -> list[str]:
+    argv = [sys.executable, "-m", "tierd_tools.demo.worker", kind, "--threads", str(threads)]
+    argv += ["--prompt-tokens", str(setting.prompt_tokens)]
+    argv += ["--new-tokens", str(setting.new_tokens)]
+    stat = ssd_counter.stat_file(setting.work_dir)
+    return [*argv, *(("--stat", str(stat)) if stat else ()), *more]
+
+
+def run_workers(commands: list[list[str]], before_go: Any = None) -> list[dict[str, Any]]:
+    """Start all, wait until all are ready, let all go at once, collect their JSON lines."""
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+    workers = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for command in commands
+    ]
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            line = worker.stdout.readline().strip()
+            if line != "ready":
+                raise RuntimeError(f"a model process ended before it was ready ({line!r})")
+        if before_go is not None:
+            before_go()
+        outputs = []
+        for worker in workers:
+            assert worker.stdin is not None
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+        for worker in workers:
+            out, _ = worker.communicate(timeout=READY_SECONDS)
+            if worker.returncode != 0:
+                raise RuntimeError(f"a model process ended with {worker.returncode}")
+            outputs.append(json.loads(out))
+        return outputs
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+
+def summarise(
+    setting: Setting,
+    name: str,
+    compute: str,
+    group: MemoryCap | Uncapped,
+    results: list[dict[str, Any]],
+    references: list[tuple[list[int], list[float]]],
+) -> Row:
+    """Steady state: from the first new token to the last one, over all clients."""
+    gaps = [
+        (after - before) / 1e9
+        for result in results
+        for before, after in zip(result["at_ns"], result["at_ns"][1:], strict=False)
+    ]
+    begin = min(result["at_ns"][0] for result in results)
+    end = max(result["at_ns"][-1] for result in results)
+    steady_tokens = sum(len(result["at_ns"]) - 1 for result in results)
+    read = max(result["ssd_bytes"][-1] for result in results) - min(
+        result["ssd_bytes"][0] for result in results
+    )
+    has_device = ssd_counter.stat_file(setting.work_dir) is not None
+    stall = None
+    if name != "accelerate":
+        busy_ns = sum(result["at_ns"][-1] - result["began_ns"] for result in results)
+        stall = sum(result["waited_ns"] for result in results) / busy_ns
+    tokens, reference_gaps = references[0]
+    different = [
+        position
+        for result in results
+        for position, (ours, theirs) in enumerate(zip(result["tokens"], tokens, strict=True))
+        if ours != theirs
+    ]
+    first = min(different) if different else None
+    peak = group.peak()
+    return Row(
+        name=name,
+        clients=len(results),
+        compute=compute,
+        threads_per_client=max(1, setting.threads // len(results)),
+        cap_bytes=group.limit_bytes,
+        seconds_per_token=statistics.median(gaps),
+        tokens_per_second=steady_tokens / ((end - begin) / 1e9),
+        ssd_bytes_per_token=read // steady_tokens if has_device else None,
+        stall_share=stall,
+        peak_memory_bytes=peak.memory_bytes if peak else None,
+        page_cache_bytes=peak.page_cache_bytes if peak else None,
+        binding_stage=binding_stage(stall),
+        tokens_equal=first is None,
+        first_difference=first,
+        reference_gap=reference_gaps[first] if first is not None and reference_gaps else None,
+        tokens=[result["tokens"] for result in results],
+    )
+
+
+def binding_stage(stall_share: float | None) -> str:
+    """Which stage the row waits for: a client that waits for layers more than it computes is bound
+    by the SSD. Accelerate does not overlap its stages: both count in full."""
+    if stall_share is None:
+        return "ssd + copy + compute, one after the other"
+    return "ssd" if stall_share > 0.5 else "compute"

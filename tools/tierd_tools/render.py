@@ -1,0 +1,187 @@
+"""Tables for humans of what the daemon answers: binary units, times in the largest that fits."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Reply = dict[str, Any]
+LOG_WIDTH = 120
+
+
+def size(nbytes: int) -> str:
+    """`3.1 GiB`; whole numbers below 1 KiB."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{nbytes} B" if unit == "B" else f"{value:,.1f} {unit}"
+
+
+def duration(ns: int) -> str:
+    """`1.5 ms`, `12.0 s`, `3 h 05 min`."""
+    for limit, divisor, unit in (
+        (10**6, 10**3, "us"),
+        (10**9, 10**6, "ms"),
+        (60 * 10**9, 10**9, "s"),
+    ):
+        if ns < limit:
+            return f"{ns / divisor:.1f} {unit}"
+    minutes = ns // (60 * 10**9)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def console() -> Console:
+    return Console(
+        file=sys.stdout, width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False
+    )
+
+
+def _table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()
+) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def status(reply: Reply) -> None:
+    daemon, dram, ssd, counts = reply["daemon"], reply["dram"], reply["ssd"], reply["scheduler"]
+    limit = ssd["bandwidth_limit"]
+    asked = counts["hits"] + counts["misses"]
+    lines = [
+        (
+            "daemon",
+            f"{daemon['version']}, pid {daemon['pid']} ({daemon['user']}), up "
+            f"{duration(daemon['uptime_ns'])}, {size(daemon['rss_bytes'])} of its own",
+        ),
+        ("socket", daemon["socket"]),
+        (
+            "dram",
+            f"{size(dram['used_bytes'])} of {size(dram['budget_bytes'])} used "
+            f"(peak {size(dram['peak_bytes'])}), {size(dram['leased_bytes'])} leased, "
+            f"{size(dram['in_flight_bytes'])} in flight",
+        ),
+        (
+            "memory",
+            f"{dram['pages']}, {size(dram['populated_bytes'])} populated, "
+            f"{size(dram['locked_bytes'])} locked, {size(dram['quarantined_bytes'])} quarantined",
+        ),
+        (
+            "ssd",
+            f"{size(ssd['read_bytes'])} in {ssd['reads']} reads, {ssd['failed']} failed, busy "
+            f"{duration(ssd['busy_ns'])}, " + (f"limit {size(limit)}/s" if limit else "no limit"),
+        ),
+        (
+            "leases",
+            f"{counts['grants']} granted, {counts['later']} put off, {counts['refusals']} refused; "
+            + (f"{counts['hits'] / asked:.1%} were resident" if asked else "none asked yet"),
+        ),
+        ("stall", f"{duration(counts['stall_ns'])} over all clients"),
+        ("serving", f"{reply['models']} models, {reply['clients']} clients"),
+    ]
+    lines += [("note", note) for note in reply["notes"]]
+    _table(("", ""), lines)
+
+
+def models(reply: Reply) -> None:
+    rows = [
+        (
+            model["name"],
+            model["state"],
+            f"{model['resident_layers']}/{model['layers']}",
+            size(model["pack_bytes"]),
+            size(model["dense_bytes"]),
+            str(model["clients"]),
+            model["path"],
+        )
+        for model in reply["models"]
+    ]
+    _table(
+        ("MODEL", "STATE", "RESIDENT", "PACK", "DENSE", "CLIENTS", "PATH"),
+        rows,
+        right=("RESIDENT", "PACK", "DENSE", "CLIENTS"),
+    )
+
+
+def layers(reply: Reply) -> None:
+    rows = [
+        (
+            layer["name"],
+            layer["state"],
+            size(layer["bytes"]),
+            str(layer["leases"]),
+            "-" if layer["slot"] is None else f"{layer['slot']}/{layer['generation']}",
+            "-" if layer["next_use"] is None else str(layer["next_use"]),
+        )
+        for layer in reply["layers"]
+    ]
+    _table(
+        ("LAYER", "STATE", "SIZE", "LEASES", "SLOT/GENERATION", "NEXT USE"),
+        rows,
+        right=("SIZE", "LEASES", "SLOT/GENERATION", "NEXT USE"),
+    )
+
+
+def clients(reply: Reply) -> None:
+    rows = [
+        (
+            str(client["client"]),
+            client["name"],
+            f"{client['pid']}/{client['uid']}",
+            client["model"] or "-",
+            "-" if client["position"] is None else str(client["position"]),
+            f"{client['leases']} ({size(client['leased_bytes'])})",
+            size(client["reserved_bytes"]),
+            str(client["granted"]),
+            duration(client["stall_ns"]),
+            duration(client["connected_ns"]),
+        )
+        for client in reply["clients"]
+    ]
+    _table(
+        (
+            *("CLIENT", "NAME", "PID/UID", "MODEL", "POSITION", "LEASES"),
+            *("RESERVED", "GRANTED", "STALL", "CONNECTED"),
+        ),
+        rows,
+        right=("CLIENT", "POSITION", "LEASES", "RESERVED", "GRANTED", "STALL", "CONNECTED"),
+    )
+
+
+def config(reply: Reply) -> None:
+    rows = [(row["key"], str(row["value"]), row["source"]) for row in reply["config"]]
+    _table(("KEY", "VALUE", "SOURCE"), rows)
+
+
+def reload(reply: Reply) -> None:
+    changed = False
+    for what in ("added", "replaced", "removed"):
+        for name in reply[what]:
+            changed = True
+            console().print(f"{what} {name}")
+    for failure in reply["failed"]:
+        changed = True
+        console().print(f"failed {failure['name']}: {failure['text']}")
+    if not changed:
+        console().print("nothing changed")
+
+
+TABLES: dict[str, Callable[[Reply], None]] = {
+    "status": status,
+    "models": models,
+    "layers": layers,
+    "clients": clients,
+    "config": config,
+    "reload": reload,
+}

@@ -1,0 +1,133 @@
+"""tierctl: packs and unpacks models, and shows what a daemon is doing.
+
+Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage. `--json` prints the
+result as one JSON document, on every command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tierd_layouts.errors import FormatError
+from tierd_tools import render
+from tierd_tools.diagnostics import ask
+from tierd_tools.errors import BadSetting, ToolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tierd_tools.progress import Progress
+
+USAGE, FAILURE = 2, 1
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="tierctl", description="Pack models; look into a daemon.")
+    top.add_argument("--version", action="version", version=f"tierctl {version('tierd')}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], Any], about: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        return sub
+
+    pack = command("pack", _pack, "Turn a Hugging Face model folder into a pack.")
+    pack.add_argument("model_dir", type=Path)
+    pack.add_argument("pack_dir", type=Path)
+    pack.add_argument("--prune", choices=("none", "magnitude"), default="none")
+    pack.add_argument("--sparsity", type=float, help="share of zeros, 0 <= SPARSITY < 1")
+    pack.add_argument("--codec", default="raw", help="how kept values are stored (raw)")
+    verify = command("verify", _verify, "Read a whole pack and check every block and tile.")
+    verify.add_argument("pack_dir", type=Path)
+    unpack = command("unpack", _unpack, "Turn a pack back into an ordinary checkpoint.")
+    unpack.add_argument("pack_dir", type=Path)
+    unpack.add_argument("out_dir", type=Path)
+
+    for name, about in (
+        ("status", "Show the daemon, its tiers and what it has done."),
+        ("models", "List the models that the daemon serves."),
+        ("layers", "List the layers of a model and where they are."),
+        ("clients", "List the connected clients, their plans and leases."),
+        ("config", "Show every setting in effect and where it came from."),
+        ("reload", "Look for added, replaced and removed packs."),
+    ):
+        sub = command(name, _ask, about)
+        sub.add_argument("--socket", help="default: $TIERD_SOCKET, then the usual places")
+        if name == "layers":
+            sub.add_argument("model")
+    return top
+
+
+def _progress(arguments: argparse.Namespace) -> Progress:
+    from tierd_tools import progress
+
+    return progress.SilentProgress() if arguments.json else progress.for_stream(sys.stderr)
+
+
+def _pack(arguments: argparse.Namespace) -> Any:
+    from tierd_tools import pack
+
+    return pack.pack(
+        arguments.model_dir,
+        arguments.pack_dir,
+        prune=arguments.prune,
+        sparsity=arguments.sparsity,
+        codec=arguments.codec,
+        progress=_progress(arguments),
+    )
+
+
+def _verify(arguments: argparse.Namespace) -> Any:
+    from tierd_tools import verify
+
+    return verify.verify(arguments.pack_dir, progress=_progress(arguments))
+
+
+def _unpack(arguments: argparse.Namespace) -> Any:
+    from tierd_tools import unpack
+
+    return unpack.unpack(arguments.pack_dir, arguments.out_dir, progress=_progress(arguments))
+
+
+def _ask(arguments: argparse.Namespace) -> render.Reply:
+    fields = {"model": arguments.model} if arguments.command == "layers" else {}
+    return ask(arguments.socket, arguments.command, **fields)
+
+
+def _show(arguments: argparse.Namespace, result: Any) -> None:
+    if arguments.json:
+        plain = result if isinstance(result, dict) else dataclasses.asdict(result)
+        print(json.dumps(plain, indent=1, default=str))
+    elif arguments.command in render.TABLES:
+        render.TABLES[arguments.command](result)
+    else:
+        print(result.summary())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        _show(arguments, arguments.run(arguments))
+    except BadSetting as error:
+        print(f"tierctl: {error}", file=sys.stderr)
+        return USAGE
+    except (ToolError, FormatError, OSError) as error:
+        print(f"tierctl: {error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        print("tierctl: interrupted; a pack run resumes where it stopped", file=sys.stderr)
+        return FAILURE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""tierd.json between text and records: member names, types, and the index's own checksum.
+
+Only form is judged here; whether the numbers can be true is `index_rules`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import xxhash
+
+from tierd_layouts.errors import (
+    FieldInvalid,
+    FieldMissing,
+    IndexChecksumWrong,
+    IndexNotJson,
+    IndexTooLarge,
+    UnknownField,
+    UnsupportedVersion,
+    WrongFormatName,
+)
+from tierd_layouts.records import FORMAT_NAME, FORMAT_VERSION, Array, Extent, Layer, Shard, Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_INDEX_BYTES = 256 << 20
+MAX_INTEGER = (1 << 63) - 1
+
+
+class Members:
+    """One JSON object while it is read: every access is typed, and no member may be left over."""
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, dict):
+            raise FieldInvalid(f"{where}: expected an object, found {_show(value)}")
+        self._members: dict[str, object] = dict(value)
+        self.where = where
+
+    def take(self, name: str) -> object:
+        """Returns and removes a member. Raises FieldMissing."""
+        if name not in self._members:
+            raise FieldMissing(f"{self.where}: member {name!r} is missing")
+        return self._members.pop(name)
+
+    def text(self, name: str) -> str:
+        value = self.take(name)
+        if not isinstance(value, str):
+            raise FieldInvalid(f"{self.where}.{name}: expected text, found {_show(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise FieldInvalid(f"{self.where}.{name}: {_show(value)} is not Unicode") from error
+        return value
+
+    def integer(self, name: str) -> int:
+        """Returns an integer in [0, 2^63)."""
+        return _integer(self.take(name), f"{self.where}.{name}")
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        return tuple(
+            _integer(value, f"{self.where}.{name}[{i}]") for i, value in enumerate(self.items(name))
+        )
+
+    def items(self, name: str) -> list[object]:
+        value = self.take(name)
+        if not isinstance(value, list):
+            raise FieldInvalid(f"{self.where}.{name}: expected a list, found {_show(value)}")
+        return value
+
+    def texts(self, name: str) -> dict[str, str]:
+        """Returns an object whose members are all text."""
+        members = Members(self.take(name), f"{self.where}.{name}")
+        return {key: members.text(key) for key in list(members._members)}
+
+    def finish(self) -> None:
+        """Raises UnknownField when a member was not asked for."""
+        if self._members:
+            names = ", ".join(repr(name[:80]) for name in sorted(self._members)[:5])
+            raise UnknownField(f"{self.where}: version {FORMAT_VERSION} has no member {names}")
+
+
+def load(text: bytes, where: str) -> tuple[Members, str]:
+    """Returns the index's members without `format`, `version` and `xxh3`, and its digest.
+
+    The order of the checks matters: a newer version is named as such, even when its checksum rule
+    or its members changed.
+    """
+    if len(text) > MAX_INDEX_BYTES:
+        raise IndexTooLarge(f"{where}: {len(text)} bytes, the limit is {MAX_INDEX_BYTES}")
+    body = _parse(text, where)
+    if body.get("format") != FORMAT_NAME:
+        raise WrongFormatName(
+            f"{where}: format is {_show(body.get('format'))}, expected {FORMAT_NAME!r}"
+        )
+    version = _integer(body.get("version"), f"{where}: version")
+    if version != FORMAT_VERSION:
+        raise UnsupportedVersion(
+            f"{where}: format version {version}, this tierd reads {FORMAT_VERSION}"
+        )
+    stated = body.pop("xxh3", None)
+    found = digest(body)
+    if stated != found:
+        raise IndexChecksumWrong(f"{where}: xxh3 of the index is {found}, it says {_show(stated)}")
+    del body["format"], body["version"]
+    return Members(body, where), found
+
+
+def digest(body: Mapping[str, Any]) -> str:
+    """Returns 16 hex digits: xxh3_64 of the canonical text of an index without its `xxh3`."""
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return xxhash.xxh3_64_hexdigest(canonical.encode("ascii"))
+
+
+def dump(body: dict[str, Any]) -> tuple[bytes, str]:
+    """Returns tierd.json and its digest; `body` is everything but format, version and xxh3."""
+    whole = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **body}
+    found = digest(whole)
+    ordered = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "xxh3": found, **body}
+    return json.dumps(ordered, indent=1, ensure_ascii=True).encode("ascii") + b"\n", found
+
+
+# --------------------------------------------------------------------------------------------------
+# Records from members, members from records
+
+
+def read_shard(value: object, where: str) -> Shard:
+    members = Members(value, where)
+    shard = Shard(file=members.text("file"), nbytes=members.integer("nbytes"))
+    members.finish()
+    return shard
+
+
+def read_layer(value: object, where: str) -> Layer:
+    members = Members(value, where)
+    layer = Layer(
+        name=members.text("name"),
+        nbytes=members.integer("nbytes"),
+        extents=tuple(
+            _read_extent(item, f"{where}.extents[{i}]")
+            for i, item in enumerate(members.items("extents"))
+        ),
+        tensors=tuple(
+            _read_tensor(item, f"{where}.tensors[{i}]")
+            for i, item in enumerate(members.items("tensors"))
+        ),
+    )
+    members.finish()
+    return layer
+
+
+def _read_extent(value: object, where: str) -> Extent:
+    members = Members(value, where)
+    extent = Extent(
+        shard=members.integer("shard"),
+        offset=members.integer("offset"),
+        nbytes=members.integer("nbytes"),
+        xxh3=tuple(
+            _hash(item, f"{where}.xxh3[{i}]") for i, item in enumerate(members.items("xxh3"))
+        ),
+    )
+    members.finish()
+    return extent
+
+
+def _read_tensor(value: object, where: str) -> Tensor:
+    members = Members(value, where)
+    tile = members.take("tile")
+    part = members.take("slice")
+    arrays = Members(members.take("arrays"), f"{where}.arrays")
+    tensor = Tensor(
+        name=members.text("name"),
+        shape=members.integers("shape"),
+        dtype=members.text("dtype"),
+        codec=members.text("codec"),
+        order=members.text("order"),
+        tile=None if tile is None else _pair(tile, f"{where}.tile"),
+        nnz=members.integer("nnz"),
+        arrays={
+            name: _read_array(arrays.take(name), f"{where}.arrays.{name}")
+            for name in list(arrays._members)
+        },
+        source=members.text("source"),
+        slice=None if part is None else _integer_list(part, f"{where}.slice"),
+    )
+    members.finish()
+    return tensor
+
+
+def _read_array(value: object, where: str) -> Array:
+    members = Members(value, where)
+    array = Array(offset=members.integer("offset"), nbytes=members.integer("nbytes"))
+    members.finish()
+    return array
+
+
+def write_shard(shard: Shard) -> dict[str, Any]:
+    return {"file": shard.file, "nbytes": shard.nbytes}
+
+
+def write_layer(layer: Layer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "nbytes": layer.nbytes,
+        "extents": [
+            {
+                "shard": extent.shard,
+                "offset": extent.offset,
+                "nbytes": extent.nbytes,
+                # Text, because 64-bit numbers lose digits in JSON readers that use doubles.
+                "xxh3": [f"{value:016x}" for value in extent.xxh3],
+            }
+            for extent in layer.extents
+        ],
+        "tensors": [_write_tensor(tensor) for tensor in layer.tensors],
+    }
+
+
+def _write_tensor(tensor: Tensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype,
+        "codec": tensor.codec,
+        "order": tensor.order,
+        "tile": None if tensor.tile is None else list(tensor.tile),
+        "nnz": tensor.nnz,
+        "arrays": {
+            name: {"offset": array.offset, "nbytes": array.nbytes}
+            for name, array in tensor.arrays.items()
+        },
+        "source": tensor.source,
+        "slice": None if tensor.slice is None else list(tensor.slice),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Values
+
+
+def _parse(text: bytes, where: str) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"member {twice[:80]!r} appears twice")
+        return found
+
+    def refuse_number(literal: str) -> NoReturn:
+        # Fractions have more than one text, so the canonical form would not be unique.
+        raise ValueError(f"number {literal[:40]} is not an integer")
+
+    try:
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=refuse_duplicates,
+            parse_float=refuse_number,
+            parse_constant=refuse_number,
+        )
+    except (ValueError, RecursionError) as error:  # both Unicode and JSON errors are ValueErrors
+        raise IndexNotJson(f"{where}: not an index: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise IndexNotJson(f"{where}: not an index: expected an object, found {_show(value)}")
+    return value
+
+
+def _integer(value: object, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
+        raise FieldInvalid(f"{where}: expected an integer in [0, 2^63), found {_show(value)}")
+    return value
+
+
+def _integer_list(value: object, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise FieldInvalid(f"{where}: expected a list, found {_show(value)}")
+    return tuple(_integer(item, f"{where}[{i}]") for i, item in enumerate(value))
+
+
+def _pair(value: object, where: str) -> tuple[int, int]:
+    items = _integer_list(value, where)
+    if len(items) != 2:
+        raise FieldInvalid(f"{where}: expected 2 integers, found {len(items)}")
+    return items[0], items[1]
+
+
+def _hash(value: object, where: str) -> int:
+    if (
+        not isinstance(value, str)
+        or len(value) != 16
+        or not all(c in "0123456789abcdef" for c in value)
+    ):
+        raise FieldInvalid(f"{where}: expected 16 lower-case hex digits, found {_show(value)}")
+    return int(value, 16)
+
+
+def _show(value: object) -> str:
+    text = str(value) if isinstance(value, int) and abs(value) < 1 << 70 else ""
+    if not text:
+        text = "a huge integer" if isinstance(value, int) else repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."

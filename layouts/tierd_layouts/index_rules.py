@@ -1,0 +1,236 @@
+"""Whether an index can be true: every rule of FORMAT.md that needs no shard to check.
+
+A tensor that passes here can be handed to a kernel: its arrays lie inside its layer and have the
+lengths that shape, dtype and codec demand. All arithmetic is on Python integers, which do not wrap.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING
+
+from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
+from tierd_layouts.errors import (
+    AliasInvalid,
+    ArrayBytesWrong,
+    ArrayMisaligned,
+    ArrayOutOfRange,
+    ArraySetWrong,
+    ArraysOverlap,
+    BadShape,
+    BadTile,
+    DuplicateName,
+    ExtentMisaligned,
+    ExtentOutOfRange,
+    ExtentsOverlap,
+    FieldInvalid,
+    HashCountWrong,
+    LayerSizeWrong,
+    NnzWrong,
+    SliceRefused,
+    UnknownCodec,
+    UnknownOrder,
+    UnknownTensorDtype,
+)
+from tierd_layouts.names import check_file_name, check_layer_name, check_tensor_name
+from tierd_layouts.records import (
+    ARRAY_ALIGNMENT,
+    PAGE_BYTES,
+    block_count,
+    stored_name,
+)
+from tierd_layouts.tiles import RUN_ALIGNMENT, TILE, TileGrid, max_values_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from tierd_layouts.records import Extent, Layer, Shard, Tensor
+
+MAX_DIMENSIONS = 64  #: numpy's limit
+MAX_TENSOR_BYTES = (1 << 63) - 1  #: kernels count in signed 64-bit numbers
+
+ARRAYS_OF_CODEC = {"dense": ("data",), "raw": ("bitmap", "offsets", "values")}
+ORDERS = ("row-major",)
+
+
+def check_pack(
+    shards: Sequence[Shard], layers: Sequence[Layer], aliases: Mapping[str, str], where: str
+) -> None:
+    """Raises the FormatError of the first rule that is broken."""
+    for shard in shards:
+        check_file_name(shard.file)
+    _refuse_duplicates((shard.file for shard in shards), f"{where}: shard")
+    for layer in layers:
+        check_layer(layer, where)
+    _refuse_duplicates((layer.name for layer in layers), f"{where}: layer")
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
+    _refuse_duplicates((tensor.name for tensor in tensors), f"{where}: tensor")
+    _refuse_duplicates(
+        (stored_name(tensor.name, array) for tensor in tensors for array in tensor.arrays),
+        f"{where}: stored array",
+    )
+    _check_extents(shards, layers, where)
+    _check_aliases(aliases, {tensor.name for tensor in tensors}, where)
+
+
+def check_layer(layer: Layer, where: str) -> None:
+    """Raises for anything wrong inside one layer; its extents' places need the shards."""
+    check_layer_name(layer.name)
+    where = f"{where}: layer {layer.name!r}"
+    total = sum(extent.nbytes for extent in layer.extents)
+    if layer.nbytes != total or not layer.extents:
+        raise LayerSizeWrong(
+            f"{where} has {layer.nbytes} bytes, its {len(layer.extents)} extents have {total}"
+        )
+    places: list[tuple[int, int, str]] = []
+    for tensor in layer.tensors:
+        check_tensor(tensor, where)
+        for name, array in tensor.arrays.items():
+            label = f"{where}: array {stored_name(tensor.name, name)!r}"
+            end = array.offset + array.nbytes
+            if array.offset % ARRAY_ALIGNMENT:
+                raise ArrayMisaligned(
+                    f"{label} starts at {array.offset}, not a multiple of {ARRAY_ALIGNMENT}"
+                )
+            if array.offset < 0 or array.nbytes < 0 or end > layer.nbytes:
+                raise ArrayOutOfRange(
+                    f"{label} is [{array.offset}, {end}), the layer [0, {layer.nbytes})"
+                )
+            if array.nbytes:
+                places.append((array.offset, end, label))
+    for left, right in pairwise(sorted(places)):
+        if left[1] > right[0]:
+            raise ArraysOverlap(f"{left[2]} ends at {left[1]}, {right[2]} starts at {right[0]}")
+
+
+def check_tensor(tensor: Tensor, where: str) -> None:
+    """Raises for anything wrong with one tensor, its arrays' places excepted."""
+    check_tensor_name(tensor.name)
+    where = f"{where}: tensor {tensor.name!r}"
+    check_tensor_name(tensor.source)
+    expected = ARRAYS_OF_CODEC.get(tensor.codec)
+    if expected is None:
+        raise UnknownCodec(f"{where}: codec {tensor.codec!r}, known are {_list(ARRAYS_OF_CODEC)}")
+    if tensor.order not in ORDERS:
+        raise UnknownOrder(f"{where}: order {tensor.order!r}, known are {_list(ORDERS)}")
+    known = RAW_VALUES_DTYPE if tensor.codec == "raw" else ITEM_BYTES
+    if tensor.dtype not in known:
+        raise UnknownTensorDtype(
+            f"{where}: dtype {tensor.dtype!r}, codec {tensor.codec} knows {_list(known)}"
+        )
+    if tensor.slice is not None:
+        raise SliceRefused(f"{where}: slice {list(tensor.slice)}, version 1 has none")
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise BadShape(f"{where}: {len(tensor.shape)} dimensions, the limit is {MAX_DIMENSIONS}")
+    # Zero-sized tensors too: 0 x 2^62 has no bytes, but its tile count would not fit anywhere.
+    extent = prod(max(size, 1) for size in tensor.shape) * ITEM_BYTES[tensor.dtype]
+    if min(tensor.shape, default=0) < 0 or extent > MAX_TENSOR_BYTES:
+        raise BadShape(
+            f"{where}: shape {list(tensor.shape)} has a dimension below 0 or is too large"
+        )
+    if sorted(tensor.arrays) != sorted(expected):
+        raise ArraySetWrong(
+            f"{where}: arrays {_list(tensor.arrays)}, codec {tensor.codec} has {_list(expected)}"
+        )
+    if tensor.codec == "raw":
+        _check_raw(tensor, where)
+    else:
+        _check_dense(tensor, where)
+
+
+def _check_dense(tensor: Tensor, where: str) -> None:
+    if tensor.tile is not None:
+        raise BadTile(f"{where}: tile {list(tensor.tile)}, codec dense has none")
+    if tensor.nnz != prod(tensor.shape):
+        raise NnzWrong(f"{where}: nnz {tensor.nnz}, dense stores all {prod(tensor.shape)} elements")
+    _check_bytes(tensor, "data", tensor.dense_bytes, where)
+
+
+def _check_raw(tensor: Tensor, where: str) -> None:
+    if tensor.tile != (TILE, TILE):
+        raise BadTile(f"{where}: tile {tensor.tile}, codec raw has ({TILE}, {TILE})")
+    if len(tensor.shape) != 2:
+        raise BadShape(f"{where}: shape {list(tensor.shape)}, codec raw needs 2 dimensions")
+    grid = TileGrid(*tensor.shape)
+    item_bytes = ITEM_BYTES[tensor.dtype]
+    _check_bytes(tensor, "bitmap", grid.bitmap_words * 8, where)
+    _check_bytes(tensor, "offsets", grid.offset_count * 4, where)
+    values = tensor.arrays["values"].nbytes
+    if tensor.nnz > prod(tensor.shape):
+        raise NnzWrong(f"{where}: nnz {tensor.nnz} of {prod(tensor.shape)} elements")
+    least = tensor.nnz * item_bytes
+    most = max_values_bytes(tensor.nnz, item_bytes, grid)
+    if values % RUN_ALIGNMENT or not least <= values <= most:
+        raise ArrayBytesWrong(
+            f"{where}: values have {values} bytes, {tensor.nnz} non-zeros in {grid.tiles} tiles "
+            f"need a multiple of {RUN_ALIGNMENT} in [{least}, {most}]"
+        )
+
+
+def _check_bytes(tensor: Tensor, array: str, needed: int, where: str) -> None:
+    found = tensor.arrays[array].nbytes
+    if found != needed:
+        raise ArrayBytesWrong(
+            f"{where}: array {array!r} has {found} bytes, shape {list(tensor.shape)} of "
+            f"{tensor.dtype} needs {needed}"
+        )
+
+
+def _check_extents(shards: Sequence[Shard], layers: Sequence[Layer], where: str) -> None:
+    places: list[tuple[int, int, int, str]] = []
+    for layer in layers:
+        for i, extent in enumerate(layer.extents):
+            label = f"{where}: layer {layer.name!r}: extent {i}"
+            _check_extent(extent, shards, label)
+            places.append((extent.shard, extent.offset, extent.offset + extent.nbytes, label))
+    for left, right in pairwise(sorted(places)):
+        if left[0] == right[0] and left[2] > right[1]:
+            raise ExtentsOverlap(f"{left[3]} ends at {left[2]}, {right[3]} starts at {right[1]}")
+
+
+def _check_extent(extent: Extent, shards: Sequence[Shard], label: str) -> None:
+    if extent.offset % PAGE_BYTES or extent.nbytes % PAGE_BYTES or extent.nbytes <= 0:
+        raise ExtentMisaligned(
+            f"{label}: {extent.nbytes} bytes at {extent.offset}, both must be multiples of "
+            f"{PAGE_BYTES} and not empty"
+        )
+    if not 0 <= extent.shard < len(shards):
+        raise ExtentOutOfRange(f"{label}: shard {extent.shard} of {len(shards)}")
+    shard = shards[extent.shard]
+    end = extent.offset + extent.nbytes
+    if extent.offset < PAGE_BYTES or end > shard.nbytes:
+        raise ExtentOutOfRange(
+            f"{label}: [{extent.offset}, {end}) is not inside [{PAGE_BYTES}, {shard.nbytes}) of "
+            f"{shard.file}"
+        )
+    needed = block_count(extent.nbytes)
+    if len(extent.xxh3) != needed:
+        raise HashCountWrong(
+            f"{label}: {len(extent.xxh3)} hashes, {extent.nbytes} bytes need {needed}"
+        )
+    if not all(0 <= value < 1 << 64 for value in extent.xxh3):
+        raise FieldInvalid(f"{label}: a hash is not in [0, 2^64)")
+
+
+def _check_aliases(aliases: Mapping[str, str], tensors: set[str], where: str) -> None:
+    for alias, target in aliases.items():
+        check_tensor_name(alias)
+        if alias in tensors:
+            raise AliasInvalid(f"{where}: alias {alias!r} is also a stored tensor")
+        if target not in tensors:
+            raise AliasInvalid(
+                f"{where}: alias {alias!r} points to {target!r}, which is not stored"
+            )
+
+
+def _refuse_duplicates(names: Iterable[str], label: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise DuplicateName(f"{label} {name!r} appears twice")
+        seen.add(name)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(name[:80] for name in names)

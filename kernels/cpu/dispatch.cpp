@@ -1,9 +1,28 @@
-// The list of instruction sets. Whether this machine has one is asked by its `supported`, which is
-// compiled here without that instruction set's flags.
+// The list of instruction sets, and the questions to the processor. They are compiled here, without
+// any instruction set's flags; nothing in a unit is called before its question said yes.
 #include "kernels.h"
 
 namespace tierd {
 
-const Kernels* const kAllKernels[] = {&kPlain, nullptr};
+bool plain_supported() { return true; }
+
+#if defined(__x86_64__)
+// GCC's builtin also asks whether the operating system saves the wide registers.
+bool avx512_supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("popcnt");
+}
+#endif
+
+const Kernels* const kAllKernels[] = {
+    &kPlain,
+#if defined(__x86_64__)
+    &kAvx512,
+#endif
+    nullptr,
+};
 
 }  // namespace tierd

@@ -59,6 +59,10 @@ struct Kernels {
                   float* out, uint64_t stride, uint64_t* tile);
 };
 
+// In dispatch.cpp: no code of a unit runs before these said yes.
+bool plain_supported();
+bool avx512_supported();
+
 extern const Kernels kPlain;
 extern const Kernels kAvx512;
 

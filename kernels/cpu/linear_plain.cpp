@@ -95,13 +95,11 @@ Fault linear(const Packed& m, Dtype dtype, uint32_t tile_row, const float* prepa
   return Fault::kNone;
 }
 
-bool supported() { return true; }
-
 }  // namespace
 }  // namespace plain
 
 extern const Kernels kPlain = {
-    "plain", plain::supported, plain::expand16, plain::expand32, plain::prepare, plain::linear,
+    "plain", plain_supported, plain::expand16, plain::expand32, plain::prepare, plain::linear,
 };
 
 }  // namespace tierd

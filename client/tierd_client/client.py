@@ -1,0 +1,138 @@
+"""A client of one daemon: opens models and leases layers."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, Self
+
+from tierd_client.connection import Connection, leases_of_the_dead
+from tierd_client.errors import LeaseLost, ProtocolBroken, VersionMismatch, ViewStillAlive
+from tierd_client.opened import OpenedModel
+from tierd_client.statistics import ClientStatistics, Counters
+from tierd_layouts.wire import PROTOCOL_VERSION, resolve_socket
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from tierd_client.lease import Lease
+
+DEFAULT_TIMEOUT_S = 60.0
+
+
+class Client:
+    """A connection to tierd, for all threads of this process; not for a forked child.
+
+    socket: the daemon's path, else $TIERD_SOCKET, else /run/tierd/tierd.sock, else
+    $XDG_RUNTIME_DIR/tierd.sock. name: what `tierctl clients` shows. timeout: seconds to wait for
+    any one answer. Raises DaemonNotRunning, DaemonTimeout, VersionMismatch, TooManyClients.
+    """
+
+    def __init__(
+        self,
+        socket: str | None = None,
+        *,
+        name: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        path = resolve_socket(socket, for_listening=False)
+        self._connection = Connection.connect(path, timeout)
+        self._counters = Counters()
+        self._opening = threading.Lock()
+        self._opened: dict[str, OpenedModel] = {}
+        try:
+            self._hello(name or _process_name())
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<Client of {self.socket}>"
+
+    @property
+    def socket(self) -> str:
+        """Path of the daemon's socket."""
+        return self._connection.path
+
+    def open(self, model: str) -> OpenedModel:
+        """The model called `model`; the same object again when it is open already.
+
+        Raises ModelNotFound, AccessDenied, PackInvalid, DaemonGone.
+        """
+        self._connection.check()
+        with self._opening:
+            opened = self._opened.get(model)
+            if opened is None:
+                reply = self._connection.call("open", model=model)
+                opened = OpenedModel(model, self._connection, self._counters, self.epoch, reply)
+                self._opened[model] = opened
+            return opened
+
+    def lease(self, model: str, layer: str) -> Lease:
+        """A lease of one layer by name, opening the model on demand; use it as a context.
+
+        Raises what `open` and `OpenedModel.acquire` raise.
+        """
+        opened = self.open(model)
+        return opened.acquire(opened.layer_index(layer))
+
+    def ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        """The reply fields of a diagnostic request (status, models, layers, clients, config)."""
+        return self._connection.call(op, **fields).fields
+
+    def statistics(self) -> ClientStatistics:
+        """Totals since the client was made: leases, bytes, time waited."""
+        return self._counters.snapshot()
+
+    def close(self) -> None:
+        """End the connection; the daemon frees what this client holds. Again does nothing.
+
+        Ends every lease, and raises what their release would: ViewStillAlive, LeaseLost.
+        """
+        problems = [lease.end() for lease in self._connection.live_leases()]
+        self._connection.close()
+        for problem in problems:
+            if problem is not None:
+                raise problem
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except (LeaseLost, ViewStillAlive) as problem:
+            if error is None:
+                raise
+            error.add_note(f"{type(problem).__name__}: {problem}")
+
+    def _hello(self, name: str) -> None:
+        held = leases_of_the_dead(self._connection.path)
+        fields = self._connection.call(
+            "hello", version=PROTOCOL_VERSION, client=name, capabilities=[], held=held
+        ).fields
+        if fields.get("version") != PROTOCOL_VERSION:
+            raise VersionMismatch(
+                f"tierd at {self.socket} speaks protocol version {fields.get('version')!r}, this "
+                f"client {PROTOCOL_VERSION}",
+                "version_mismatch",
+            )
+        epoch = fields.get("epoch")
+        if type(epoch) is not int:
+            raise ProtocolBroken(f"hello reply with epoch {epoch!r}")
+        #: Identity of the daemon's life.
+        self.epoch = epoch
+        #: The daemon's process id, version text and optional abilities, as it says.
+        self.daemon_pid: int | None = fields.get("pid")
+        self.daemon_version: str | None = fields.get("daemon_version")
+        self.capabilities: tuple[str, ...] = tuple(fields.get("capabilities", ()))
+
+
+def _process_name() -> str:
+    return f"{os.path.basename(sys.argv[0] or 'python')}[{os.getpid()}]"

@@ -1,0 +1,356 @@
+"""A connection to the daemon: the blocking socket around the protocol.
+
+Any thread may call. One lock serialises sending; of the threads that wait, one at a time reads, and
+hands every reply to whom it belongs. There is no thread of our own, so a reply is read only when
+somebody waits.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import struct
+import threading
+import weakref
+from collections import deque
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from tierd_client import fork
+from tierd_client.errors import (
+    ClientClosed,
+    DaemonGone,
+    DaemonNotRunning,
+    DaemonTimeout,
+    ProtocolBroken,
+    TierdError,
+)
+from tierd_client.protocol import NO_REPLY, ClientProtocol, Reply
+from tierd_layouts.wire import MAX_FDS, MAX_REQUEST_BYTES, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tierd_client.lease import Lease
+
+RECEIVE_BYTES = 64 << 10
+#: Longest sleep in one system call; deadlines are checked at least this often.
+SLICE_S = 0.5
+
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+class Connection:
+    """One Unix socket to one daemon life. Owns the socket; thread-safe; dead after EOF."""
+
+    def __init__(self, sock: socket.socket, path: str, timeout: float) -> None:
+        slice_s = min(timeout, SLICE_S)
+        interval = struct.pack("ll", int(slice_s), int(slice_s % 1 * 1e6) or 1)
+        # Kernel timeouts, not settimeout(): that would poll before every receive.
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+        patience = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6) or 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        self.path = path
+        self.timeout = timeout
+        #: Leases granted over this connection and not given back: id -> the Lease, if made and alive.
+        self.held: dict[int, weakref.ref[Lease] | None] = {}
+        self._life = fork.current()
+        self._socket = sock
+        self._protocol = ClientProtocol()
+        self._buffer = bytearray(RECEIVE_BYTES)
+        self._send_lock = threading.Lock()
+        # Guards the protocol, the replies and who reads.
+        self._state = threading.Condition(threading.Lock())
+        self._replies: dict[int, Reply] = {}
+        self._reader: int | None = None
+        #: Why calls are refused. The socket may still be open to give back leases.
+        self._ended: tuple[type[TierdError], str] | None = None
+        self._shut = False
+        # What finalizers leave behind: they must never wait for a lock that their thread holds.
+        self._to_release: deque[int] = deque()
+        self._to_abandon: deque[int] = deque()
+        fork.in_child(self, Connection._close_in_child)
+        weakref.finalize(self, sock.close)
+        _connections.add(self)
+
+    @classmethod
+    def connect(cls, path: str, timeout: float) -> Connection:
+        """Connect to the socket at `path`. Raises DaemonNotRunning, DaemonTimeout."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.settimeout(timeout)  # a full backlog waits
+            sock.connect(path)
+        except TimeoutError as error:
+            sock.close()
+            raise DaemonTimeout(f"tierd at {path} took no connection in {timeout:g} s") from error
+        except OSError as error:
+            sock.close()
+            raise DaemonNotRunning(
+                f"no tierd answers at {path} ({error.strerror}): start it, or name its socket "
+                "with socket= or TIERD_SOCKET"
+            ) from error
+        return cls(sock, path, timeout)
+
+    @property
+    def alive(self) -> bool:
+        """False once the connection has ended, for whatever reason."""
+        return self._ended is None and self._life is fork.current()
+
+    @property
+    def lost(self) -> bool:
+        """True when the daemon went away, not this side."""
+        return self._shut and self._life is fork.current()
+
+    def check(self) -> None:
+        """Raise what a call would raise now: ForkedClient, DaemonGone, ClientClosed."""
+        fork.check(self._life, f"the connection to {self.path}")
+        if self._ended is not None:
+            kind, text = self._ended
+            raise kind(text)
+
+    # ------------------------------------------------------------------------------------ requests
+
+    def submit(self, op: str, fields: dict[str, Any]) -> int:
+        """Send a request; returns its id for `wait_reply`."""
+        self.check()
+        with self._state:
+            self._abandon_left_behind()
+            request, frame = self._protocol.request(op, fields)
+        self._send(frame)
+        return request
+
+    def call(self, op: str, **fields: Any) -> Reply:
+        """Send a request and wait for its good reply. Raises the mapped error of a bad one."""
+        reply = self.wait_reply(self.submit(op, fields))
+        refusal = reply.refusal
+        if refusal is not None:
+            raise refusal
+        return reply
+
+    def wait_reply(self, request: int) -> Reply:
+        """The reply to `request`, good or bad. Raises DaemonTimeout, DaemonGone, ClientClosed."""
+        me = threading.get_ident()
+        deadline = monotonic() + self.timeout
+        try:
+            while True:
+                with self._state:
+                    reply = self._replies.pop(request, None)
+                    if reply is not None:
+                        return reply
+                    self.check()
+                    left = deadline - monotonic()
+                    if left <= 0:
+                        raise DaemonTimeout(
+                            f"tierd at {self.path} did not answer in {self.timeout:g} s"
+                        )
+                    if self._reader is not None:
+                        self._state.wait(left)
+                        continue
+                    self._reader = me
+                try:
+                    self._receive()
+                finally:
+                    with self._state:
+                        self._reader = None
+                        self._state.notify_all()
+        except BaseException:
+            # Interrupted or late: the reply may still come and must not leak what it brings.
+            if self._life is fork.current():
+                self.abandon(request)
+            raise
+
+    def abandon(self, request: int) -> None:
+        """Nobody will wait for this reply: give back what it brings, now or when it comes."""
+        with self._state:
+            reply = self._replies.pop(request, None)
+            if reply is None:
+                self._protocol.abandon(request)
+        if reply is not None:
+            self._give_back(reply)
+
+    def abandon_soon(self, request: int) -> None:
+        """As `abandon`, for finalizers: takes no lock; done at the next call of anybody."""
+        self._to_abandon.append(request)
+
+    # ------------------------------------------------------------------------------------- release
+
+    def live_leases(self) -> list[Lease]:
+        """The leases that somebody still has."""
+        references = [reference for reference in list(self.held.values()) if reference is not None]
+        return [lease for lease in (reference() for reference in references) if lease is not None]
+
+    def release(self, leases: Iterable[int]) -> None:
+        """End leases; no reply. On a dead connection the daemon has freed them already.
+
+        Safe in a finalizer: it never waits for a lock. What a busy lock keeps from being sent is
+        sent by its holder.
+        """
+        if self._life is not fork.current():
+            return
+        self._to_release.extend(leases)
+        self._flush_releases()
+
+    def _flush_releases(self) -> None:
+        # Look again after letting go: whoever failed to get the lock relies on its holder.
+        while self._to_release and self._send_lock.acquire(blocking=False):
+            try:
+                self._send_releases()
+            finally:
+                self._send_lock.release()
+
+    def _send_releases(self) -> None:
+        leases: list[int] = []
+        while self._to_release and len(leases) < 1024:
+            lease = self._to_release.popleft()
+            if lease in self.held:
+                del self.held[lease]
+                leases.append(lease)
+        if self._shut:
+            _release_orphans(self.path, leases)
+            return
+        frame = encode({"id": NO_REPLY, "op": "release", "leases": leases}, MAX_REQUEST_BYTES)
+        try:
+            self._socket.sendall(frame)
+        except OSError as error:
+            self._end(DaemonGone, f"lost tierd at {self.path}: {error}")
+        if self._ended is not None and not self.held:
+            self._shut_down()
+
+    # -------------------------------------------------------------------------------------- socket
+
+    def _send(self, frame: bytes) -> None:
+        try:
+            with self._send_lock:
+                self.check()
+                try:
+                    self._socket.sendall(frame)
+                except OSError as error:
+                    # A frame may be half sent: nothing can follow it.
+                    self._end(DaemonGone, f"lost tierd at {self.path}: {error}")
+                    self.check()
+                except BaseException:
+                    self._end(ClientClosed, f"sending to {self.path} was interrupted")
+                    raise
+        finally:
+            self._flush_releases()
+
+    def _receive(self) -> None:
+        """Read once and deliver. The caller is the one reader."""
+        fds: list[int] = []
+        try:
+            count, ancillary, flags, _ = self._socket.recvmsg_into(
+                [self._buffer], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+            )
+            for level, kind, payload in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    received = array.array("i")
+                    received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
+                    fds.extend(received)
+        except BlockingIOError:
+            return  # the slice is over; the caller looks at its deadline
+        except OSError as error:
+            self._end(DaemonGone, f"lost tierd at {self.path}: {error}")
+            return
+        if flags & socket.MSG_CTRUNC:
+            _close_all(fds)
+            text = f"descriptors from {self.path} were cut off (limit of open files reached?)"
+            self._end(ProtocolBroken, text)
+            return
+        if count == 0:
+            self._end(DaemonGone, f"tierd at {self.path} is gone: it closed the connection")
+            return
+        self._deliver(memoryview(self._buffer)[:count], fds)
+
+    def _deliver(self, data: memoryview, fds: list[int]) -> None:
+        unwanted = []
+        with self._state:
+            self._abandon_left_behind()
+            try:
+                replies = self._protocol.receive(data, fds)
+            except ProtocolBroken as error:
+                self._end(ProtocolBroken, f"tierd at {self.path}: {error}")
+                return
+            for reply in replies:
+                lease = reply.fields.get("lease")
+                if reply.op == "acquire" and type(lease) is int:
+                    self.held[lease] = None
+                if reply.abandoned:
+                    unwanted.append(reply)
+                else:
+                    self._replies[reply.request] = reply
+        for reply in unwanted:
+            self._give_back(reply)
+
+    def _abandon_left_behind(self) -> None:
+        while self._to_abandon:
+            request = self._to_abandon.popleft()
+            reply = self._replies.pop(request, None)
+            if reply is None:
+                self._protocol.abandon(request)
+            else:
+                self._give_back(reply)
+
+    def _give_back(self, reply: Reply) -> None:
+        _close_all(reply.fds)
+        lease = reply.fields.get("lease")
+        if reply.op == "acquire" and type(lease) is int:
+            self.release([lease])
+
+    # ----------------------------------------------------------------------------------------- end
+
+    def close(self) -> None:
+        """Refuse every later call and end the connection, which frees everything it held; waiting
+        calls raise. While a lease is still held, because a view of it is alive, the socket stays
+        open until that is released too."""
+        if self._life is not fork.current() or self._ended is not None:
+            return
+        self._ended = (ClientClosed, f"the client of {self.path} was closed")
+        if not self.held:
+            self._shut_down()
+
+    def _end(self, kind: type[TierdError], text: str) -> None:
+        if self._ended is None:
+            self._ended = (kind, text)
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        # Wakes a thread that reads. The descriptor itself is closed with this object: another
+        # thread may be about to use its number.
+        self._shut = True
+        with contextlib.suppress(OSError):  # the peer was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _close_in_child(self) -> None:
+        self._socket.close()  # no shutdown: the parent still uses it
+        _close_all(self._protocol.drop_fds())
+        for reply in self._replies.values():
+            _close_all(reply.fds)
+
+
+_ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+
+
+def leases_of_the_dead(path: str) -> list[int]:
+    """Leases of earlier daemons at `path` that this process still reads: for the handshake."""
+    return [
+        lease
+        for connection in list(_connections)
+        if connection.path == path and connection.lost
+        for lease in connection.held
+    ]
+
+
+def _release_orphans(path: str, leases: list[int]) -> None:
+    """Tell a successor of a dead daemon that this process stopped reading an old slot."""
+    for successor in list(_connections):
+        if successor.path == path and successor.alive:
+            successor.release(lease for lease in leases if lease not in successor.held)
+            return
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

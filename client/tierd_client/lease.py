@@ -1,0 +1,245 @@
+"""A lease: the right to read one layer's slot, from a grant to its release."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections.abc import Mapping as MappingABC
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, Self
+
+from tierd_client.errors import LeaseEnded, LeaseLost, TensorNotFound, ViewStillAlive
+from tierd_client.tensors import PackedTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from tierd_client.connection import Connection
+    from tierd_client.mapping import Mapping
+    from tierd_client.opened import OpenedModel
+    from tierd_layouts.index import Layer
+
+
+class Lease:
+    """Named tensors of one layer, valid inside the context (or until `release`).
+
+    `generation` is the slot's version stamp: it is compared when the lease begins and when it ends,
+    and LeaseLost says that what was read in between is void.
+    """
+
+    def __init__(
+        self,
+        opened: OpenedModel,
+        layer: Layer,
+        mapping: Mapping,
+        *,
+        lease: int,
+        slot: int,
+        generation: int,
+        offset: int,
+    ) -> None:
+        self.opened = opened
+        self.layer = layer
+        self.mapping = mapping
+        self.lease = lease
+        self.slot = slot
+        self.generation = generation
+        self.offset = offset  # of the layer's bytes in the arena
+        self._ended = False
+        self._tensors: dict[str, PackedTensor] = {}
+        self._views: list[tuple[str, weakref.ref[Any]]] = []
+
+    def __repr__(self) -> str:
+        state = "ended" if self._ended else f"slot {self.slot}, generation {self.generation}"
+        return f"<Lease {self.opened.name}/{self.layer.name}: {state}>"
+
+    # ------------------------------------------------------------------------------------- tensors
+
+    def __getitem__(self, name: str) -> PackedTensor:
+        """The tensor called `name` (an alias counts). Raises TensorNotFound, LeaseEnded."""
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            self.check()
+            record = self.opened.tensor_record(self.layer, name)
+            if record is None:
+                raise TensorNotFound(
+                    f"layer {self.opened.name}/{self.layer.name} has no tensor {name!r}; it has "
+                    + ", ".join(stored.name for stored in self.layer.tensors)
+                )
+            tensor = self._tensors[name] = PackedTensor(self, record)
+        return tensor
+
+    @property
+    def tensors(self) -> MappingABC[str, PackedTensor]:
+        """All tensors by their stored names."""
+        return _Tensors(self)
+
+    def track(self, name: str, exporter: Any) -> None:
+        """Note a view whose storage holds `exporter`."""
+        self._views.append((name, weakref.ref(exporter)))
+
+    def check(self) -> None:
+        """Raise LeaseEnded after the release, ForkedClient in a forked child."""
+        self.opened.check()
+        if self._ended:
+            raise LeaseEnded(
+                f"the lease of {self.opened.name}/{self.layer.name} has ended; "
+                "its tensors exist inside the context only"
+            )
+
+    # ----------------------------------------------------------------------------------------- end
+
+    @property
+    def ended(self) -> bool:
+        """True once released; the tensors are then unreadable."""
+        return self._ended
+
+    def release(self) -> None:
+        """End the lease; again does nothing.
+
+        Raises LeaseLost when the slot changed under the lease, ViewStillAlive when a view is still
+        alive: then the daemon is told only when the last view is gone, so that nobody ever reads
+        another layer's bytes through it.
+        """
+        self.opened.check_life()
+        problem = self.end()
+        if problem is not None:
+            raise problem
+
+    def __enter__(self) -> Self:
+        self.check()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.release()
+            return
+        # The user's exception goes on; its traceback often keeps views alive.
+        problem = self.end() if self.opened.in_this_life else None
+        if problem is not None:
+            error.add_note(f"{type(problem).__name__}: {problem}")
+
+    def __del__(self) -> None:
+        # Dropped without a release. `release` of the connection may be called in a finalizer.
+        if not self._ended and self.opened.in_this_life:
+            self._ended = True
+            self.opened.lease_ended(self)
+            self._give_back(self._alive())
+
+    def end(self) -> LeaseLost | ViewStillAlive | None:
+        """As `release`, returning what that would raise."""
+        if self._ended:
+            return None
+        self._ended = True
+        self._tensors.clear()
+        now = self.opened.table.generation(self.slot)
+        alive = self._alive()
+        if alive:
+            gc.collect()  # a view in a reference cycle is gone for its user
+            alive = self._alive()
+        names = sorted({name for name, _ in alive})
+        self.opened.lease_ended(self)
+        self._give_back(alive)
+        where = f"{self.opened.name}/{self.layer.name}"
+        if now != self.generation:
+            return LeaseLost(
+                f"the slot of {where} changed from generation {self.generation} to {now} while it "
+                "was leased: what was computed with it is void"
+            )
+        if names:
+            return ViewStillAlive(
+                f"the lease of {where} ended while a view of {', '.join(names)} was alive: delete "
+                "it, and what shares its storage, before leaving the context"
+            )
+        return None
+
+    def _give_back(self, alive: list[tuple[str, Any]]) -> None:
+        if alive:
+            _ReleaseLater(self.opened.connection, self.lease, [held for _, held in alive])
+        else:
+            self.opened.connection.release([self.lease])
+
+    def _alive(self) -> list[tuple[str, Any]]:
+        found = [(name, reference()) for name, reference in self._views]
+        return [(name, exporter) for name, exporter in found if exporter is not None]
+
+
+class _Tensors(MappingABC[str, PackedTensor]):
+    """`lease.tensors`: the layer's tensors, made when they are asked for."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+
+    def __getitem__(self, name: str) -> PackedTensor:
+        return self._lease[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (tensor.name for tensor in self._lease.layer.tensors)
+
+    def __len__(self) -> int:
+        return len(self._lease.layer.tensors)
+
+
+class _ReleaseLater:
+    """Gives a lease back when the last of its views dies. Held by the views' finalizers."""
+
+    def __init__(self, connection: Connection, lease: int, exporters: list[Any]) -> None:
+        self._connection = connection
+        self._lease = lease
+        self._left = len(exporters)
+        self._gone = itertools.count(1)  # next() is atomic: views die in any thread
+        for exporter in exporters:
+            weakref.finalize(exporter, self._one_is_gone).atexit = False
+
+    def _one_is_gone(self) -> None:
+        if next(self._gone) == self._left:
+            self._connection.release([self._lease])
+
+
+class PendingLease:
+    """A lease asked for ahead of its use; `resolve` collects it.
+
+    Dropped or cancelled without `resolve`, its grant is given back when it arrives.
+    """
+
+    def __init__(self, opened: OpenedModel, layer: int, request: int) -> None:
+        self._opened = opened
+        self._layer = layer
+        self._request = request
+        self._finalizer = weakref.finalize(self, opened.connection.abandon_soon, request)
+        self._finalizer.atexit = False
+
+    def resolve(self) -> Lease:
+        """The lease, waiting for it if need be; only once. When the daemon answered "later", asks
+        again as an ordinary acquire. Raises what `acquire` raises, LeaseEnded after `cancel`."""
+        opened = self._opened
+        opened.check()
+        if self._finalizer.detach() is None:
+            raise LeaseEnded(
+                f"the request for {opened.name}/{opened.layer_name(self._layer)} was resolved or "
+                "cancelled before"
+            )
+        begin = perf_counter_ns()
+        try:
+            reply = opened.connection.wait_reply(self._request)
+        finally:
+            opened.stalled(perf_counter_ns() - begin)
+        refusal = reply.refusal
+        if refusal is not None:
+            raise refusal
+        if reply.fields.get("later"):
+            opened.put_off()
+            return opened.acquire(self._layer)
+        return opened.granted(self._layer, reply)
+
+    def cancel(self) -> None:
+        """Give the request up: its grant is released when it arrives. Again does nothing."""
+        if self._finalizer.detach() is not None and self._opened.in_this_life:
+            self._opened.connection.abandon(self._request)

@@ -1,0 +1,245 @@
+"""A model that the daemon serves to this client: its control files, its index, its layers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Mapping as MappingABC
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+from tierd_client import fork
+from tierd_client.errors import LayerNotFound, LeaseLost, PackInvalid, ProtocolBroken
+from tierd_client.lease import Lease, PendingLease
+from tierd_client.mapping import mappings
+from tierd_layouts.errors import FormatError
+from tierd_layouts.index import INDEX_FILE, PackIndex
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from tierd_client.connection import Connection
+    from tierd_client.protocol import Reply
+    from tierd_client.statistics import Counters
+    from tierd_layouts.index import Layer, Tensor
+
+
+class OpenedModel:
+    """Made by `Client.open`. Thread-safe. `index` is the pack's; `files` its control files."""
+
+    def __init__(
+        self, name: str, connection: Connection, counters: Counters, epoch: int, reply: Reply
+    ) -> None:
+        self._life = fork.current()
+        self.name = name
+        self.connection = connection
+        self._counters = counters
+        fields = reply.fields
+        files, (arena_fd, table_fd) = reply.fds[:-2], reply.fds[-2:]
+        self.files: MappingABC[str, bytes] = ControlFiles(fields["files"], files)
+        try:
+            self.model_id: int = _integer(fields, "model_id")
+            arena, table = fields.get("arena"), fields.get("table")
+            if not isinstance(arena, dict) or not isinstance(table, dict):
+                raise ProtocolBroken("open reply without arena and table")
+            self.arena = _integer(arena, "arena")
+            self.mapping = mappings.arena(
+                epoch, self.arena, arena_fd, _integer(arena, "span_bytes")
+            )
+            self.table = mappings.table(epoch, table_fd, _integer(table, "bytes"))
+            if INDEX_FILE not in self.files:
+                raise ProtocolBroken(f"open reply for model {name!r} without {INDEX_FILE}")
+            try:
+                self.index = PackIndex.parse(self.files[INDEX_FILE], where=name)
+            except FormatError as error:
+                raise PackInvalid(f"model {name!r}: {error}", "pack_invalid") from error
+        finally:
+            os.close(arena_fd)
+            os.close(table_fd)
+        self._numbers = {layer.name: number for number, layer in enumerate(self.index.layers)}
+
+    def __repr__(self) -> str:
+        return f"<OpenedModel {self.name}: {len(self.index.layers)} layers>"
+
+    # -------------------------------------------------------------------------------------- layers
+
+    def layer_index(self, name: str) -> int:
+        """The number of a layer in `index.layers`. Raises LayerNotFound."""
+        number = self._numbers.get(name)
+        if number is None:
+            raise LayerNotFound(
+                f"model {self.name!r} has no layer {name!r}; it has {len(self._numbers)}, "
+                f"from {self.layer_name(0)!r} to {self.layer_name(-1)!r}",
+                "not_found",
+            )
+        return number
+
+    def layer_name(self, layer: int) -> str:
+        """The name of layer number `layer`, for errors too: an unknown number is its own name."""
+        layers = self.index.layers
+        return layers[layer].name if -len(layers) <= layer < len(layers) else str(layer)
+
+    def tensor_record(self, layer: Layer, name: str) -> Tensor | None:
+        """How tensor `name`, or the one that it is an alias of, is stored in `layer`."""
+        name = self.index.aliases.get(name, name)
+        for record in layer.tensors:
+            if record.name == name:
+                return record
+        return None
+
+    def plan(self, order: Iterable[str | int], *, cyclic: bool = True, lookahead: int = 1) -> int:
+        """Declare the order in which layers will be asked for; returns the bytes that the daemon
+        reserves for this client. Raises LayerNotFound, BudgetTooSmall."""
+        numbers = [self.layer_index(item) if isinstance(item, str) else item for item in order]
+        reply = self.connection.call(
+            "plan", model_id=self.model_id, order=numbers, cyclic=cyclic, lookahead=lookahead
+        )
+        return _integer(reply.fields, "minimum_bytes")
+
+    def acquire(self, layer: int) -> Lease:
+        """A lease of layer number `layer`, waiting until it is resident.
+
+        Raises LayerNotFound, LeaseLimit, BudgetTooSmall, ChecksumMismatch, ReadFailed,
+        ModelRemoved, LeaseLost, DaemonGone, DaemonTimeout.
+        """
+        request = self._submit(layer, ahead=False)
+        begin = perf_counter_ns()
+        try:
+            reply = self.connection.wait_reply(request)
+        finally:
+            self.stalled(perf_counter_ns() - begin)
+        refusal = reply.refusal
+        if refusal is not None:
+            raise refusal
+        return self.granted(layer, reply)
+
+    def acquire_ahead(self, layer: int) -> PendingLease:
+        """Ask for a lease that is needed later; returns at once, nothing is waited for."""
+        self._counters.asked_ahead()
+        return PendingLease(self, layer, self._submit(layer, ahead=True))
+
+    def close(self) -> None:
+        """Tell the daemon that no more layers will be asked for. Leases go on until released."""
+        if self.connection.alive:
+            self.connection.call("close", model_id=self.model_id)
+
+    def _submit(self, layer: int, *, ahead: bool) -> int:
+        if not 0 <= layer < len(self.index.layers):
+            raise LayerNotFound(
+                f"model {self.name!r} has no layer number {layer}; "
+                f"it has 0 to {len(self.index.layers) - 1}",
+                "not_found",
+            )
+        fields = {"model_id": self.model_id, "layer": layer, "ahead": ahead}
+        return self.connection.submit("acquire", fields)
+
+    # --------------------------------------------------------- what leases ask of their model
+
+    @property
+    def in_this_life(self) -> bool:
+        """False in a child that was forked since."""
+        return self._life is fork.current()
+
+    def check_life(self) -> None:
+        """Raise ForkedClient in a forked child."""
+        if self._life is not fork.current():
+            fork.check(self._life, f"model {self.name!r}")
+
+    # A lease may be read to its end after the daemon died: it quarantines what is still held.
+    check = check_life
+
+    def stalled(self, ns: int) -> None:
+        """Count time that a caller waited for a layer."""
+        self._counters.stalled(ns)
+
+    def put_off(self) -> None:
+        """Count a request ahead that the daemon answered "later"."""
+        self._counters.put_off()
+
+    def lease_ended(self, lease: Lease) -> None:
+        """Count the end of a lease."""
+        self._counters.ended(lease.layer.nbytes)
+
+    def granted(self, layer: int, reply: Reply) -> Lease:
+        """The lease of a granting reply. Raises LeaseLost, ProtocolBroken."""
+        fields, record = reply.fields, self.index.layers[layer]
+        number = _integer(fields, "lease")
+        try:
+            slot, generation = _integer(fields, "slot"), _integer(fields, "generation")
+            offset, nbytes = _integer(fields, "offset"), _integer(fields, "bytes")
+            if (
+                fields.get("arena") != self.arena
+                or nbytes != record.nbytes
+                or offset % 8
+                or not 0 <= offset <= self.mapping.nbytes - nbytes
+            ):
+                raise ProtocolBroken(
+                    f"grant of {self.name}/{record.name} is {nbytes} bytes at {offset} of arena "
+                    f"{fields.get('arena')!r}; the layer has {record.nbytes} and arena "
+                    f"{self.arena} {self.mapping.nbytes}"
+                )
+            now = self.table.generation(slot)
+            if now != generation:
+                raise LeaseLost(
+                    f"slot {slot} of {self.name}/{record.name} was granted with generation "
+                    f"{generation} and holds {now}"
+                )
+        except BaseException:
+            self.connection.release([number])
+            raise
+        self.mapping.populate(offset, nbytes)
+        self._counters.granted(nbytes)
+        lease = Lease(
+            self,
+            record,
+            self.mapping,
+            lease=number,
+            slot=slot,
+            generation=generation,
+            offset=offset,
+        )
+        self.connection.held[number] = weakref.ref(lease)
+        return lease
+
+
+class ControlFiles(MappingABC[str, bytes]):
+    """The model's control files by name, read from their descriptors when asked for."""
+
+    def __init__(self, names: Sequence[str], fds: Sequence[int]) -> None:
+        self._fds = dict(zip(names, fds, strict=True))
+        self._texts: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+        fork.in_child(self, ControlFiles._close)
+
+    def __getitem__(self, name: str) -> bytes:
+        with self._lock:
+            if name not in self._texts:
+                fd = self._fds[name]
+                size = os.fstat(fd).st_size
+                self._texts[name] = os.pread(fd, size, 0)
+                os.close(self._fds.pop(name))
+            return self._texts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._texts, *self._fds])
+
+    def __len__(self) -> int:
+        return len(self._texts) + len(self._fds)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def _close(self) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def __del__(self) -> None:
+        self._close()
+
+
+def _integer(fields: dict[str, Any], name: str) -> int:
+    value = fields.get(name)
+    if type(value) is not int or value < 0:
+        raise ProtocolBroken(f"reply field {name!r} is {value!r}, expected a whole number")
+    return value

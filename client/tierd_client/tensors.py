@@ -1,0 +1,248 @@
+"""One stored tensor of a leased layer: expanded, multiplied, or looked at in place."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+from tierd_client.errors import BadTensorArgument, PackedView, TensorCorrupt
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from tierd_client.lease import Lease
+    from tierd_kernels import Dtype
+    from tierd_layouts.index import Tensor
+
+#: safetensors' names of element types, and torch's.
+TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+}
+
+    #: bitmap, offsets, values
+    _Packed = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
+_dtypes: dict[str, torch.dtype] = {}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors name."""
+    if not _dtypes:
+        import torch
+
+        _dtypes.update((name, getattr(torch, value)) for name, value in TORCH_NAMES.items())
+    return _dtypes[name]
+
+
+class PackedTensor:
+    """A tensor inside a lease. Every method raises LeaseEnded once the lease has ended.
+
+    `shape` is [out_features, in_features] of a linear weight, as in the checkpoint.
+    """
+
+    __slots__ = ("_arrays", "_lease", "_record", "_strides", "codec", "dtype", "name", "shape")
+
+    def __init__(self, lease: Lease, record: Tensor) -> None:
+        self._lease = lease
+        self._record = record
+        self._arrays: _Packed | None = None
+        self._strides: tuple[int, ...] | None = None
+        self.name = record.name
+        self.shape = record.shape
+        self.codec = record.codec
+        self.dtype = torch_dtype(record.dtype)
+
+    def __repr__(self) -> str:
+        return f"<PackedTensor {self.name} {list(self.shape)} {self.dtype} {self.codec}>"
+
+    @property
+    def packed(self) -> bool:
+        """True when the tensor is stored compressed and has no dense bytes to view."""
+        return "data" not in self._record.arrays
+
+    # ---------------------------------------------------------------------------------------- dense
+
+    def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole tensor as private memory: a new tensor, or `out` filled and returned.
+
+        out: same shape and dtype, contiguous, on the CPU; else BadTensorArgument. Its old content
+        is lost also when TensorCorrupt is raised.
+        """
+        import torch
+
+        self._lease.check()
+        if out is None:
+            out = torch.empty(self.shape, dtype=self.dtype)
+        else:
+            self._check_out(out)
+        if not self.packed:
+            if out.numel():
+                out.detach().copy_(self.unchecked_view())
+            return out
+        import tierd_kernels
+
+        try:
+            tierd_kernels.expand(*self._packed_arrays(), _bits(out))
+        except tierd_kernels.KernelError as error:
+            raise self._corrupt(error) from error
+        return out
+
+    def view(self) -> torch.Tensor:
+        """The bytes in the arena as a tensor, without a copy; dense-stored tensors only.
+
+        It must be gone when the lease ends (ViewStillAlive), and so must everything that shares its
+        storage. The pages are read-only: writing to it in place kills the process.
+        """
+        import torch
+
+        self._lease.check()
+        if self.packed:
+            raise PackedView(
+                f"tensor {self.name!r} is stored with codec {self.codec!r} and has no dense bytes "
+                "to view: use dense() or linear()"
+            )
+        data = self._record.arrays["data"]
+        if data.nbytes == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        exporter = self._lease.mapping.exporter(self._lease.offset + data.offset, data.nbytes)
+        self._lease.track(self.name, exporter)
+        return torch.frombuffer(exporter, dtype=self.dtype).view(self.shape)
+
+    def unchecked_view(self) -> torch.Tensor:
+        """As `view`, untracked and in one torch call, for code inside this package that drops it
+        before the lease ends. Nothing notices when it does not."""
+        if self._strides is None:
+            self._strides = tuple(
+                math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))
+            )
+        data = self._record.arrays["data"]
+        offset = self._lease.offset + data.offset
+        return self._lease.mapping.tensor(self.dtype, self.shape, self._strides, offset)
+
+    # --------------------------------------------------------------------------------------- linear
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`x @ weight.T + bias`, rounded once to x.dtype.
+
+        x: [..., in_features] of the tensor's dtype, on the CPU. bias: [out_features], any float
+        dtype; for a compressed tensor it is added in float32 before the rounding. Returns
+        [..., out_features]. A dense-stored tensor is one torch.nn.functional.linear on the view.
+        """
+        if self.packed:
+            return self._fused(x, bias).to(x.dtype)
+        import torch
+
+        self._check_x(x)
+        return torch.nn.functional.linear(x, self.unchecked_view(), bias)
+
+    def linear_f32(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """As `linear`, the float32 result before the rounding. A dense-stored weight is converted
+        to float32 whole, in private memory, for the call."""
+        if self.packed:
+            return self._fused(x, bias)
+        import torch
+
+        self._check_x(x)
+        return torch.nn.functional.linear(
+            x.float(), self.unchecked_view().float(), None if bias is None else bias.float()
+        )
+
+    def _fused(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        import tierd_kernels
+        import torch
+
+        self._check_x(x)
+        rows, cols = self.shape
+        tokens = x.numel() // cols if cols else math.prod(x.shape[:-1])
+        out = torch.empty(tokens, rows, dtype=torch.float32)
+        flat = x.detach().reshape(tokens, cols).contiguous()
+        try:
+            dtype = cast("Dtype", self._record.dtype)
+            tierd_kernels.linear(*self._packed_arrays(), _bits(flat), out.numpy(), dtype=dtype)
+        except tierd_kernels.KernelError as error:
+            raise self._corrupt(error) from error
+        if bias is not None:
+            if bias.shape != (rows,):
+                raise BadTensorArgument(
+                    f"bias of {self.name!r} has shape {list(bias.shape)}, expected [{rows}]"
+                )
+            out += bias.detach().float()
+        return out.view(*x.shape[:-1], rows)
+
+    # --------------------------------------------------------------------------------------- checks
+
+    def _packed_arrays(self) -> _Packed:
+        """bitmap, offsets, values: read-only, in the arena."""
+        if self._arrays is None:
+            stored, base = self._record.arrays, self._lease.offset
+            value = "u2" if self.dtype.itemsize == 2 else "u4"
+            bitmap, offsets, values = (
+                self._lease.mapping.array(kind, base + stored[part].offset, stored[part].nbytes)
+                for part, kind in (("bitmap", "u8"), ("offsets", "u4"), ("values", value))
+            )
+            self._arrays = bitmap, offsets, values
+        return self._arrays
+
+    def _check_x(self, x: torch.Tensor) -> None:
+        import torch
+
+        self._lease.check()
+        if len(self.shape) != 2:
+            raise BadTensorArgument(
+                f"linear needs a matrix, tensor {self.name!r} has shape {list(self.shape)}"
+            )
+        if x.dtype != self.dtype:
+            raise BadTensorArgument(f"x is {x.dtype}, tensor {self.name!r} is {self.dtype}")
+        if x.device.type != "cpu":
+            raise BadTensorArgument(f"x is on {x.device}, tensor {self.name!r} is in host memory")
+        if x.dim() == 0 or x.shape[-1] != self.shape[1]:
+            raise BadTensorArgument(
+                f"x has shape {list(x.shape)}, tensor {self.name!r} takes [..., {self.shape[1]}]"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise BadTensorArgument(
+                f"x requires a gradient, tensor {self.name!r} computes forward only: use "
+                "torch.no_grad()"
+            )
+
+    def _check_out(self, out: torch.Tensor) -> None:
+        if out.dtype != self.dtype:
+            raise BadTensorArgument(f"out is {out.dtype}, tensor {self.name!r} is {self.dtype}")
+        if tuple(out.shape) != self.shape:
+            raise BadTensorArgument(
+                f"out has shape {list(out.shape)}, tensor {self.name!r} has {list(self.shape)}"
+            )
+        if out.device.type != "cpu":
+            raise BadTensorArgument(f"out is on {out.device}, dense() fills host memory")
+        if not out.is_contiguous():
+            raise BadTensorArgument(
+                f"out has strides {list(out.stride())}, dense() fills contiguous memory only"
+            )
+
+    def _corrupt(self, error: Exception) -> TensorCorrupt:
+        lease = self._lease
+        return TensorCorrupt(f"{lease.opened.name}/{lease.layer.name}, {self.name!r}: {error}")
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The raw bits of a contiguous 16-bit or 32-bit tensor, uint16 or uint32, without a copy."""
+    import torch
+
+    bits: np.ndarray[Any, Any]
+    bits = tensor.detach().view(torch.uint16 if tensor.itemsize == 2 else torch.uint32).numpy()
+    return bits

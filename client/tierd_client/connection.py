@@ -55,7 +55,7 @@ class Connection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         self.path = path
         self.timeout = timeout
-        #: Leases granted over this connection and not given back: id -> the Lease, if made and alive.
+        #: Leases granted and not given back: id -> the Lease, None before it is made.
         self.held: dict[int, weakref.ref[Lease] | None] = {}
         self._life = fork.current()
         self._socket = sock

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from tierd_kernels import Dtype
     from tierd_layouts.index import Tensor
 
+    #: bitmap, offsets, values
+    _Packed = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
 #: safetensors' names of element types, and torch's.
 TORCH_NAMES = {
     "BOOL": "bool",
@@ -34,8 +37,6 @@ TORCH_NAMES = {
     "F64": "float64",
 }
 
-    #: bitmap, offsets, values
-    _Packed = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 _dtypes: dict[str, torch.dtype] = {}
 
@@ -163,8 +164,9 @@ class PackedTensor:
         )
 
     def _fused(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        import tierd_kernels
         import torch
+
+        import tierd_kernels
 
         self._check_x(x)
         rows, cols = self.shape

@@ -210,6 +210,10 @@ class ArrayOutOfRange(IndexInvalid):
     """An array ends after its layer."""
 
 
+class ArrayAcrossExtents(IndexInvalid):
+    """An array begins in one extent and ends in another: no shard could hold it as one tensor."""
+
+
 class ArraysOverlap(IndexInvalid):
     """Two arrays of a layer share bytes."""
 

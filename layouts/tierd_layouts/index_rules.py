@@ -6,13 +6,15 @@ lengths that shape, dtype and codec demand. All arithmetic is on Python integers
 
 from __future__ import annotations
 
-from itertools import pairwise
+from bisect import bisect_right
+from itertools import accumulate, pairwise
 from math import prod
 from typing import TYPE_CHECKING
 
 from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
 from tierd_layouts.errors import (
     AliasInvalid,
+    ArrayAcrossExtents,
     ArrayBytesWrong,
     ArrayMisaligned,
     ArrayOutOfRange,
@@ -99,6 +101,11 @@ def check_layer(layer: Layer, where: str) -> None:
                 )
             if array.nbytes:
                 places.append((array.offset, end, label))
+    ends = list(accumulate(extent.nbytes for extent in layer.extents))
+    for begin, end, label in places:
+        boundary = ends[bisect_right(ends, begin)]
+        if end > boundary:
+            raise ArrayAcrossExtents(f"{label} is [{begin}, {end}), an extent ends at {boundary}")
     for left, right in pairwise(sorted(places)):
         if left[1] > right[0]:
             raise ArraysOverlap(f"{left[2]} ends at {left[1]}, {right[2]} starts at {right[0]}")

@@ -1,0 +1,160 @@
+"""Layers out of a pack: bytes with the promised hashes, and the arrays and weights in them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from tierd_layouts import tiles
+from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
+from tierd_layouts.errors import ChecksumMismatch, ShardTruncated, TileError
+from tierd_layouts.pack_reader import Folder, open_shard, pack_folder
+from tierd_layouts.records import BLOCK_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tierd_layouts.index import PackIndex
+    from tierd_layouts.records import Array, Extent, Layer, Tensor
+
+_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB - 4 KiB at once
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def read_layer(
+    pack_dir_fd: Folder, index: PackIndex, layer: Layer, *, where: str = "pack"
+) -> bytes:
+    """Returns the layer's bytes, verified. Raises ChecksumMismatch and what `open_shard` raises."""
+    pieces: list[bytes] = []
+    with pack_folder(pack_dir_fd) as folder:
+        for extent in layer.extents:
+            fd = open_shard(folder, index.shards[extent.shard], where=where)
+            try:
+                begin = extent.offset
+                end = extent.offset + extent.nbytes
+                while begin < end:
+                    piece = os.pread(fd, min(end - begin, _READ_BYTES), begin)
+                    if not piece:
+                        raise ShardTruncated(_truncated(where, index, extent, begin))
+                    pieces.append(piece)
+                    begin += len(piece)
+            finally:
+                os.close(fd)
+    content = b"".join(pieces)  # one piece is not copied
+    check_layer_bytes(content, index, layer, where=where)
+    return content
+
+
+def check_layer_bytes(
+    content: bytes | memoryview, index: PackIndex, layer: Layer, *, where: str = "pack"
+) -> None:
+    """Raises ChecksumMismatch unless `content`, the layer's bytes, has the promised hashes."""
+    begin = 0
+    with memoryview(content) as view:
+        for extent in layer.extents:
+            part = view[begin : begin + extent.nbytes]
+            for number in range(len(extent.xxh3)):
+                block = part[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+                found = xxhash.xxh3_64_intdigest(block)
+                _check_block(where, index, layer, extent, number, found)
+            begin += extent.nbytes
+
+
+def verify_layer(
+    pack_dir_fd: Folder,
+    index: PackIndex,
+    layer: Layer,
+    *,
+    where: str = "pack",
+    on_block: Callable[[int], object] | None = None,
+) -> None:
+    """Reads a layer block by block and checks every hash, in 4 MiB of memory.
+
+    on_block: called with the bytes of each block that was right. Raises like `read_layer`.
+    """
+    buffer = bytearray(BLOCK_BYTES)
+    with pack_folder(pack_dir_fd) as folder, memoryview(buffer) as view:
+        for extent in layer.extents:
+            fd = open_shard(folder, index.shards[extent.shard], where=where)
+            try:
+                for number in range(len(extent.xxh3)):
+                    begin = number * BLOCK_BYTES
+                    nbytes = min(BLOCK_BYTES, extent.nbytes - begin)
+                    filled = 0
+                    while filled < nbytes:
+                        position = extent.offset + begin + filled
+                        count = os.preadv(fd, [view[filled:nbytes]], position)
+                        if not count:
+                            raise ShardTruncated(_truncated(where, index, extent, position))
+                        filled += count
+                    found = xxhash.xxh3_64_intdigest(view[:nbytes])
+                    _check_block(where, index, layer, extent, number, found)
+                    if on_block is not None:
+                        on_block(nbytes)
+            finally:
+                os.close(fd)
+
+
+def layer_array(layer_bytes: bytes | memoryview, array: Array, dtype: Any) -> np.ndarray[Any, Any]:
+    """Returns a stored array as a 1-D view of the layer's bytes; `dtype` is numpy's."""
+    item_bytes = np.dtype(dtype).itemsize
+    return np.frombuffer(layer_bytes, dtype, count=array.nbytes // item_bytes, offset=array.offset)
+
+
+def tensor_bits(layer_bytes: bytes | memoryview, tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Returns a whole weight as unsigned integers of its element size, in its shape.
+
+    Dense tensors are views of `layer_bytes`, others are decoded. Raises TileError.
+    """
+    item = _UNSIGNED[ITEM_BYTES[tensor.dtype]]
+    if tensor.codec == "dense":
+        return layer_array(layer_bytes, tensor.arrays["data"], item).reshape(tensor.shape)
+    rows, cols = tensor.shape
+    return tiles.decode(*_tile_arrays(layer_bytes, tensor), rows, cols)
+
+
+def validate_layer(layer_bytes: bytes | memoryview, layer: Layer) -> None:
+    """Raises the TileError of the first rule that a bitmap-coded tensor of the layer breaks.
+
+    A right checksum says that the bytes are those that were written; this says that they are tiles.
+    """
+    for tensor in layer.tensors:
+        if tensor.codec == "dense":
+            continue
+        rows, cols = tensor.shape
+        try:
+            tiles.validate(*_tile_arrays(layer_bytes, tensor), rows, cols, tensor.nnz)
+        except TileError as error:
+            text = f"layer {layer.name!r}: tensor {tensor.name!r}: {error}"
+            raise type(error)(text) from error
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _tile_arrays(layer_bytes: bytes | memoryview, tensor: Tensor) -> tuple[Any, Any, Any]:
+    values = _UNSIGNED[ITEM_BYTES[RAW_VALUES_DTYPE[tensor.dtype]]]
+    return (
+        layer_array(layer_bytes, tensor.arrays["bitmap"], np.uint64),
+        layer_array(layer_bytes, tensor.arrays["offsets"], np.uint32),
+        layer_array(layer_bytes, tensor.arrays["values"], values),
+    )
+
+
+def _check_block(
+    where: str, index: PackIndex, layer: Layer, extent: Extent, number: int, found: int
+) -> None:
+    if found != extent.xxh3[number]:
+        raise ChecksumMismatch(
+            f"{where}: layer {layer.name!r}: block {number} of {len(extent.xxh3)}, at "
+            f"{extent.offset + number * BLOCK_BYTES} of {index.shards[extent.shard].file}: xxh3 is "
+            f"{found:016x}, the index says {extent.xxh3[number]:016x}"
+        )
+
+
+def _truncated(where: str, index: PackIndex, extent: Extent, position: int) -> str:
+    end = extent.offset + extent.nbytes
+    return f"{where}/{index.shards[extent.shard].file}: ends at {position}, its extent at {end}"

@@ -9,8 +9,10 @@
 namespace tierd {
 namespace avx512 {
 
-Fault expand16(const Packed&, uint32_t tile_row, uint16_t* out, uint64_t stride, uint64_t* tile);
-Fault expand32(const Packed&, uint32_t tile_row, uint32_t* out, uint64_t stride, uint64_t* tile);
+Fault expand16(const Packed&, uint32_t tile_row, uint16_t* out, uint64_t stride,
+               bool streaming, uint64_t* tile);
+Fault expand32(const Packed&, uint32_t tile_row, uint32_t* out, uint64_t stride,
+               bool streaming, uint64_t* tile);
 
 namespace {
 
@@ -21,6 +23,22 @@ constexpr uint64_t kLongestRun = uint64_t{kTile} * kTile * 4;
 struct alignas(kVector) RunCopy {
   uint8_t bytes[kLongestRun + kVector];
 };
+
+// Expansion from a register. Given a load, the compiler would fold it into vpexpand's memory form,
+// which is many times slower because it must not fault beyond the values that it takes.
+inline __m512i in_register(const uint8_t* run) {
+  __m512i vector = _mm512_loadu_si512(run);
+  asm("" : "+v"(vector));
+  return vector;
+}
+
+inline __m512i expand32x16(uint32_t bits, const uint8_t* run) {
+  return _mm512_maskz_expand_epi16(bits, in_register(run));
+}
+
+inline __m512i expand16x32(uint32_t bits, const uint8_t* run) {
+  return _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), in_register(run));
+}
 
 inline Fault check_tile(const Packed& m, uint64_t tile, uint32_t rows, uint32_t cols) {
   const uint64_t* words = m.bitmap + tile * kTile;

@@ -25,6 +25,10 @@ using Array = nb::ndarray<Scalar, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>
 // Tokens prepared at once: bounds the scratch to 128 bytes for each column.
 constexpr uint32_t kTokensPerPass = 32;
 
+// Outputs from this size on bypass the caches. Measured on Zen 5 with 32 MiB of L3, expanding and then
+// multiplying with the output: at 32 MiB a quarter faster, at 8 MiB a quarter slower.
+constexpr uint64_t kStreamBytes = 16u << 20;
+
 [[noreturn]] void refuse(const std::string& text) { throw nb::value_error(text.c_str()); }
 
 const Kernels& kernels_named(const std::string& name) {
@@ -124,9 +128,14 @@ void expand(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 
     Packed m;
     Element* out;
     uint32_t first;
+    bool streaming;
     Faults faults;
-  } job{kernels, packed<Element>(bitmap, offsets, values, total, cols), out.data(),
-        static_cast<uint32_t>(first), {}};
+  } job{kernels,   packed<Element>(bitmap, offsets, values, total, cols),
+        out.data(), static_cast<uint32_t>(first),
+        false,     {}};
+  const uint64_t row_bytes = uint64_t{cols} * sizeof(Element);
+  job.streaming = out_rows * row_bytes >= kStreamBytes && row_bytes % 64 == 0 &&
+                  reinterpret_cast<uintptr_t>(out.data()) % 64 == 0;
   job.m.rows = static_cast<uint32_t>(first) * kTile + out_rows;
   if (cols == 0) return;
   {
@@ -139,9 +148,9 @@ void expand(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 
           uint64_t tile = 0;
           Fault fault;
           if constexpr (sizeof(Element) == 2) {
-            fault = j.kernels.expand16(j.m, j.first + index, to, j.m.cols, &tile);
+            fault = j.kernels.expand16(j.m, j.first + index, to, j.m.cols, j.streaming, &tile);
           } else {
-            fault = j.kernels.expand32(j.m, j.first + index, to, j.m.cols, &tile);
+            fault = j.kernels.expand32(j.m, j.first + index, to, j.m.cols, j.streaming, &tile);
           }
           j.faults.report(fault, tile);
         },

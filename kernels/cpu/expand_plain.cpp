@@ -26,11 +26,13 @@ Fault expand(const Packed& m, uint32_t tile_row, Element* out, uint64_t stride, 
 
 }  // namespace
 
-Fault expand16(const Packed& m, uint32_t tile_row, uint16_t* out, uint64_t stride, uint64_t* tile) {
+Fault expand16(const Packed& m, uint32_t tile_row, uint16_t* out, uint64_t stride,
+               bool, uint64_t* tile) {
   return expand(m, tile_row, out, stride, tile);
 }
 
-Fault expand32(const Packed& m, uint32_t tile_row, uint32_t* out, uint64_t stride, uint64_t* tile) {
+Fault expand32(const Packed& m, uint32_t tile_row, uint32_t* out, uint64_t stride,
+               bool, uint64_t* tile) {
   return expand(m, tile_row, out, stride, tile);
 }
 

@@ -47,10 +47,11 @@ struct Kernels {
   const char* name;
   bool (*supported)();
   // Writes the rows of `tile_row` to `out` (its first row; `stride` elements from row to row).
+  // `streaming`: the output is larger than the caches, and every row starts on 64 bytes.
   Fault (*expand16)(const Packed&, uint32_t tile_row, uint16_t* out, uint64_t stride,
-                    uint64_t* tile);
+                    bool streaming, uint64_t* tile);
   Fault (*expand32)(const Packed&, uint32_t tile_row, uint32_t* out, uint64_t stride,
-                    uint64_t* tile);
+                    bool streaming, uint64_t* tile);
   // x of one token block as floats, in the order that this instruction set's linear wants:
   // [tile_cols][tokens][64], zero beyond `cols`. `x` is the bits of `dtype`, [tokens][cols].
   void (*prepare)(Dtype, const void* x, uint32_t tokens, uint32_t cols, float* prepared);

@@ -18,17 +18,16 @@ template <Dtype dtype>
 inline const uint8_t* load_row(uint64_t word, const uint8_t* run, __m512 w[4]) {
   if constexpr (dtype == Dtype::kF32) {
     for (int i = 0; i < 4; ++i, word >>= 16) {
-      const __mmask16 some = static_cast<__mmask16>(word);
-      w[i] = _mm512_maskz_expand_ps(some, _mm512_loadu_ps(run));
+      const uint32_t some = word & 0xffff;
+      w[i] = _mm512_castsi512_ps(expand16x32(some, run));
       run += 4 * __builtin_popcount(some);
     }
     return run;
   } else {
-    const __mmask32 low = static_cast<__mmask32>(word);
-    const __mmask32 high = static_cast<__mmask32>(word >> 32);
-    const uint8_t* middle = run + 2 * __builtin_popcount(low);
-    const __m512i left = _mm512_maskz_expand_epi16(low, _mm512_loadu_si512(run));
-    const __m512i right = _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(middle));
+    const uint32_t low = static_cast<uint32_t>(word);
+    const __m512i left = expand32x16(low, run);
+    const __m512i right =
+        expand32x16(static_cast<uint32_t>(word >> 32), run + 2 * __builtin_popcount(low));
     if constexpr (dtype == Dtype::kBF16) {
       // Even columns, then odd ones, as `prepare` orders x: no shuffle is needed.
       const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
@@ -57,14 +56,23 @@ inline void load_x(const float* from, __m512 x[4]) {
   for (int i = 0; i < 4; ++i) x[i] = _mm512_load_ps(from + 16 * i);
 }
 
+// Rows whose sums are loaded before the first of them is stored. A load of a sum is held back by the
+// stores before it until their addresses and values are known; row by row that made one chain of all
+// rows, at half the speed.
+constexpr uint32_t kRowsAtOnce = 4;
+
 template <Dtype dtype>
 void one_token(const uint64_t* words, const uint8_t* run, const float* from, __m512* sums) {
-  __m512 x[4], w[4];
+  __m512 x[4], w[4], group[kRowsAtOnce];
   load_x(from, x);
-  for (uint32_t row = 0; row < kTile; ++row) {
-    _mm_prefetch(reinterpret_cast<const char*>(run + kAhead), _MM_HINT_T0);
-    run = load_row<dtype>(words[row], run, w);
-    sums[row] = add_products(sums[row], w, x);
+  for (uint32_t row = 0; row < kTile; row += kRowsAtOnce) {
+    for (uint32_t i = 0; i < kRowsAtOnce; ++i) group[i] = sums[row + i];
+    for (uint32_t i = 0; i < kRowsAtOnce; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(run + kAhead), _MM_HINT_T0);
+      run = load_row<dtype>(words[row + i], run, w);
+      group[i] = add_products(group[i], w, x);
+    }
+    for (uint32_t i = 0; i < kRowsAtOnce; ++i) sums[row + i] = group[i];
   }
 }
 

@@ -8,8 +8,10 @@
 namespace tierd {
 namespace plain {
 
-Fault expand16(const Packed&, uint32_t tile_row, uint16_t* out, uint64_t stride, uint64_t* tile);
-Fault expand32(const Packed&, uint32_t tile_row, uint32_t* out, uint64_t stride, uint64_t* tile);
+Fault expand16(const Packed&, uint32_t tile_row, uint16_t* out, uint64_t stride,
+               bool streaming, uint64_t* tile);
+Fault expand32(const Packed&, uint32_t tile_row, uint32_t* out, uint64_t stride,
+               bool streaming, uint64_t* tile);
 
 namespace {
 

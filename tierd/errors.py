@@ -2,11 +2,12 @@
 
 TierdError                      code internal
     ConfigError        ValueError       never leaves the process: exit 2
-    BudgetTooLarge     MemoryError      budget_too_small's mirror: refused at start, exit 1
+    BudgetTooLarge     MemoryError      refused at start, before the first page: exit 1
     ArenaError         OSError          no memory could be obtained
     SocketInUse        OSError          another daemon answers on the socket
     ReadError          OSError          read_failed
         ChecksumMismatch                checksum_mismatch
+        ReadCancelled                   shutting_down
     PackInvalid        ValueError       pack_invalid
     ModelNotFound      KeyError         not_found
     LayerNotFound      KeyError         not_found
@@ -66,6 +67,12 @@ class ChecksumMismatch(ReadError):
     """What was read is not what was packed. Names pack, layer, block and both hashes."""
 
     code = "checksum_mismatch"
+
+
+class ReadCancelled(ReadError):
+    """The readers were closed before the layer was read."""
+
+    code = "shutting_down"
 
 
 class PackInvalid(TierdError, ValueError):

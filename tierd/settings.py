@@ -1,0 +1,156 @@
+"""The settings that exist: how each is spelt on the command line, in TOML and in the environment,
+and what makes a value of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tierd.sizes import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_LARGEST_MODE = 0o777
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key. `parse` turns a text (flag, environment) or a TOML value into the value in effect,
+    and raises ValueError saying what it expected. Its second argument is the directory that
+    relative paths start from."""
+
+    key: str
+    default: Any
+    parse: Callable[[object, Path], Any]
+    toml: tuple[type, ...]  #: what the value may be in TOML, where texts need not stand for all
+    metavar: str
+    help: str
+    repeatable: str | None = None  #: the flag of one entry, where the key is a list
+    boolean: bool = False
+
+    @property
+    def flag(self) -> str:
+        return self.repeatable or "--" + self.key.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "TIERD_" + self.key.upper()
+
+
+def _paths(value: object, base: Path) -> tuple[Path, ...]:
+    entries = value.split(":") if isinstance(value, str) else value
+    if not isinstance(entries, list | tuple) or not all(
+        isinstance(entry, str) and entry for entry in entries
+    ):
+        raise ValueError("expected a list of directories")
+    return tuple((base / entry).absolute() for entry in entries)
+
+
+def _size(value: object, base: Path) -> int:
+    if not isinstance(value, str | int):
+        raise ValueError("expected a size like '4GiB', or a number of bytes")
+    return parse_size(value)
+
+
+def _budget(value: object, base: Path) -> int | None:
+    return None if value == "auto" else _size(value, base)
+
+
+def _bandwidth(value: object, base: Path) -> int:
+    if isinstance(value, str):
+        value = value.removesuffix("/s")
+    return _size(value, base)
+
+
+def _socket(value: object, base: Path) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected a path")
+    return str(base / value)
+
+
+def _mode(value: object, base: Path) -> int:
+    if isinstance(value, str) and re.fullmatch(r"(0o?)?[0-7]{3}", value):
+        value = int(value, 8)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST_MODE:
+        raise ValueError("expected an octal mode like '0660'")
+    return value
+
+
+def _number(lowest: int, highest: int) -> Callable[[object, Path], int]:
+    def parse(value: object, base: Path) -> int:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value, re.ASCII):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"expected a whole number from {lowest} to {highest}")
+        if not lowest <= value <= highest:
+            raise ValueError(f"expected a number from {lowest} to {highest}")
+        return value
+
+    return parse
+
+
+def _choice(*choices: str) -> Callable[[object, Path], str]:
+    def parse(value: object, base: Path) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return value
+
+    return parse
+
+
+def _boolean(value: object, base: Path) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in (*_TRUE, *_FALSE):
+        return value.lower() in _TRUE
+    raise ValueError("expected true or false")
+
+
+_TEXT, _INT, _LIST, _BOOL = (str,), (int,), (list,), (bool,)
+_TEXT_OR_INT = (str, int)
+
+SETTINGS = (
+    Setting("models", (), _paths, _LIST, "DIR", "serve every pack in DIR; repeatable", "--models"),
+    Setting("packs", (), _paths, _LIST, "DIR", "serve the pack DIR; repeatable", "--pack"),
+    Setting(
+        "dram", None, _budget, _TEXT_OR_INT, "SIZE",
+        "the DRAM budget: 4GiB, 1.5GB, bytes, or auto = half of what is free (default)",
+    ),
+    Setting("socket", None, _socket, _TEXT, "PATH", "listen here"),
+    Setting(
+        "socket_mode", 0o660, _mode, _TEXT_OR_INT, "MODE",
+        "permissions of the socket, octal (default 0660)",
+    ),
+    Setting(
+        "ssd_bandwidth", None, _bandwidth, _TEXT_OR_INT, "SIZE",
+        "read at most SIZE bytes per second, all packs together (default: no limit)",
+    ),
+    Setting("readers", 4, _number(1, 64), _INT, "N", "threads that read packs (default 4)"),
+    Setting(
+        "reads_in_flight", 2, _number(1, 64), _INT, "N",
+        "layers read at the same time (default 2)",
+    ),
+    Setting(
+        "max_clients", 64, _number(1, 4096), _INT, "N",
+        "connections served at the same time (default 64)",
+    ),
+    Setting(
+        "populate", True, _boolean, _BOOL, "BOOL",
+        "take the whole budget from the system at start, in the background", boolean=True,
+    ),
+    Setting(
+        "mlock", "auto", _choice("auto", "off"), _TEXT, "auto|off",
+        "lock the budget in memory where that is permitted (default auto)",
+    ),
+    Setting(
+        "log_level", "info", _choice(*_LOG_LEVELS), _TEXT, "|".join(_LOG_LEVELS),
+        "least important messages to log (default info)",
+    ),
+)  # fmt: skip
+
+BY_KEY = {setting.key: setting for setting in SETTINGS}

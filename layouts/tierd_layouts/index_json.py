@@ -20,6 +20,7 @@ from tierd_layouts.errors import (
     UnsupportedVersion,
     WrongFormatName,
 )
+from tierd_layouts.excerpt import excerpt
 from tierd_layouts.records import FORMAT_NAME, FORMAT_VERSION, Array, Extent, Layer, Shard, Tensor
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Members:
 
     def __init__(self, value: object, where: str) -> None:
         if not isinstance(value, dict):
-            raise FieldInvalid(f"{where}: expected an object, found {_show(value)}")
+            raise FieldInvalid(f"{where}: expected an object, found {excerpt(value)}")
         self._members: dict[str, object] = dict(value)
         self.where = where
 
@@ -44,15 +45,15 @@ class Members:
             raise FieldMissing(f"{self.where}: member {name!r} is missing")
         return self._members.pop(name)
 
+    def _path(self, name: str) -> str:
+        # Names of the format are short words; aliases and metadata may have any name.
+        return f"{self.where}.{name if name.isidentifier() and len(name) < 40 else excerpt(name)}"
+
     def text(self, name: str) -> str:
         value = self.take(name)
         if not isinstance(value, str):
-            raise FieldInvalid(f"{self.where}.{name}: expected text, found {_show(value)}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise FieldInvalid(f"{self.where}.{name}: {_show(value)} is not Unicode") from error
-        return value
+            raise FieldInvalid(f"{self._path(name)}: expected text, found {excerpt(value)}")
+        return _unicode(value, self._path(name))
 
     def integer(self, name: str) -> int:
         """Returns an integer in [0, 2^63)."""
@@ -66,18 +67,18 @@ class Members:
     def items(self, name: str) -> list[object]:
         value = self.take(name)
         if not isinstance(value, list):
-            raise FieldInvalid(f"{self.where}.{name}: expected a list, found {_show(value)}")
+            raise FieldInvalid(f"{self._path(name)}: expected a list, found {excerpt(value)}")
         return value
 
     def texts(self, name: str) -> dict[str, str]:
         """Returns an object whose members are all text."""
         members = Members(self.take(name), f"{self.where}.{name}")
-        return {key: members.text(key) for key in list(members._members)}
+        return {_unicode(key, members.where): members.text(key) for key in list(members._members)}
 
     def finish(self) -> None:
         """Raises UnknownField when a member was not asked for."""
         if self._members:
-            names = ", ".join(repr(name[:80]) for name in sorted(self._members)[:5])
+            names = ", ".join(excerpt(name) for name in sorted(self._members)[:5])
             raise UnknownField(f"{self.where}: version {FORMAT_VERSION} has no member {names}")
 
 
@@ -92,7 +93,7 @@ def load(text: bytes, where: str) -> tuple[Members, str]:
     body = _parse(text, where)
     if body.get("format") != FORMAT_NAME:
         raise WrongFormatName(
-            f"{where}: format is {_show(body.get('format'))}, expected {FORMAT_NAME!r}"
+            f"{where}: format is {excerpt(body.get('format'))}, expected {FORMAT_NAME!r}"
         )
     version = _integer(body.get("version"), f"{where}: version")
     if version != FORMAT_VERSION:
@@ -100,9 +101,14 @@ def load(text: bytes, where: str) -> tuple[Members, str]:
             f"{where}: format version {version}, this tierd reads {FORMAT_VERSION}"
         )
     stated = body.pop("xxh3", None)
-    found = digest(body)
+    try:
+        found = digest(body)
+    except RecursionError as error:  # just shallow enough to be read, too deep to be written
+        raise IndexNotJson(f"{where}: not an index: nested too deeply") from error
     if stated != found:
-        raise IndexChecksumWrong(f"{where}: xxh3 of the index is {found}, it says {_show(stated)}")
+        raise IndexChecksumWrong(
+            f"{where}: xxh3 of the index is {found}, it says {excerpt(stated)}"
+        )
     del body["format"], body["version"]
     return Members(body, where), found
 
@@ -178,7 +184,7 @@ def _read_tensor(value: object, where: str) -> Tensor:
         tile=None if tile is None else _pair(tile, f"{where}.tile"),
         nnz=members.integer("nnz"),
         arrays={
-            name: _read_array(arrays.take(name), f"{where}.arrays.{name}")
+            name: _read_array(arrays.take(name), f"{where}.arrays[{excerpt(name)}]")
             for name in list(arrays._members)
         },
         source=members.text("source"),
@@ -245,7 +251,7 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"member {twice[:80]!r} appears twice")
+            raise ValueError(f"member {excerpt(twice)} appears twice")
         return found
 
     def refuse_number(literal: str) -> NoReturn:
@@ -262,19 +268,27 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # both Unicode and JSON errors are ValueErrors
         raise IndexNotJson(f"{where}: not an index: {str(error)[:200]}") from error
     if not isinstance(value, dict):
-        raise IndexNotJson(f"{where}: not an index: expected an object, found {_show(value)}")
+        raise IndexNotJson(f"{where}: not an index: expected an object, found {excerpt(value)}")
     return value
+
+
+def _unicode(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FieldInvalid(f"{where}: {excerpt(text)} is not Unicode") from error
+    return text
 
 
 def _integer(value: object, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
-        raise FieldInvalid(f"{where}: expected an integer in [0, 2^63), found {_show(value)}")
+        raise FieldInvalid(f"{where}: expected an integer in [0, 2^63), found {excerpt(value)}")
     return value
 
 
 def _integer_list(value: object, where: str) -> tuple[int, ...]:
     if not isinstance(value, list):
-        raise FieldInvalid(f"{where}: expected a list, found {_show(value)}")
+        raise FieldInvalid(f"{where}: expected a list, found {excerpt(value)}")
     return tuple(_integer(item, f"{where}[{i}]") for i, item in enumerate(value))
 
 
@@ -291,12 +305,5 @@ def _hash(value: object, where: str) -> int:
         or len(value) != 16
         or not all(c in "0123456789abcdef" for c in value)
     ):
-        raise FieldInvalid(f"{where}: expected 16 lower-case hex digits, found {_show(value)}")
+        raise FieldInvalid(f"{where}: expected 16 lower-case hex digits, found {excerpt(value)}")
     return int(value, 16)
-
-
-def _show(value: object) -> str:
-    text = str(value) if isinstance(value, int) and abs(value) < 1 << 70 else ""
-    if not text:
-        text = "a huge integer" if isinstance(value, int) else repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."

@@ -35,6 +35,7 @@ from tierd_layouts.errors import (
     UnknownOrder,
     UnknownTensorDtype,
 )
+from tierd_layouts.excerpt import excerpt
 from tierd_layouts.names import check_file_name, check_layer_name, check_tensor_name
 from tierd_layouts.records import (
     ARRAY_ALIGNMENT,
@@ -118,23 +119,25 @@ def check_tensor(tensor: Tensor, where: str) -> None:
     check_tensor_name(tensor.source)
     expected = ARRAYS_OF_CODEC.get(tensor.codec)
     if expected is None:
-        raise UnknownCodec(f"{where}: codec {tensor.codec!r}, known are {_list(ARRAYS_OF_CODEC)}")
+        raise UnknownCodec(
+            f"{where}: codec {excerpt(tensor.codec)}, known are {_list(ARRAYS_OF_CODEC)}"
+        )
     if tensor.order not in ORDERS:
-        raise UnknownOrder(f"{where}: order {tensor.order!r}, known are {_list(ORDERS)}")
+        raise UnknownOrder(f"{where}: order {excerpt(tensor.order)}, known are {_list(ORDERS)}")
     known = RAW_VALUES_DTYPE if tensor.codec == "raw" else ITEM_BYTES
     if tensor.dtype not in known:
         raise UnknownTensorDtype(
-            f"{where}: dtype {tensor.dtype!r}, codec {tensor.codec} knows {_list(known)}"
+            f"{where}: dtype {excerpt(tensor.dtype)}, codec {tensor.codec} knows {_list(known)}"
         )
     if tensor.slice is not None:
-        raise SliceRefused(f"{where}: slice {list(tensor.slice)}, version 1 has none")
+        raise SliceRefused(f"{where}: slice {excerpt(tensor.slice)}, version 1 has none")
     if len(tensor.shape) > MAX_DIMENSIONS:
         raise BadShape(f"{where}: {len(tensor.shape)} dimensions, the limit is {MAX_DIMENSIONS}")
     # Zero-sized tensors too: 0 x 2^62 has no bytes, but its tile count would not fit anywhere.
     extent = prod(max(size, 1) for size in tensor.shape) * ITEM_BYTES[tensor.dtype]
     if min(tensor.shape, default=0) < 0 or extent > MAX_TENSOR_BYTES:
         raise BadShape(
-            f"{where}: shape {list(tensor.shape)} has a dimension below 0 or is too large"
+            f"{where}: shape {excerpt(list(tensor.shape))} has a dimension below 0 or is too large"
         )
     if sorted(tensor.arrays) != sorted(expected):
         raise ArraySetWrong(
@@ -158,7 +161,9 @@ def _check_raw(tensor: Tensor, where: str) -> None:
     if tensor.tile != (TILE, TILE):
         raise BadTile(f"{where}: tile {tensor.tile}, codec raw has ({TILE}, {TILE})")
     if len(tensor.shape) != 2:
-        raise BadShape(f"{where}: shape {list(tensor.shape)}, codec raw needs 2 dimensions")
+        raise BadShape(
+            f"{where}: shape {excerpt(list(tensor.shape))}, codec raw needs 2 dimensions"
+        )
     grid = TileGrid(*tensor.shape)
     item_bytes = ITEM_BYTES[tensor.dtype]
     _check_bytes(tensor, "bitmap", grid.bitmap_words * 8, where)
@@ -179,7 +184,7 @@ def _check_bytes(tensor: Tensor, array: str, needed: int, where: str) -> None:
     found = tensor.arrays[array].nbytes
     if found != needed:
         raise ArrayBytesWrong(
-            f"{where}: array {array!r} has {found} bytes, shape {list(tensor.shape)} of "
+            f"{where}: array {array!r} has {found} bytes, shape {excerpt(list(tensor.shape))} of "
             f"{tensor.dtype} needs {needed}"
         )
 
@@ -240,4 +245,4 @@ def _refuse_duplicates(names: Iterable[str], label: str) -> None:
 
 
 def _list(names: Iterable[str]) -> str:
-    return ", ".join(name[:80] for name in names)
+    return ", ".join(excerpt(name) for name in names)

@@ -25,6 +25,7 @@ from tierd_layouts.errors import (
     TensorBytesWrong,
     UnknownDtype,
 )
+from tierd_layouts.excerpt import excerpt
 from tierd_layouts.names import METADATA_NAME
 from tierd_layouts.records import PAGE_BYTES
 
@@ -94,15 +95,17 @@ def parse_header(text: bytes, *, file_bytes: int, where: str) -> Header:
     members = _parse_json(text, where)
     has_metadata = METADATA_NAME in members
     metadata = _parse_metadata(members.pop(METADATA_NAME, {}), where)
-    entries = {name: _parse_entry(value, f"{where}: {name!r}") for name, value in members.items()}
+    entries = {
+        name: _parse_entry(value, f"{where}: {excerpt(name)}") for name, value in members.items()
+    }
     data_start = _LENGTH.size + len(text)
     position, last = 0, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             raise DataHoles(
-                f"{where}: {name!r} begins at {entry.begin}, but {last} ended at {position}"
+                f"{where}: {excerpt(name)} begins at {entry.begin}, but {last} ended at {position}"
             )
-        position, last = entry.end, repr(name)
+        position, last = entry.end, excerpt(name)
     needed = data_start + position
     if file_bytes < needed:
         raise ShardTruncated(f"{where}: {last} ends at {needed}, the file has {file_bytes} bytes")
@@ -174,6 +177,9 @@ def _parse_json(text: bytes, where: str) -> dict[str, object]:
     # The crate demands `{` as the first byte, so that a file is never also something else.
     if not isinstance(members, dict) or text[:1] != b"{":
         raise HeaderNotJson(f"{where}: the header does not begin with an object: {text[:20]!r}")
+    for name in members:
+        if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
+            raise HeaderNotJson(f"{where}: name {excerpt(name)} is not Unicode")
     return members
 
 
@@ -187,23 +193,23 @@ def _parse_entry(value: object, where: str) -> Entry:
     if not isinstance(value, dict) or sorted(value) != ["data_offsets", "dtype", "shape"]:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise HeaderEntryInvalid(
-            f"{where}: needs exactly dtype, shape and data_offsets, found {str(found)[:100]}"
+            f"{where}: needs exactly dtype, shape and data_offsets, found {excerpt(found)}"
         )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise UnknownDtype(f"{where}: dtype {str(dtype)[:40]!r}, known are {', '.join(ITEM_BYTES)}")
+        raise UnknownDtype(f"{where}: dtype {excerpt(dtype)}, known are {', '.join(ITEM_BYTES)}")
     if not _are_integers(shape):
-        raise HeaderEntryInvalid(f"{where}: shape {str(shape)[:100]} is not a list of integers")
+        raise HeaderEntryInvalid(f"{where}: shape {excerpt(shape)} is not a list of integers")
     if not _are_integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise HeaderEntryInvalid(
-            f"{where}: data_offsets {str(offsets)[:100]} are not [begin, end] with begin <= end"
+            f"{where}: data_offsets {excerpt(offsets)} are not [begin, end] with begin <= end"
         )
     entry = Entry(dtype, tuple(shape), offsets[0], offsets[1])
     needed = prod(entry.shape) * ITEM_BYTES[dtype]
     if entry.nbytes != needed:
         raise TensorBytesWrong(
-            f"{where}: data_offsets hold {entry.nbytes} bytes, {dtype}{list(entry.shape)[:10]} "
-            f"needs {str(needed)[:40]}"
+            f"{where}: data_offsets hold {entry.nbytes} bytes, {dtype}{excerpt(list(entry.shape))} "
+            f"needs {excerpt(needed)}"
         )
     return entry
 

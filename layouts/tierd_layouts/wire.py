@@ -130,10 +130,16 @@ class FrameDecoder:
 
     def _decode(self, body: bytes) -> Message:
         try:
+            # msgpack allocates an array at its claimed length, before its elements: nested claims
+            # of 16384 made 68 MB out of 3 KB. Skipping allocates nothing and proves that every
+            # claimed element is there, so the real pass stays linear in the frame's size.
+            checker = msgpack.Unpacker(max_buffer_size=max(self._limit, 1))
+            checker.feed(body)
+            checker.skip()
             message = msgpack.unpackb(
                 body, raw=False, strict_map_key=True, ext_hook=_refuse_ext, **self._unpack_limits
             )
-        except (ValueError, RecursionError) as error:  # every msgpack error here is a ValueError
+        except (ValueError, RecursionError, msgpack.OutOfData) as error:
             text = str(error) or type(error).__name__
             raise MalformedFrame(f"frame of {len(body)} bytes: {text[:200]}") from error
         if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):

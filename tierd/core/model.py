@@ -165,7 +165,7 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class HolderGone:
-    """A process that held leases of the previous daemon died, or said that it holds them no more."""
+    """A process that held leases of the previous daemon died, or no longer reads them."""
 
     at_ns: int
     holder: int
@@ -193,7 +193,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Fill `[offset, offset + nbytes)` of the arena with the layer; answer ReadDone or ReadFailed."""
+    """Fill `[offset, offset + nbytes)` with the layer; answer ReadDone or ReadFailed."""
 
     slot: int
     generation: int
@@ -206,7 +206,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """The slot is empty from now on. Its memory stays with the arena."""
+    """The slot is empty from now on, also after a read that failed. Its memory stays warm."""
 
     slot: int
     generation: int

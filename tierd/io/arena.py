@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tierd.errors import ArenaError
-from tierd.io.pages import HUGE_PAGE_BYTES, PageKind, Pages, choose_pages
+from tierd.io.pages import HUGE_PAGE_BYTES, PageKind, Pages, choose_pages, is_hugetlb
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -142,12 +142,9 @@ class Arena:
         stat = os.fstat(fd)
         if stat.st_size == 0 or stat.st_size % HUGE_PAGE_BYTES:
             raise ArenaError(f"descriptor {fd} has {stat.st_size} bytes, not arena {arena_id}")
-        if stat.st_blksize == HUGE_PAGE_BYTES:  # hugetlbfs; shmem says 4096 there
-            pages = Pages(PageKind.HUGETLB, "2 MiB pages (hugetlb)")
-        else:
-            pages = pages or choose_pages(0)
-            if pages.kind is PageKind.HUGETLB:
-                raise ArenaError(f"arena {arena_id} was created without hugetlb pages")
+        pages = pages or choose_pages(0, kept_fds=[fd])
+        if is_hugetlb(fd) != (pages.kind is PageKind.HUGETLB):
+            raise ArenaError(f"arena {arena_id} was not made for {pages.text}")
         return cls(arena_id, fd, pages, mlock=mlock)
 
     @property

@@ -7,9 +7,14 @@ serve, and the daemon says so.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SMALL_PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 << 20
@@ -40,13 +45,14 @@ class Pages:
         return SMALL_PAGE_BYTES if self.kind is PageKind.SMALL else HUGE_PAGE_BYTES
 
 
-def choose_pages(budget_bytes: int, root: Path = _ROOT) -> Pages:
+def choose_pages(budget_bytes: int, root: Path = _ROOT, *, kept_fds: Sequence[int] = ()) -> Pages:
     """hugetlb when enough of it is free for the whole budget, else transparent, else 4 KiB.
 
-    root: where /proc and /sys are looked up (tests).
+    kept_fds: arenas of an earlier daemon. A memfd of hugetlb pages stays one and no other becomes
+    one, so they decide about hugetlb. root: where /proc and /sys are looked up (tests).
     """
     free = _free_hugetlb_bytes(root)
-    if free >= budget_bytes > 0:
+    if any(is_hugetlb(fd) for fd in kept_fds) or (free >= budget_bytes and not kept_fds):
         return Pages(PageKind.HUGETLB, "2 MiB pages (hugetlb)")
     state = shmem_huge_state(root)
     if state in _THP_OPEN:
@@ -61,6 +67,11 @@ def choose_pages(budget_bytes: int, root: Path = _ROOT) -> Pages:
             f"{-(-budget_bytes // HUGE_PAGE_BYTES)}; see systemd/tierd.tmpfiles.conf"
         ),
     )
+
+
+def is_hugetlb(fd: int) -> bool:
+    """Whether the memfd is made of reserved 2 MiB pages; one of shmem says 4096 here."""
+    return os.fstat(fd).st_blksize == HUGE_PAGE_BYTES
 
 
 def shmem_huge_state(root: Path = _ROOT) -> str:

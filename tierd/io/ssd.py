@@ -194,6 +194,11 @@ class ReaderPool:
                 direct=not self._buffered,
             )
 
+    def alive(self) -> bool:
+        """Whether every thread that was started still serves. A device that does not answer is
+        not counted here: its layers wait, those of other devices need not."""
+        return all(thread.is_alive() for thread in self._threads)
+
     def notes(self) -> list[str]:
         """What an operator should know about these reads, for `tierctl status`."""
         with self._lock:

@@ -1,0 +1,67 @@
+"""What the packer and its companions refuse, by name.
+
+    ToolError
+    ├── CheckpointError (ValueError)         the source folder is not a readable HF checkpoint
+    │   └── CheckpointMissing (FileNotFoundError)
+    ├── PackError (RuntimeError)             packing or unpacking cannot go on
+    │   ├── BadSetting (ValueError)          a parameter outside its range: usage, exit code 2
+    │   ├── TargetRefused (FileExistsError)  the target holds something that is not ours to replace
+    │   ├── TargetBusy (BlockingIOError)     another packer works on this target
+    │   ├── TargetUnwritable (PermissionError)
+    │   └── DiskFull (OSError)               with the bytes needed and the bytes free
+    ├── VerifyError (ValueError)             a pack does not hold what its index promises
+    ├── NoDaemon (ConnectionError)           nobody answers at the socket
+    └── DaemonRefused (RuntimeError)         the daemon answered with an error
+
+Every text names the path, and the number that was expected beside the one that was found.
+"""
+
+from __future__ import annotations
+
+
+class ToolError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class CheckpointError(ToolError, ValueError):
+    """The folder is not a Hugging Face checkpoint that can be read whole."""
+
+
+class CheckpointMissing(CheckpointError, FileNotFoundError):
+    """The folder, or a file without which it is no checkpoint, is not there."""
+
+
+class PackError(ToolError, RuntimeError):
+    """Packing or unpacking cannot go on; what was at the target before is untouched."""
+
+
+class BadSetting(PackError, ValueError):
+    """A parameter is outside its range, or two do not go together."""
+
+
+class TargetRefused(PackError, FileExistsError):
+    """The target exists and is not a pack (or, for unpack, not an empty directory)."""
+
+
+class TargetBusy(PackError, BlockingIOError):
+    """Another process holds the lock of this target."""
+
+
+class TargetUnwritable(PackError, PermissionError):
+    """The target cannot be created or written."""
+
+
+class DiskFull(PackError, OSError):
+    """The file system of the target has no room for the result."""
+
+
+class VerifyError(ToolError, ValueError):
+    """A pack does not hold what its index promises."""
+
+
+class NoDaemon(ToolError, ConnectionError):
+    """Nobody answers at the socket."""
+
+
+class DaemonRefused(ToolError, RuntimeError):
+    """The daemon answered with an error; the text is the daemon's."""

@@ -63,7 +63,7 @@ class Arena:
     """See the module. Owns the descriptors and the mapping; `close` needs all buffers released."""
 
     def __init__(self, arena_id: int, fd: int, pages: Pages, *, mlock: bool = True) -> None:
-        """Maps an existing memfd; use `create` or `adopt`. Takes `fd` over, also on failure."""
+        """Maps an existing memfd; use `create` or `adopt`. Takes `fd` over, not on failure."""
         self.arena_id = arena_id
         self.fd = fd
         self.pages = pages
@@ -71,13 +71,11 @@ class Arena:
         try:
             self.readonly_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            os.close(fd)
             raise ArenaError(f"arena {arena_id}: no read-only descriptor: {error}") from error
         try:
             self._map = mmap.mmap(fd, self.span_bytes, flags=mmap.MAP_SHARED | _MAP_NORESERVE)
         except (OSError, ValueError) as error:
             os.close(self.readonly_fd)
-            os.close(fd)
             raise ArenaError(
                 f"arena {arena_id}: {self.span_bytes} bytes of address space cannot be mapped: "
                 f"{error}"
@@ -118,12 +116,15 @@ class Arena:
             os.ftruncate(fd, span_bytes)
             os.fchmod(fd, 0o600)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            return cls(arena_id, fd, pages, mlock=mlock)
+        except ArenaError:
+            os.close(fd)
+            raise
         except OSError as error:
             os.close(fd)
             raise ArenaError(
                 f"arena {arena_id}: a memfd of {span_bytes} bytes was refused: {error}"
             ) from error
-        return cls(arena_id, fd, pages, mlock=mlock)
 
     @classmethod
     def adopt(
@@ -131,7 +132,8 @@ class Arena:
     ) -> Arena:
         """The arena of an earlier daemon, with what it holds. Takes `fd` over.
 
-        A descriptor that is not a sealed memfd of ours raises ArenaError and is left open.
+        A descriptor that is not a sealed memfd of ours raises ArenaError; then `fd` stays open
+        and the caller's.
         """
         try:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)

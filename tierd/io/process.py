@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
@@ -9,9 +10,10 @@ import stat
 import struct
 from dataclasses import dataclass
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
 _SO_PEERGROUPS = 59  # Linux 4.13; not in Python's socket module
 _SO_PEERPIDFD = 77  # Linux 6.5
-_GID = struct.Struct("I")
 _START_TIME_AFTER_COMM = 19  # field 22 of /proc/PID/stat; the first after comm is field 3
 
 
@@ -48,16 +50,20 @@ def peer_credentials(sock: socket.socket) -> PeerCredentials:
 
 
 def _peer_groups(sock: socket.socket) -> tuple[int, ...]:
-    room = 64
+    """By libc: Python's getsockopt takes no more than 256 groups, the kernel knows 65536."""
+    length = ctypes.c_uint32(0)
     while True:
-        try:
-            raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, room * _GID.size)
-        except OSError as error:
-            if error.errno == errno.ERANGE and room < 1 << 16:  # NGROUPS_MAX
-                room *= 32
-                continue
-            raise
-        return tuple(gid for (gid,) in _GID.iter_unpack(raw))
+        groups = (ctypes.c_uint32 * (length.value // 4))()
+        if (
+            _libc.getsockopt(
+                sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, groups, ctypes.byref(length)
+            )
+            == 0
+        ):
+            return tuple(groups)
+        number = ctypes.get_errno()
+        if number != errno.ERANGE:  # ERANGE: `length` now says how much there is
+            raise OSError(number, f"SO_PEERGROUPS: {os.strerror(number)}")
 
 
 def open_pidfd(peer: socket.socket | int) -> int:

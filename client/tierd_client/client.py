@@ -63,7 +63,7 @@ class Client:
         self._connection.check()
         with self._opening:
             opened = self._opened.get(model)
-            if opened is None:
+            if opened is None or opened.closed:
                 reply = self._connection.call("open", model=model)
                 opened = OpenedModel(model, self._connection, self._counters, self.epoch, reply)
                 self._opened[model] = opened

@@ -215,7 +215,7 @@ class Connection:
         try:
             self._socket.sendall(frame)
         except OSError as error:
-            self._end(DaemonGone, f"lost tierd at {self.path}: {error}")
+            self._end(DaemonGone, self._gone(error.strerror))
         if self._ended is not None and not self.held:
             self._shut_down()
 
@@ -229,7 +229,7 @@ class Connection:
                     self._socket.sendall(frame)
                 except OSError as error:
                     # A frame may be half sent: nothing can follow it.
-                    self._end(DaemonGone, f"lost tierd at {self.path}: {error}")
+                    self._end(DaemonGone, self._gone(error.strerror))
                     self.check()
                 except BaseException:
                     self._end(ClientClosed, f"sending to {self.path} was interrupted")
@@ -252,7 +252,7 @@ class Connection:
         except BlockingIOError:
             return  # the slice is over; the caller looks at its deadline
         except OSError as error:
-            self._end(DaemonGone, f"lost tierd at {self.path}: {error}")
+            self._end(DaemonGone, self._gone(error.strerror))
             return
         if flags & socket.MSG_CTRUNC:
             _close_all(fds)
@@ -260,7 +260,7 @@ class Connection:
             self._end(ProtocolBroken, text)
             return
         if count == 0:
-            self._end(DaemonGone, f"tierd at {self.path} is gone: it closed the connection")
+            self._end(DaemonGone, self._gone("it closed the connection"))
             return
         self._deliver(memoryview(self._buffer)[:count], fds)
 
@@ -315,6 +315,9 @@ class Connection:
         if self._ended is None:
             self._ended = (kind, text)
         self._shut_down()
+
+    def _gone(self, reason: str | None) -> str:
+        return f"tierd at {self.path} is gone: {reason}"
 
     def _shut_down(self) -> None:
         # Wakes a thread that reads. The descriptor itself is closed with this object: another

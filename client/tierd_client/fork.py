@@ -21,7 +21,8 @@ class Life:
 
 
 _life = Life()
-_hooks: "weakref.WeakKeyDictionary[Any, Callable[[Any], None]]" = weakref.WeakKeyDictionary()
+#: By id, because not all that must be poisoned can be hashed.
+_hooks: dict[int, tuple[weakref.ref[Any], Callable[[Any], None]]] = {}
 
 
 def current() -> Life:
@@ -39,18 +40,21 @@ def check(life: Life, what: str) -> None:
 
 
 def in_child(thing: Any, hook: Callable[[Any], None]) -> None:
-    """Call `hook(thing)` in every forked child while `thing` lives. The hook takes no locks:
+    """Call `hook(thing)` once in a forked child if `thing` still lives. The hook takes no locks:
     a thread that the child does not have may hold them."""
-    _hooks[thing] = hook
+    key = id(thing)
+    _hooks[key] = weakref.ref(thing, lambda _: _hooks.pop(key, None)), hook
 
 
 def _after_fork_in_child() -> None:
     global _life
     _life = Life()
-    inherited = list(_hooks.items())
+    inherited = list(_hooks.values())
     _hooks.clear()
-    for thing, hook in inherited:
-        hook(thing)
+    for reference, hook in inherited:
+        thing = reference()
+        if thing is not None:
+            hook(thing)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

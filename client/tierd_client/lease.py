@@ -48,7 +48,6 @@ class Lease:
         self.generation = generation
         self.offset = offset  # of the layer's bytes in the arena
         self._ended = False
-        self._tensors: dict[str, PackedTensor] = {}
         self._views: list[tuple[str, weakref.ref[Any]]] = []
 
     def __repr__(self) -> str:
@@ -59,17 +58,15 @@ class Lease:
 
     def __getitem__(self, name: str) -> PackedTensor:
         """The tensor called `name` (an alias counts). Raises TensorNotFound, LeaseEnded."""
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            self.check()
-            record = self.opened.tensor_record(self.layer, name)
-            if record is None:
-                raise TensorNotFound(
-                    f"layer {self.opened.name}/{self.layer.name} has no tensor {name!r}; it has "
-                    + ", ".join(stored.name for stored in self.layer.tensors)
-                )
-            tensor = self._tensors[name] = PackedTensor(self, record)
-        return tensor
+        self.check()
+        record = self.opened.tensor_record(self.layer, name)
+        if record is None:
+            raise TensorNotFound(
+                f"layer {self.opened.name}/{self.layer.name} has no tensor {name!r}; it has "
+                + ", ".join(stored.name for stored in self.layer.tensors)
+            )
+        # Not kept here: a cycle would put off the release of a lease that is dropped.
+        return PackedTensor(self, record)
 
     @property
     def tensors(self) -> MappingABC[str, PackedTensor]:
@@ -138,12 +135,10 @@ class Lease:
         if self._ended:
             return None
         self._ended = True
-        self._tensors.clear()
         now = self.opened.table.generation(self.slot)
-        alive = self._alive()
-        if alive:
+        if any(reference() is not None for _, reference in self._views):
             gc.collect()  # a view in a reference cycle is gone for its user
-            alive = self._alive()
+        alive = self._alive()
         names = sorted({name for name, _ in alive})
         self.opened.lease_ended(self)
         self._give_back(alive)

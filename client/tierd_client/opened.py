@@ -35,6 +35,8 @@ class OpenedModel:
         self.name = name
         self.connection = connection
         self._counters = counters
+        #: True after `close`: `Client.open` then makes a new one.
+        self.closed = False
         fields = reply.fields
         files, (arena_fd, table_fd) = reply.fds[:-2], reply.fds[-2:]
         self.files: MappingABC[str, bytes] = ControlFiles(fields["files"], files)
@@ -121,7 +123,8 @@ class OpenedModel:
 
     def close(self) -> None:
         """Tell the daemon that no more layers will be asked for. Leases go on until released."""
-        if self.connection.alive:
+        if self.connection.alive and not self.closed:
+            self.closed = True
             self.connection.call("close", model_id=self.model_id)
 
     def _submit(self, layer: int, *, ahead: bool) -> int:
@@ -226,9 +229,6 @@ class ControlFiles(MappingABC[str, bytes]):
 
     def __len__(self) -> int:
         return len(self._texts) + len(self._fds)
-
-    def __hash__(self) -> int:
-        return id(self)
 
     def _close(self) -> None:
         while self._fds:

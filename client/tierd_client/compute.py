@@ -1,0 +1,141 @@
+"""One linear layer's arithmetic, from leased bytes: expanded into scratch, fused, or in place."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from tierd_client.errors import UnsupportedOperation
+
+if TYPE_CHECKING:
+    from tierd_client.leasing import LayerLeases
+    from tierd_client.names import Stored
+    from tierd_client.tensors import PackedTensor
+
+#: Fused multiplication up to this many rows of x; above, one expansion and a dense product win.
+FUSED_ROWS = 32
+ALIGNMENT = 64  # a cache line; what torch's own CPU allocator gives
+
+
+class Compute(StrEnum):
+    """How packed weights are multiplied.
+
+    DENSE: always the whole matrix expanded, then exactly one `F.linear`: the bits of the in-memory
+    model. FUSED: up to FUSED_ROWS rows straight from the packed form, in float32, rounded once.
+    """
+
+    DENSE = "dense"
+    FUSED = "fused"
+
+
+@dataclass(slots=True)
+class ArithmeticCounters:
+    """Calls and time of the two ways to use a packed weight; the expansions' products excluded."""
+
+    expansions: int = 0
+    expand_ns: int = 0
+    fused_calls: int = 0
+    fused_ns: int = 0
+
+
+class Arithmetic:
+    """Computes `x @ W.T + b` for the packed and dense-stored weights of one model. Thread-safe.
+
+    largest_bytes: of the largest packed matrix when expanded; each thread that expands gets one
+    scratch buffer of this size, on first use, for as long as it lives.
+    """
+
+    def __init__(self, leases: LayerLeases, compute: Compute, largest_bytes: int) -> None:
+        self.compute = compute
+        self._leases = leases
+        self._largest_bytes = largest_bytes
+        self._local = threading.local()
+        self._scratches: weakref.WeakSet[_Scratch] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._counters = ArithmeticCounters()
+
+    def linear(self, stored: Stored, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x: [..., in_features] of the weight's dtype. Returns [..., out_features].
+
+        Uses the lease of the layer that this thread is inside, else takes one for the call.
+        Raises UnsupportedOperation when `x` wants a gradient.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedOperation(
+                f"{stored.name}: the input requires a gradient, but a served model computes "
+                "forward only: use torch.no_grad()"
+            )
+        lease = self._leases.current(stored.layer)
+        if lease is not None:
+            return self._multiply(lease[stored.name], x, bias)
+        lease = self._leases.enter(stored.layer)
+        try:
+            return self._multiply(lease[stored.name], x, bias)
+        finally:
+            self._leases.leave(stored.layer)
+
+    def _multiply(
+        self, weight: PackedTensor, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        # No view is ever bound to a local name: a traceback would keep it beyond the lease.
+        if not weight.packed:
+            return functional.linear(x, weight.unchecked_view(), bias)
+        begin = perf_counter_ns()
+        if self.compute is Compute.FUSED and math.prod(x.shape[:-1]) <= FUSED_ROWS:
+            out = weight.linear(x, bias)
+            elapsed = perf_counter_ns() - begin
+            with self._lock:
+                self._counters.fused_calls += 1
+                self._counters.fused_ns += elapsed
+            return out
+        dense = weight.dense(self._scratch().matrix(weight.shape, weight.dtype))
+        elapsed = perf_counter_ns() - begin
+        with self._lock:
+            self._counters.expansions += 1
+            self._counters.expand_ns += elapsed
+        return functional.linear(x, dense, bias)
+
+    def _scratch(self) -> _Scratch:
+        scratch: _Scratch | None = getattr(self._local, "scratch", None)
+        if scratch is None:
+            scratch = self._local.scratch = _Scratch(self._largest_bytes)
+            self._scratches.add(scratch)
+        return scratch
+
+    def counters(self) -> ArithmeticCounters:
+        """A copy of the sums."""
+        with self._lock:
+            return replace(self._counters)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Private memory of all threads' scratch buffers."""
+        return sum(scratch.nbytes for scratch in list(self._scratches))
+
+
+class _Scratch:
+    """A thread's reused buffer, ALIGNMENT-aligned, and the matrices that were laid over it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        room = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+        begin = -room.data_ptr() % ALIGNMENT
+        self._buffer = room[begin : begin + nbytes]
+        self._matrices: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
+
+    def matrix(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor at the buffer's start; the previous one's content is lost."""
+        found = self._matrices.get((shape, dtype))
+        if found is None:
+            nbytes = math.prod(shape) * dtype.itemsize
+            found = self._buffer[:nbytes].view(dtype).view(shape)
+            self._matrices[shape, dtype] = found
+        return found

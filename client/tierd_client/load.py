@@ -1,0 +1,134 @@
+"""A transformers model that runs on leases: made from the pack's config, weights left in the arena.
+
+`load_model` builds the model with transformers' own loader from placeholders (see `names`), then
+gives every weight its place (see `placement`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tierd_client.compute import Arithmetic, Compute
+from tierd_client.errors import UnsupportedModel
+from tierd_client.leasing import LayerLeases
+from tierd_client.names import check_loaded, map_checkpoint, placeholders, stored_tensors
+from tierd_client.placement import Placement
+from tierd_client.served import Served, serve
+from tierd_client.source import Source, control_directory, open_source, pack_directory
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tierd_client.modules import Copied
+    from tierd_client.names import Stored
+    from tierd_client.opened import OpenedModel
+
+
+def load_model(
+    name_or_pack: str | os.PathLike[str],
+    compute: str = "fused",
+    socket: str | None = None,
+) -> PreTrainedModel:
+    """The model served as `name_or_pack`, or the pack in that directory, in evaluation mode.
+
+    compute: "dense" gives the bits of the in-memory model; "fused" multiplies a few tokens straight
+    from the packed form, in float32 with one rounding. socket: see `Client`. The model has
+    `model.tierd`, with `.statistics()` and `.close()`.
+    Raises UnsupportedModel with the list of what stands in the way, ModelNotFound, PackInvalid,
+    BudgetTooSmall, DaemonGone, PrivateDaemonFailed; ValueError for another `compute`.
+    """
+    mode = Compute(compute)
+    source = open_source(name_or_pack, socket)
+    try:
+        return _load(source, mode)
+    except BaseException:
+        source.close()
+        raise
+
+
+def load_tokenizer(
+    name_or_pack: str | os.PathLike[str], socket: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the model. A pack directory is read without a daemon."""
+    from transformers import AutoTokenizer
+
+    pack = pack_directory(name_or_pack)
+    if pack is not None:
+        return AutoTokenizer.from_pretrained(pack, trust_remote_code=False)
+    source = open_source(name_or_pack, socket)
+    try:
+        with control_directory(source.opened.files) as directory:
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    finally:
+        source.close()
+    tokenizer.name_or_path = source.opened.name
+    return tokenizer
+
+
+def _load(source: Source, compute: Compute) -> Any:
+    opened = source.opened
+    with control_directory(opened.files) as directory:
+        model, mapping = _empty_model(opened, directory)
+    placement = Placement(model, mapping)
+    leases = LayerLeases(opened, placement.order)
+    arithmetic = Arithmetic(leases, compute, placement.largest_bytes)
+    sites = placement.install(leases, arithmetic)
+    copied_bytes = _copy_now(opened, placement.copied_now)
+    served = Served(leases, arithmetic, sites, copied_bytes, source.close)
+    model.register_forward_pre_hook(lambda module, args: leases.begin_pass())
+    model.register_forward_hook(lambda module, args, output: leases.end_pass())
+    serve(model, served)
+    return model
+
+
+def _empty_model(opened: OpenedModel, directory: Path) -> tuple[Any, dict[str, Stored]]:
+    """The model with placeholders for weights, and which stored tensor each name means."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    if "config.json" not in opened.files:
+        raise UnsupportedModel(
+            f"{opened.name} has no config.json, so nothing says what model it is"
+        )
+    stored = stored_tensors(opened.index)
+    made = placeholders(stored)
+    try:
+        # Code from a model folder is never run, and never asked about at the terminal.
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UnsupportedModel(f"{opened.name} is a quantised checkpoint")
+        if config.dtype is None:
+            config.dtype = next(t.dtype for t in made.values() if t.is_floating_point())
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModel(f"{opened.name}: no causal LM of transformers: {error}") from error
+    mapping = map_checkpoint(skeleton, stored)
+    generation = None
+    if "generation_config.json" in opened.files:
+        generation = GenerationConfig.from_pretrained(directory)
+    model, info = type(skeleton).from_pretrained(
+        None,
+        config=config,
+        state_dict=made,
+        dtype=config.dtype,
+        generation_config=generation,
+        output_loading_info=True,
+    )
+    check_loaded(model, info, mapping, made)
+    model.requires_grad_(False)
+    model.name_or_path = model.config.name_or_path = opened.name
+    return model, mapping
+
+
+def _copy_now(opened: OpenedModel, copied: list[Copied]) -> int:
+    """Fill in what lies in layers that no site leases, one lease a layer; returns the bytes."""
+    nbytes = 0
+    for layer in sorted({item.stored.layer for item in copied}):
+        with opened.acquire(layer) as lease:
+            nbytes += sum(item.copy(lease) for item in copied if item.stored.layer == layer)
+    return nbytes

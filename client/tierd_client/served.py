@@ -1,0 +1,176 @@
+"""A transformers model whose weights belong to tierd: what it adds, and what it refuses."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from tierd_client import fork
+from tierd_client.errors import UnsupportedOperation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tierd_client.compute import Arithmetic, Compute
+    from tierd_client.leasing import LayerLeases
+    from tierd_client.modules import Site
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatistics:
+    """What a model's forward passes have cost since it was loaded, over all threads.
+
+    entries: layers entered; leases: of them, those that asked the daemon; ahead: entries whose
+    layer had been asked for ahead; stall_ns: time that entries waited. expansions, expand_ns:
+    packed matrices expanded into scratch; fused_calls, fused_ns: multiplied without it.
+    copied_bytes (norms, biases) and scratch_bytes are the model's own memory beside the arena.
+    """
+
+    entries: int
+    leases: int
+    ahead: int
+    stall_ns: int
+    expansions: int
+    expand_ns: int
+    fused_calls: int
+    fused_ns: int
+    copied_bytes: int
+    scratch_bytes: int
+
+
+class Served:
+    """`model.tierd`: the model's side of its daemon. A context manager that closes it.
+
+    end: frees what the model was loaded through (the connection, a private daemon).
+    """
+
+    def __init__(
+        self,
+        leases: LayerLeases,
+        arithmetic: Arithmetic,
+        sites: list[Site],
+        copied_bytes: int,
+        end: Callable[[], None],
+    ) -> None:
+        self.leases = leases
+        self._arithmetic = arithmetic
+        self._sites = sites
+        self._copied_bytes = copied_bytes
+        # Not bound to self: also runs when the model is collected, and at exit.
+        self._finalizer = weakref.finalize(self, _end, leases, fork.current(), end)
+
+    def __repr__(self) -> str:
+        return f"<tierd: model {self.leases.opened.name!r}, {self.compute}>"
+
+    @property
+    def compute(self) -> Compute:
+        """How packed weights are multiplied."""
+        return self._arithmetic.compute
+
+    def statistics(self) -> ModelStatistics:
+        """Totals since the model was loaded."""
+        leasing, arithmetic = self.leases.counters(), self._arithmetic.counters()
+        return ModelStatistics(
+            entries=leasing.entries,
+            leases=leasing.leases,
+            ahead=leasing.ahead,
+            stall_ns=leasing.stall_ns,
+            expansions=arithmetic.expansions,
+            expand_ns=arithmetic.expand_ns,
+            fused_calls=arithmetic.fused_calls,
+            fused_ns=arithmetic.fused_ns,
+            copied_bytes=self._copied_bytes + sum(site.copied_bytes for site in self._sites),
+            scratch_bytes=self._arithmetic.scratch_bytes,
+        )
+
+    def close(self) -> None:
+        """Give back all leases and end the connection; a private daemon stops. Later forward passes
+        raise ClientClosed. Again does nothing."""
+        self._finalizer()
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _end(leases: LayerLeases, life: fork.Life, end: Callable[[], None]) -> None:
+    if life is fork.current():  # a forked child owns none of this
+        leases.close()
+        end()
+
+
+_WHERE = "its weights are in memory that tierd shares between processes"
+_REFUSED = {
+    "_apply": f"moving or converting (.to, .cuda, .half, .float, ...) is refused: {_WHERE}",
+    "save_pretrained": f"save_pretrained is refused: {_WHERE}; use `tierctl unpack PACK OUT`",
+    "push_to_hub": f"push_to_hub is refused: {_WHERE}; use `tierctl unpack PACK OUT`",
+    "state_dict": f"state_dict is refused: {_WHERE}; use `tierctl unpack PACK OUT`",
+    "load_state_dict": f"load_state_dict is refused: {_WHERE}; pack the other checkpoint",
+    "resize_token_embeddings": f"resize_token_embeddings is refused: {_WHERE}",
+    "__deepcopy__": f"copying is refused: {_WHERE}; load the model again, they are shared",
+    "__reduce_ex__": f"pickling is refused: {_WHERE}; load the model in the other process",
+}
+
+
+class _ServedMethods:
+    """Goes before a transformers class in the bases of a served model's class."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes. The inherited property would say "meta", its parameters' device."""
+        return torch.device("cpu")
+
+    def to(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse(self, "_apply")
+
+    cuda = half = float = to
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            raise UnsupportedOperation(f"{type(self).__name__}: training is refused: {_WHERE}")
+        return super().train(mode)  # type: ignore[misc]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        if requires_grad:
+            raise UnsupportedOperation(f"{type(self).__name__}: gradients are refused: {_WHERE}")
+        return super().requires_grad_(requires_grad)  # type: ignore[misc]
+
+
+def _refuse(model: Any, operation: str) -> NoReturn:
+    raise UnsupportedOperation(f"{type(model).__name__}: {_REFUSED[operation]}")
+
+
+def _refusing(operation: str) -> Callable[..., NoReturn]:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse(self, operation)
+
+    return refuse
+
+
+_classes: dict[type, type] = {}
+
+
+def _served_class(original: type) -> type:
+    if original in _classes:
+        return _classes[original]
+    # Name and module stay: transformers finds per-class facts (losses, recordable outputs, task
+    # mappings) by them, and the class behaves as the one that it names.
+    members = {name: _refusing(name) for name in _REFUSED}
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    served = type(original.__name__, (_ServedMethods, original), {**members, **names})
+    return _classes.setdefault(original, served)
+
+
+def serve(model: Any, served: Served) -> None:
+    """Make `model`, and every transformers model inside it, refuse what would move its weights."""
+    from transformers import PreTrainedModel
+
+    for module in list(model.modules()):
+        if isinstance(module, PreTrainedModel):
+            module.__class__ = _served_class(type(module))
+    model.tierd = served

@@ -1,0 +1,111 @@
+"""Kernels one by one, and packed matrices to feed them."""
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+if "TIERD_CPU_MODULE" in os.environ:
+    # Another build of the C++ module, with sanitizers: see kernels/README.md.
+    path = os.environ["TIERD_CPU_MODULE"]
+    name = "tierd_kernels._cpu"
+    loader = importlib.machinery.ExtensionFileLoader(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    loader.exec_module(sys.modules[name])
+
+from tierd_kernels import dispatch
+
+Matrix = NDArray[Any]
+
+
+def pytest_report_header() -> str:
+    """Name the kernel under test in the header of every run."""
+    return f"kernels here: {', '.join(dispatch.kernels())}; default: {dispatch.current().name}"
+
+
+def _with_kernel(name: str) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        kernel = dispatch.kernels()[name]
+        patch.setattr(dispatch, "current", lambda: kernel)
+        yield name
+
+
+@pytest.fixture(scope="module", params=list(dispatch.kernels()))
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The public functions run this kernel; a test with this fixture runs once for each."""
+    yield from _with_kernel(request.param)
+
+
+@pytest.fixture(scope="module", params=[n for n in dispatch.kernels() if n != "reference"])
+def native_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As `kernel`, without the reference."""
+    yield from _with_kernel(request.param)
+
+
+SPECIAL = {
+    "BF16": (0x8000, 0x0001, 0x807F, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF),
+    "F16": (0x8000, 0x0001, 0x83FF, 0x7C00, 0xFC00, 0x7E01, 0xFFFF),
+    "F32": (0x80000000, 0x00000001, 0x807FFFFF, 0x7F800000, 0xFF800000, 0x7FC00001, 0xFFFFFFFF),
+}
+"""Negative zero, denormals, infinities and NaNs with payloads."""
+
+
+def to_bits(numbers: NDArray[np.float32], dtype: str) -> Matrix:
+    """Return the bits of `numbers` in `dtype`; bfloat16 by truncation."""
+    match dtype:
+        case "BF16":
+            return (numbers.view(np.uint32) >> 16).astype(np.uint16)
+        case "F16":
+            return numbers.astype(np.float16).view(np.uint16)
+        case _:
+            return numbers.view(np.uint32).copy()
+
+
+@pytest.fixture(scope="session")
+def random_bits() -> Callable[..., Matrix]:
+    """random_bits(seed, rows, cols, dtype, density): any bit patterns, special ones among them."""
+
+    def make(seed: int, rows: int, cols: int, dtype: str, density: float) -> Matrix:
+        rng = np.random.default_rng(seed)
+        element = np.uint32 if dtype == "F32" else np.uint16
+        bits = rng.integers(0, np.iinfo(element).max, (rows, cols), element, endpoint=True)
+        special = rng.random((rows, cols)) < 0.1
+        bits[special] = rng.choice(np.array(SPECIAL[dtype], element), int(special.sum()))
+        bits[rng.random((rows, cols)) >= density] = 0
+        return bits
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_weights() -> Callable[..., Matrix]:
+    """random_weights(seed, rows, cols, dtype, density): bits of numbers as in a trained layer."""
+
+    def make(seed: int, rows: int, cols: int, dtype: str, density: float = 0.5) -> Matrix:
+        rng = np.random.default_rng(seed)
+        numbers = rng.standard_normal((rows, cols), np.float32) * np.float32(0.02)
+        numbers[rng.random((rows, cols)) >= density] = 0
+        return to_bits(numbers, dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_x() -> Callable[..., Matrix]:
+    """random_x(seed, tokens, cols, dtype): bits of activations, a few columns 1000 times larger."""
+
+    def make(seed: int, tokens: int, cols: int, dtype: str) -> Matrix:
+        rng = np.random.default_rng(seed)
+        numbers = rng.standard_normal((tokens, cols), np.float32)
+        numbers[:, rng.random(cols) < 0.002] *= 1000
+        return to_bits(numbers, dtype)
+
+    return make

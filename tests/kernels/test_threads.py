@@ -1,0 +1,169 @@
+"""Threads change the time, never the result, and survive fork and company."""
+
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tierd_kernels
+from tierd_kernels import KernelError, expand, linear
+from tierd_layouts import tiles
+
+
+@pytest.fixture
+def default_after() -> Iterator[None]:
+    yield
+    tierd_kernels.set_threads(0)
+
+
+@pytest.fixture
+def switch_never() -> Iterator[None]:
+    """A thread keeps the GIL until it gives it away."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(before)
+
+
+def work(packed: tuple[Any, Any, Any], matrix: Any, threads: int) -> bool:
+    out = np.empty_like(matrix)
+    expand(*packed, out, threads=threads)
+    return np.array_equal(out, matrix)
+
+
+def test_more_threads_than_tile_rows_or_processors_is_only_slower(
+    native_kernel: str, random_bits: Callable[..., Any]
+) -> None:
+    matrix = random_bits(1, 200, 300, "BF16", 0.5)
+    packed = tiles.encode(matrix)
+    for threads in (1, 2, 3, 16, 128):
+        assert work(packed, matrix, threads)
+
+
+def test_several_python_threads_may_call_at_once(
+    native_kernel: str, random_weights: Callable[..., Any], random_x: Callable[..., Any]
+) -> None:
+    matrix = random_weights(2, 256, 512, "BF16")
+    packed = tiles.encode(matrix)
+    xs = [random_x(seed, 3, 512, "BF16") for seed in range(4)]
+
+    def product(x: Any) -> Any:
+        out = np.empty((3, 256), np.float32)
+        linear(*packed, x, out, dtype="BF16", threads=2)
+        return out
+
+    expected = [product(x) for x in xs]
+    failed: list[int] = []
+
+    def repeat(caller: int) -> None:
+        if not all(np.array_equal(product(xs[caller]), expected[caller]) for _ in range(100)):
+            failed.append(caller)
+
+    callers = [threading.Thread(target=repeat, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert failed == []
+
+
+def test_the_gil_is_released(
+    native_kernel: str, random_bits: Callable[..., Any], switch_never: None
+) -> None:
+    """Another thread runs Python during one call; without a release it would wait for the end."""
+    matrix = random_bits(3, 4096, 4096, "BF16", 0.5)
+    packed = tiles.encode(matrix)
+    out = np.empty_like(matrix)
+    steps = 0
+    during = -1
+    inside = threading.Event()
+
+    def expander() -> None:
+        nonlocal during
+        inside.set()
+        before = steps
+        expand(*packed, out, threads=1)
+        during = steps - before
+
+    thread = threading.Thread(target=expander)
+    thread.start()
+    inside.wait()
+    while thread.is_alive():
+        steps += 1
+        time.sleep(0)
+    assert during > 0
+
+
+def test_a_forked_child_makes_its_own_threads(
+    native_kernel: str, random_bits: Callable[..., Any]
+) -> None:
+    matrix = random_bits(4, 300, 300, "BF16", 0.5)
+    packed = tiles.encode(matrix)
+    assert work(packed, matrix, 2)
+    with warnings.catch_warnings():
+        # Python 3.12 warns about every fork beside threads; that it works is what is tested.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if all(work(packed, matrix, 2) for _ in range(20)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert work(packed, matrix, 2)
+
+
+def test_a_fork_in_the_middle_of_another_threads_work_is_harmless(
+    native_kernel: str, random_bits: Callable[..., Any]
+) -> None:
+    matrix = random_bits(5, 1024, 1024, "BF16", 0.5)
+    packed = tiles.encode(matrix)
+    stop = threading.Event()
+
+    def busy() -> None:
+        out = np.empty_like(matrix)
+        while not stop.is_set():
+            expand(*packed, out, threads=2)
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        for _ in range(5):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                os._exit(0 if work(packed, matrix, 2) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.usefixtures("default_after")
+def test_the_default_can_be_set_and_reset() -> None:
+    tierd_kernels.set_threads(1)
+    assert tierd_kernels.get_threads() == 1
+    tierd_kernels.set_threads(0)
+    assert tierd_kernels.get_threads() >= 1
+
+
+@pytest.mark.parametrize("threads", [-1, 129])
+def test_a_wrong_number_of_threads_is_refused(threads: int) -> None:
+    with pytest.raises(KernelError, match=f"threads {threads} is not in 0..128"):
+        tierd_kernels.set_threads(threads)
+    empty = np.zeros(0, np.uint16)
+    with pytest.raises(KernelError, match=f"threads {threads}"):
+        expand(
+            np.zeros(0, np.uint64),
+            np.zeros(1, np.uint32),
+            empty,
+            np.zeros((0, 0), np.uint16),
+            threads=threads,
+        )

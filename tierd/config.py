@@ -20,7 +20,7 @@ from tierd_layouts.index import INDEX_FILE
 from tierd_layouts.wire import SOCKET_VARIABLE, resolve_socket
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 CONFIG_VARIABLE = "TIERD_CONFIG"
 
@@ -88,11 +88,11 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for setting in SETTINGS:
-        given, base, source = _given(setting, flags, environ, toml, where)
-        sources[setting.key] = source
-        values[setting.key] = (
-            setting.default if given is None else _parse(setting, given, base, source)
-        )
+        values[setting.key], sources[setting.key] = setting.default, "default"
+        # All are parsed, so that an overruled mistake does not wait for the day it is needed.
+        for given, base, source in _given(setting, flags, environ, toml, where):
+            values[setting.key] = _parse(setting, given, base, source)
+            sources[setting.key] = source
     if not values["models"] and not values["packs"]:
         raise ConfigError("nothing to serve: give --models DIR or --pack DIR (TOML: models, packs)")
     values["socket"] = _socket(values["socket"], sources["socket"], environ)
@@ -106,15 +106,14 @@ def _given(
     environ: Mapping[str, str],
     toml: Mapping[str, Any],
     where: Path,
-) -> tuple[Any, Path, str]:
-    """(raw value or None, base of relative paths, source). An empty variable counts as not set."""
-    if flags[setting.key] is not None:
-        return flags[setting.key], Path(), f"flag {setting.flag}"
-    if environ.get(setting.variable):
-        return environ[setting.variable], Path(), f"environment {setting.variable}"
+) -> Iterator[tuple[Any, Path, str]]:
+    """(raw value, base of relative paths, source), weakest first. An empty variable is not set."""
     if setting.key in toml:
-        return toml[setting.key], where.parent, f"file {where}"
-    return None, Path(), "default"
+        yield toml[setting.key], where.parent, f"file {where}"
+    if environ.get(setting.variable):
+        yield environ[setting.variable], Path(), f"environment {setting.variable}"
+    if flags[setting.key] is not None:
+        yield flags[setting.key], Path(), f"flag {setting.flag}"
 
 
 def _parse(setting: Setting, given: Any, base: Path, source: str) -> Any:

@@ -18,6 +18,8 @@ TierdError                      code internal
     VersionMismatch    ValueError       version_mismatch
     TooManyClients     RuntimeError     too_many_clients
     ShuttingDown       RuntimeError     shutting_down
+    ModelGone          RuntimeError     model_removed
+    LeaseLimit         RuntimeError     lease_limit
 
 `code` is what a client sees (`tierd_layouts.wire.ErrorCode`); `text` names the thing, the limit and
 the value.
@@ -113,3 +115,15 @@ class TooManyClients(TierdError, RuntimeError):
 
 class ShuttingDown(TierdError, RuntimeError):
     code = "shutting_down"
+
+
+class ModelGone(TierdError, RuntimeError):
+    """A model that this client opened was removed while tierd runs."""
+
+    code = "model_removed"
+
+
+class LeaseLimit(TierdError, RuntimeError):
+    """A client holds as many leases as one may."""
+
+    code = "lease_limit"

@@ -51,15 +51,17 @@ def layers_to_keep(
             passing = size
             break
     else:
-        return small if room >= moving * max(charges[layer] for layer in large) else []
+        return []
     kept = [layer for layer in large if charges[layer] > passing]
     rest = [layer for layer in large if charges[layer] <= passing]
     room -= kept_total + moving * passing
     rest_total = sum(charges[layer] for layer in rest)
-    error = 0
+    left = room
+    error = 0  # of the kept share of `rest` so far, times rest_total
     for layer in rest:
         error += charges[layer] * room
-        if 2 * error >= rest_total * charges[layer] and charges[layer] <= room:
+        if 2 * error >= rest_total * charges[layer] and charges[layer] <= left:
             kept.append(layer)
+            left -= charges[layer]
             error -= rest_total * charges[layer]
     return [*small, *kept]

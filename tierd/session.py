@@ -1,0 +1,323 @@
+"""One client: its handshake, its requests, its leases.
+
+A request is answered here, or becomes an event of the core and is answered when the core decides.
+The client is never trusted: every field is checked, everything that it can pile up is bounded.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import tierd
+from tierd.core.model import Acquire, LayerKey, Plan
+from tierd.errors import (
+    AccessDenied,
+    BadRequest,
+    LayerNotFound,
+    LeaseLimit,
+    ModelGone,
+    NotAdmitted,
+    ShuttingDown,
+    UnknownOp,
+    VersionMismatch,
+)
+from tierd.io.process import start_time
+from tierd_layouts import wire
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tierd.connection import Connection
+    from tierd.core.model import Admit, Grant, Later, Refuse
+    from tierd.daemon import Daemon
+    from tierd.pack import Pack
+
+log = logging.getLogger(__name__)
+
+MAX_OUTSTANDING = 256  # plans and acquires that wait for the core
+MAX_LEASES = 1024  # held at once
+MAX_LOOKAHEAD = MAX_LEASES
+MAX_REQUEST_ID = (1 << 63) - 1
+MAX_NAME = 256
+
+
+class Session:
+    """The owner of one connection."""
+
+    def __init__(self, daemon: Daemon, connection: Connection, client: int) -> None:
+        self._daemon = daemon
+        self.connection = connection
+        self.client = client
+        self.greeted = False
+        self.name = ""
+        self.process = (connection.peer.pid, 0)
+        self.connected_ns = time.monotonic_ns()
+        self.opened: dict[int, Pack] = {}
+        self.leases: dict[int, LayerKey] = {}
+        self.granted = 0
+        self.position: LayerKey | None = None  #: what it asked for last
+        self._outstanding: dict[int, Pack] = {}
+
+    def __str__(self) -> str:
+        return f"client {self.client} ({self.name!r}, pid {self.process[0]})"
+
+    # ----------------------------------------------------------------------------- from the socket
+
+    def received(self, message: dict[str, Any]) -> None:
+        request, op = message.get("id"), message.get("op")
+        if type(request) is not int or not 0 <= request <= MAX_REQUEST_ID or type(op) is not str:
+            self.connection.close(f"sent a request without id and op: {sorted(message)[:8]}")
+            return
+        if request == 0 and op != "release":
+            self.connection.close(f"asked for {op[:40]!r} with id 0, which only release may have")
+            return
+        self._daemon.answer(self, request, op, message)
+
+    def ended(self, reason: str) -> None:
+        self._daemon.session_ended(self, reason)
+
+    def answer(self, request: int, op: str, message: dict[str, Any]) -> None:
+        """Answer, or submit an event that will be. Raises TierdError for what is refused here."""
+        match op:
+            case "acquire":
+                self._acquire(request, message)
+            case "release":
+                self._release(request, message)
+            case "plan":
+                self._plan(request, message)
+            case "open":
+                self._open(request, message)
+            case "close":
+                self._close(request, message)
+            case "hello":
+                self._hello(request, message)
+            case "status" | "models" | "clients" | "config":
+                self.reply(request, getattr(self._daemon.statistics, op)())
+            case "layers":
+                self.reply(request, self._daemon.statistics.layers(_text(message, "model")))
+            case "reload":
+                self._daemon.reload_for(self, request)
+            case _:
+                raise UnknownOp(f"op {op[:80]!r} is not one of protocol {wire.PROTOCOL_VERSION}")
+
+    def _hello(self, request: int, message: dict[str, Any]) -> None:
+        if self.greeted:
+            raise BadRequest("hello was said already on this connection")
+        version = _number(message, "version", 0, 1 << 31)
+        if version != wire.PROTOCOL_VERSION:
+            raise VersionMismatch(
+                f"the client speaks protocol {version}, this tierd {tierd.__version__} speaks "
+                f"{wire.PROTOCOL_VERSION}"
+            )
+        name = _text(message, "client")[:MAX_NAME]
+        held = _numbers(message.get("held", []), "held", 1, MAX_REQUEST_ID)
+        pid = self.connection.peer.pid
+        if pid == 0:
+            raise AccessDenied("your process lives in a PID namespace that tierd cannot see")
+        try:
+            process = (pid, start_time(pid))
+        except ProcessLookupError:
+            self.connection.close(f"process {pid} died")
+            return
+        if not self.connection.peer_lives():  # so the start time is that of our peer
+            self.connection.close(f"process {pid} died")
+            return
+        self.name, self.process = name, process
+        self._daemon.greet(self, held)
+        self.reply(
+            request,
+            {
+                "version": wire.PROTOCOL_VERSION,
+                "capabilities": [],
+                "pid": self._daemon.pid,
+                "daemon_version": tierd.__version__,
+                "epoch": self._daemon.epoch,
+            },
+        )
+
+    def _open(self, request: int, message: dict[str, Any]) -> None:
+        self._check_greeted()
+        name = _text(message, "model")
+        pack = self._daemon.registry.find(name)
+        peer = self.connection.peer
+        if not pack.access.admits(peer):
+            raise AccessDenied(
+                f"model {name!r} may be read by owner {pack.access.uid} and group "
+                f"{pack.access.gid} with mode {pack.access.mode:03o}; you are uid {peer.uid}"
+            )
+        arena, slots = self._daemon.arenas.by_id[pack.arena], self._daemon.slots
+        with pack.client_files() as files:
+            self.opened[pack.model] = pack
+            pack.users.add(self.client)
+            self.reply(
+                request,
+                {
+                    "model_id": pack.model,
+                    "index": "tierd.json",
+                    "files": list(pack.files),
+                    "arena": {"arena": arena.arena_id, "span_bytes": arena.span_bytes},
+                    "table": {"bytes": slots.nbytes},
+                },
+                [*files, arena.readonly_fd, slots.readonly_fd],
+            )
+
+    def _close(self, request: int, message: dict[str, Any]) -> None:
+        pack = self._model(message)
+        if pack in self._outstanding.values():
+            raise BadRequest(f"model {pack.name!r} has unanswered requests of this client")
+        del self.opened[pack.model]
+        self._daemon.closed(self, pack)
+        self.reply(request, {})
+
+    def _plan(self, request: int, message: dict[str, Any]) -> None:
+        pack = self._model(message)
+        order = _numbers(message.get("order"), "order", 0, len(pack.keys) - 1)
+        cyclic = message.get("cyclic", True)
+        if type(cyclic) is not bool:
+            raise BadRequest(f"plan: cyclic is {cyclic!r:.40}, expected true or false")
+        lookahead = _number(message, "lookahead", 0, MAX_LOOKAHEAD, default=1)
+        if not order:
+            raise BadRequest("plan: order is empty")
+        self._wait_for_core(request, pack)
+        self._daemon.submit(
+            Plan(
+                time.monotonic_ns(), self.client, request, pack.model, tuple(order), cyclic,
+                lookahead,
+            )
+        )  # fmt: skip
+
+    def _acquire(self, request: int, message: dict[str, Any]) -> None:
+        pack = self._model(message)
+        layer = message.get("layer")
+        if type(layer) is not int:
+            raise BadRequest(f"acquire: layer is {layer!r:.40}, expected a number")
+        if not 0 <= layer < len(pack.keys):
+            raise LayerNotFound(
+                f"model {pack.name!r} has no layer {layer}, it has {len(pack.keys)}"
+            )
+        ahead = message.get("ahead", False)
+        if type(ahead) is not bool:
+            raise BadRequest(f"acquire: ahead is {ahead!r:.40}, expected true or false")
+        if len(self.leases) + len(self._outstanding) >= MAX_LEASES:
+            raise LeaseLimit(
+                f"{len(self.leases)} leases are held, {len(self._outstanding)} asked for; "
+                f"the limit is {MAX_LEASES}: release first"
+            )
+        if not self._daemon.lease_possible():
+            raise LeaseLimit("the slot table has no room for more leases of all clients together")
+        self._wait_for_core(request, pack)
+        key = self.position = LayerKey(pack.model, layer)
+        self._daemon.submit(Acquire(time.monotonic_ns(), self.client, request, key, ahead))
+
+    def _release(self, request: int, message: dict[str, Any]) -> None:
+        self._check_greeted()
+        unknown: list[int] = []
+        for lease in _numbers(message.get("leases"), "leases", 1, MAX_REQUEST_ID):
+            if self.leases.pop(lease, None) is not None:
+                self._daemon.release(self, lease)
+            elif not self._daemon.release_orphan(self, lease):
+                unknown.append(lease)
+        if unknown:
+            raise BadRequest(f"leases {unknown[:8]} are not held by this client")
+        self.reply(request, {})
+
+    def _check_greeted(self) -> None:
+        if not self.greeted:
+            raise BadRequest("say hello first")
+
+    def _model(self, message: dict[str, Any]) -> Pack:
+        self._check_greeted()
+        model = message.get("model_id")
+        pack = self.opened.get(model) if type(model) is int else None
+        if pack is None:
+            raise NotAdmitted(f"model id {model!r:.40} was not opened on this connection")
+        if pack.state == "removed" and message["op"] != "close":
+            raise ModelGone(f"model {pack.name!r} was removed")
+        return pack
+
+    def _wait_for_core(self, request: int, pack: Pack) -> None:
+        if request in self._outstanding:
+            raise BadRequest(f"request id {request} is in use")
+        if len(self._outstanding) >= MAX_OUTSTANDING:
+            raise BadRequest(f"{MAX_OUTSTANDING} requests wait already, which is the limit")
+        self._outstanding[request] = pack
+
+    # ------------------------------------------------------------------------------- from the core
+
+    def lease_granted(self, grant: Grant) -> None:
+        del self._outstanding[grant.request]
+        self.leases[grant.lease] = grant.key
+        self.granted += 1
+        self.reply(
+            grant.request,
+            {
+                "lease": grant.lease,
+                "slot": grant.slot,
+                "generation": grant.generation,
+                "arena": grant.arena,
+                "offset": grant.offset,
+                "bytes": grant.nbytes,
+                "waited_ns": grant.waited_ns,
+            },
+        )
+
+    def told_later(self, later: Later) -> None:
+        del self._outstanding[later.request]
+        self.reply(later.request, {"later": True})
+
+    def plan_admitted(self, admit: Admit) -> None:
+        del self._outstanding[admit.request]
+        self.reply(admit.request, {"minimum_bytes": admit.minimum_bytes})
+
+    def refused(self, refusal: Refuse) -> None:
+        del self._outstanding[refusal.request]
+        log.info("%s is refused: %s: %s", self, refusal.code, refusal.text)
+        self.refuse(refusal.request, refusal.code, refusal.text)
+
+    def shut_down(self) -> None:
+        """Answer everything that still waits, and close when the answers were sent."""
+        for request in list(self._outstanding):
+            self.refuse(request, ShuttingDown.code, "tierd is shutting down")
+        self._outstanding.clear()
+        self.connection.close_after_sending("tierd is shutting down")
+
+    # ------------------------------------------------------------------------------- to the socket
+
+    def reply(self, request: int, fields: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        if request:
+            self.connection.send({"id": request, "ok": True, **fields}, fds)
+
+    def refuse(self, request: int, code: str, text: str) -> None:
+        if request:
+            error = {"code": str(code), "text": text}
+            self.connection.send({"id": request, "ok": False, "error": error})
+        else:
+            log.info("%s: %s", self, text)
+
+
+def _text(message: dict[str, Any], field: str) -> str:
+    value = message.get(field)
+    if type(value) is not str:
+        raise BadRequest(f"{message['op']}: {field} is {value!r:.40}, expected a text")
+    return value
+
+
+def _number(
+    message: dict[str, Any], field: str, low: int, high: int, default: int | None = None
+) -> int:
+    value = message.get(field, default)
+    if type(value) is not int or not low <= value <= high:
+        raise BadRequest(
+            f"{message['op']}: {field} is {value!r:.40}, expected a number from {low} to {high}"
+        )
+    return value
+
+
+def _numbers(value: object, field: str, low: int, high: int) -> list[int]:
+    if not isinstance(value, list) or not all(
+        type(item) is int and low <= item <= high for item in value
+    ):
+        raise BadRequest(f"{field}: expected a list of numbers from {low} to {high}")
+    return value

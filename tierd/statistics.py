@@ -1,0 +1,199 @@
+"""What tierd says about itself: the replies of status, models, layers, clients and config.
+
+Bytes and nanoseconds everywhere. The numbers are the core's own books and the devices' counters at
+the moment of the question.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import time
+from typing import TYPE_CHECKING, Any
+
+import tierd
+from tierd.errors import PackInvalid
+
+if TYPE_CHECKING:
+    from tierd.daemon import Daemon
+    from tierd.pack import Pack
+
+Reply = dict[str, Any]
+
+
+class Statistics:
+    """Reads the daemon; changes nothing."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def status(self) -> Reply:
+        daemon = self._daemon
+        snapshot = daemon.machine.snapshot()
+        memory, counters = snapshot.memory, snapshot.counters
+        readers = daemon.pool.statistics()
+        return {
+            "daemon": {
+                "pid": daemon.pid,
+                "version": tierd.__version__,
+                "uptime_ns": time.monotonic_ns() - daemon.started_ns,
+                "socket": daemon.socket_path,
+                "epoch": daemon.epoch,
+                "rss_bytes": own_memory_bytes(),
+                "user": _user(os.geteuid()),
+            },
+            "dram": {
+                "budget_bytes": memory.budget_bytes,
+                "used_bytes": memory.used_bytes,
+                "peak_bytes": memory.peak_bytes,
+                "resident_bytes": memory.resident_bytes,
+                "leased_bytes": memory.leased_bytes,
+                "in_flight_bytes": memory.in_flight_bytes,
+                "quarantined_bytes": memory.quarantined_bytes,
+                "populated_bytes": daemon.arenas.populated_bytes,
+                "pages": daemon.arenas.pages_text,
+                "locked_bytes": daemon.arenas.locked_bytes,
+            },
+            "ssd": {
+                "read_bytes": readers.read_bytes,
+                "reads": readers.reads,
+                "failed": readers.failed,
+                "busy_ns": readers.busy_ns,
+                "bandwidth_limit": daemon.config.ssd_bandwidth,
+            },
+            "scheduler": {
+                "grants": counters.grants,
+                "hits": counters.hits,
+                "misses": counters.misses,
+                "later": counters.later,
+                "refusals": counters.refusals,
+                "evictions": counters.evictions,
+                "stall_ns": counters.stall_ns,
+            },
+            "models": len(daemon.registry.served),
+            "clients": len(daemon.sessions),
+            "notes": self._notes(),
+        }
+
+    def models(self) -> Reply:
+        daemon = self._daemon
+        layers = daemon.machine.snapshot().models
+        replies = [
+            {
+                "name": pack.name,
+                "model_id": pack.model,
+                "pack_bytes": pack.index.pack_bytes,
+                "dense_bytes": pack.index.dense_bytes,
+                "layers": len(pack.index.layers),
+                "resident_layers": sum(
+                    layer.state == "resident" for layer in layers.get(pack.model, ())
+                ),
+                "clients": len(pack.users),
+                "path": str(pack.path),
+                "state": pack.state,
+            }
+            for pack in sorted(daemon.registry.by_model.values(), key=_by_name)
+        ]
+        replies += [
+            {
+                "name": name,
+                "model_id": 0,
+                "pack_bytes": 0,
+                "dense_bytes": 0,
+                "layers": 0,
+                "resident_layers": 0,
+                "clients": 0,
+                "path": "",
+                "state": f"failed: {text}",
+            }
+            for name, text in sorted(daemon.registry.failed.items())
+            if name not in daemon.registry.served
+        ]
+        return {"models": replies}
+
+    def layers(self, model: str) -> Reply:
+        """Raises ModelNotFound or PackInvalid."""
+        pack = self._daemon.registry.find(model)
+        states = self._daemon.machine.snapshot().models.get(pack.model)
+        if states is None:
+            raise PackInvalid(f"model {model!r} is not known to the scheduler")
+        return {
+            "model": model,
+            "layers": [
+                {
+                    "layer": state.layer,
+                    "name": pack.index.layers[state.layer].name,
+                    "bytes": state.nbytes,
+                    "state": state.state,
+                    "leases": state.leases,
+                    "slot": state.slot,
+                    "generation": state.generation,
+                    "next_use": state.next_use,
+                }
+                for state in states
+            ],
+        }
+
+    def clients(self) -> Reply:
+        daemon = self._daemon
+        replies = []
+        for state in daemon.machine.snapshot().clients:
+            session = daemon.sessions[state.client]
+            last = session.position
+            pack = None if last is None else session.opened.get(last.model)
+            replies.append(
+                {
+                    "client": state.client,
+                    "name": session.name,
+                    "pid": session.connection.peer.pid,
+                    "uid": session.connection.peer.uid,
+                    "model": None if pack is None else pack.name,
+                    "position": None if last is None else last.layer,
+                    "leases": state.leases,
+                    "leased_bytes": state.leased_bytes,
+                    "reserved_bytes": state.reserved_bytes,
+                    "stall_ns": state.stall_ns,
+                    "granted": state.granted,
+                    "connected_ns": time.monotonic_ns() - session.connected_ns,
+                }
+            )
+        return {"clients": replies}
+
+    def config(self) -> Reply:
+        return {"config": self._daemon.config.effective()}
+
+    def _notes(self) -> list[str]:
+        daemon = self._daemon
+        uid = os.geteuid()
+        notes = [
+            f"clients of uid {uid} ({_user(uid)}), under which tierd runs, are protected against "
+            "mistakes only: they could write into the arenas"
+        ]
+        notes += daemon.arenas.notes()
+        notes += daemon.pool.notes()
+        notes += [f"model {name}: {text}" for name, text in daemon.registry.failed.items()]
+        if daemon.orphans:
+            notes.append(f"{len(daemon.orphans)} leases of an earlier daemon are in quarantine")
+        return notes
+
+
+def _by_name(pack: Pack) -> tuple[str, int]:
+    return (pack.name, pack.model)
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def own_memory_bytes() -> int:
+    """Memory of this process beside the arenas: resident, without shared memory."""
+    fields: dict[str, int] = {}
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name in ("RssAnon", "RssFile"):
+                fields[name] = int(value.split()[0]) * 1024
+    return sum(fields.values())

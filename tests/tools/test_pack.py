@@ -1,0 +1,547 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tierd_layouts.container import open_pack, read_layer, tensor_bits, write_shard
+from tierd_tools import pack as pack_module
+from tierd_tools import pack_plan
+from tierd_tools.checkpoint import Checkpoint
+from tierd_tools.errors import (
+    BadSetting,
+    CheckpointError,
+    CheckpointMissing,
+    DiskFull,
+    PackError,
+    TargetBusy,
+    TargetRefused,
+    TargetUnwritable,
+)
+from tierd_tools.pack import pack
+from tierd_tools.pack_staging import Staging
+from tierd_tools.prune import magnitude
+from tierd_tools.unpack import unpack
+from tierd_tools.verify import verify
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1}
+#: raw patterns that a float comparison would lose: zeros of both signs, NaN payloads, infinity
+SPECIAL = {
+    2: [0, 0x8000, 0x7FC1, 0xFFFF, 0x7F80, 0x7C01, 0x0001],
+    4: [0, 0x80000000, 0x7FC00001, 0xFFFFFFFF, 0x7F800000, 1],
+}
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[str, tuple[int, ...], bytes]:
+    dtype = draw(st.sampled_from(["BF16", "F16", "F32", "F64", "I64", "U8"]))
+    sizes = st.sampled_from([0, 1, 2, 63, 64, 65, 130])
+    shape = tuple(draw(st.lists(sizes, max_size=3)))
+    if math.prod(shape) > 20_000:
+        shape = shape[:2]
+    item = ITEM_BYTES[dtype]
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 30)))
+    data = rng.integers(0, 256, math.prod(shape) * item, np.uint8)
+    if item in SPECIAL:
+        bits = data.view(f"<u{item}")
+        zeros = draw(st.sampled_from([0.0, 0.1, 0.5, 0.97, 1.0]))
+        bits[rng.random(bits.size) < 0.05] = rng.choice(SPECIAL[item])
+        bits[rng.random(bits.size) < zeros] = 0
+    return dtype, shape, data.tobytes()
+
+
+NAMES = st.sampled_from(
+    [
+        *("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "alone"),
+        *(f"model.layers.{i}.{n}" for i in (0, 1, 10) for n in ("a.weight", "b.bias", "c")),
+    ]
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tensors=st.dictionaries(NAMES, weights(), min_size=1, max_size=6),
+    tied=st.booleans(),
+    shards=st.integers(1, 3),
+)
+def test_unpacking_a_pack_gives_back_every_byte(
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoints: Any,
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]],
+    tied: bool,
+    shards: int,
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("roundtrip")
+    if tied and "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    source = checkpoints.write(tmp_path / "source", tensors, shards=min(shards, len(tensors)))
+    pack(source, tmp_path / "pack")
+    verify(tmp_path / "pack")
+    unpack(tmp_path / "pack", tmp_path / "out")
+    assert checkpoints.read(tmp_path / "out") == tensors
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    tensors=st.dictionaries(NAMES, weights(), min_size=1, max_size=5),
+    sparsity=st.floats(0, 1, exclude_max=True),
+)
+def test_unpacking_a_pruned_pack_gives_back_the_pruned_bytes(
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoints: Any,
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]],
+    sparsity: float,
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("roundtrip")
+    tensors["model.layers.7.up.weight"] = ("BF16", (65, 3), bytes(range(195)) * 2)
+    source = checkpoints.write(tmp_path / "source", tensors)
+    pack(source, tmp_path / "pack", prune="magnitude", sparsity=sparsity)
+    unpack(tmp_path / "pack", tmp_path / "out")
+    assert checkpoints.read(tmp_path / "out") == pruned(source, tensors, sparsity)
+
+
+def pruned(source: Path, tensors: Any, sparsity: float) -> Any:
+    expected = dict(tensors)
+    for name, tensor in Checkpoint.open(source).tensors.items():
+        if pack_plan.is_prunable(tensor):
+            bits = magnitude(tensor.read_bits(), tensor.dtype, sparsity)
+            expected[name] = (tensor.dtype, tensor.shape, bits.tobytes())
+    return expected
+
+
+def test_a_tied_weight_is_stored_once_and_found_under_both_names(
+    tmp_path: Path, checkpoints: Any
+) -> None:
+    tensors = checkpoints.llama()
+    report = pack(checkpoints.write(tmp_path / "m", tensors), tmp_path / "p")
+    assert report.aliases == 1
+    index = open_pack(tmp_path / "p")
+    layer, tensor = index.tensor("lm_head.weight")
+    assert tensor.name == "model.embed_tokens.weight"
+    bits = tensor_bits(read_layer(tmp_path / "p", index, layer), tensor)
+    assert bits.tobytes() == tensors["lm_head.weight"][2]
+
+
+def test_a_matrix_is_stored_sparse_exactly_when_that_is_smaller(
+    tmp_path: Path, checkpoints: Any
+) -> None:
+    tensors = {}
+    for percent in (0, 3, 10, 50, 100):
+        bits = np.ones(128 * 128, "<u2")
+        bits[: bits.size * percent // 100] = 0
+        tensors[f"l.{percent}.w"] = ("BF16", (128, 128), bits.tobytes())
+    pack(checkpoints.write(tmp_path / "m", tensors), tmp_path / "p")
+    index = open_pack(tmp_path / "p")
+    codecs = {tensor.name: tensor.codec for layer in index.layers for tensor in layer.tensors}
+    assert codecs == {
+        **{"l.0.w": "dense", "l.3.w": "dense"},  # the bitmap takes 6.25 %
+        **{"l.10.w": "raw", "l.50.w": "raw", "l.100.w": "raw"},
+    }
+    for layer in index.layers:
+        for tensor in layer.tensors:
+            assert sum(a.nbytes for a in tensor.arrays.values()) <= tensor.dense_bytes
+
+
+def test_the_index_names_tool_settings_and_content(tmp_path: Path, checkpoints: Any) -> None:
+    tensors = checkpoints.llama()
+    one = checkpoints.write(tmp_path / "one", tensors, metadata={"format": "pt", "by": "me"})
+    three = checkpoints.write(tmp_path / "three", tensors, shards=3)
+    pack(one, tmp_path / "p1", prune="magnitude", sparsity=0.25)
+    pack(three, tmp_path / "p3")
+    first, third = open_pack(tmp_path / "p1"), open_pack(tmp_path / "p3")
+    assert "--prune magnitude --sparsity 0.25" in first.tool
+    assert first.metadata == {"format": "pt", "by": "me"}
+    assert first.source_digest == third.source_digest  # of the content, not of the files
+    tensors["model.norm.weight"] = ("BF16", (128,), bytes(256))
+    pack(checkpoints.write(tmp_path / "other", tensors), tmp_path / "p4")
+    assert open_pack(tmp_path / "p4").source_digest != first.source_digest
+
+
+def test_a_pack_holds_control_files_shards_and_index_and_leaves_nothing_beside(
+    tmp_path: Path, checkpoints: Any
+) -> None:
+    report = pack(checkpoints.write(tmp_path / "m", checkpoints.llama()), tmp_path / "packs" / "p")
+    assert sorted(file.name for file in (tmp_path / "packs" / "p").iterdir()) == [
+        *("config.json", "tierd-00001.safetensors", "tierd.json", "tokenizer.json"),
+    ]
+    assert [file.name for file in (tmp_path / "packs").iterdir()] == ["p"]
+    assert report.pack_dir in report.summary()
+
+
+def test_shards_open_with_the_safetensors_library(tmp_path: Path, checkpoints: Any) -> None:
+    from safetensors import safe_open
+
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+    pack(source, tmp_path / "p", prune="magnitude", sparsity=0.5)
+    with safe_open(tmp_path / "p" / "tierd-00001.safetensors", "np") as file:
+        bitmap = file.get_tensor("model.layers.0.mlp.up_proj.weight.bitmap")
+        offsets = file.get_tensor("model.layers.0.mlp.up_proj.weight.offsets")
+    assert int(np.bitwise_count(bitmap).sum()) == 384 * 128 // 2
+    assert offsets.size == 6 * 2 + 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings and targets
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"sparsity": 0.5}, "without --prune"),
+        ({"prune": "magnitude"}, "needs a sparsity"),
+        ({"prune": "magnitude", "sparsity": 1.0}, r"1\.0 is outside"),
+        ({"prune": "magnitude", "sparsity": -0.1}, r"-0\.1 is outside"),
+        ({"prune": "magnitude", "sparsity": math.nan}, "nan is outside"),
+        ({"prune": "magnitude", "sparsity": math.inf}, "inf is outside"),
+        ({"prune": "wanda", "sparsity": 0.5}, "'wanda' is unknown"),
+        ({"codec": "int3"}, "'int3' is unknown"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_read(
+    tmp_path: Path, wrong: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(BadSetting, match=text):
+        pack(tmp_path / "nowhere", tmp_path / "p", **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [".hidden", "with space", "a..b", "-x", "é"])
+def test_a_pack_that_no_daemon_would_serve_is_refused_by_its_name(
+    tmp_path: Path, checkpoints: Any, name: str
+) -> None:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+    with pytest.raises(BadSetting, match="model name"):
+        pack(source, tmp_path / name)
+
+
+def test_a_missing_model_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointMissing, match="does not exist"):
+        pack(tmp_path / "nowhere", tmp_path / "p")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pruning_a_model_without_numbered_layers_is_refused(
+    tmp_path: Path, checkpoints: Any
+) -> None:
+    source = checkpoints.write(tmp_path / "m", {"lm_head.weight": ("F32", (1, 1), bytes(4))})
+    with pytest.raises(PackError, match="nothing to prune"):
+        pack(source, tmp_path / "p", prune="magnitude", sparsity=0.5)
+
+
+def test_an_existing_pack_is_replaced_and_keeps_its_access_mode(
+    tmp_path: Path, checkpoints: Any
+) -> None:
+    tensors = checkpoints.llama()
+    source = checkpoints.write(tmp_path / "m", tensors)
+    assert not pack(source, tmp_path / "p").replaced
+    (tmp_path / "p" / "tierd.json").chmod(0o640)
+    (tmp_path / "p").chmod(0o750)
+    report = pack(source, tmp_path / "p", prune="magnitude", sparsity=0.5)
+    assert report.replaced
+    assert report.raw_zero_share == pytest.approx(0.5, abs=0.01)
+    verify(tmp_path / "p")
+    assert (tmp_path / "p").stat().st_mode & 0o777 == 0o750
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "p").iterdir()} == {0o640}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m", "p"]
+
+
+def test_a_target_that_is_no_pack_is_refused_and_untouched(
+    tmp_path: Path, checkpoints: Any
+) -> None:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "thesis.tex").write_text("precious")
+    with pytest.raises(TargetRefused, match="is not a pack"):
+        pack(source, tmp_path / "p")
+    with pytest.raises(TargetRefused, match="is not a pack"):
+        pack(source, source)
+    (tmp_path / "f").touch()
+    with pytest.raises(TargetRefused, match="not a directory"):
+        pack(source, tmp_path / "f")
+    assert (tmp_path / "p" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_pack_with_somebodys_folder_in_it_is_not_replaced(
+    tmp_path: Path, checkpoints: Any
+) -> None:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+    pack(source, tmp_path / "p")
+    (tmp_path / "p" / "notes").mkdir()
+    with pytest.raises(TargetRefused, match="notes"):
+        pack(source, tmp_path / "p")
+
+
+def test_an_empty_directory_may_be_the_target(tmp_path: Path, checkpoints: Any) -> None:
+    (tmp_path / "p").mkdir()
+    pack(checkpoints.write(tmp_path / "m", checkpoints.llama()), tmp_path / "p")
+    verify(tmp_path / "p")
+
+
+def test_two_packers_on_one_target_are_refused(tmp_path: Path, checkpoints: Any) -> None:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+    with (
+        Staging.locked(tmp_path / "p", "tierd-packing"),
+        pytest.raises(TargetBusy, match=f"pid {os.getpid()}"),
+    ):
+        pack(source, tmp_path / "p")
+    pack(source, tmp_path / "p")
+
+
+def test_a_read_only_target_is_refused_by_name(
+    tmp_path: Path, checkpoints: Any, mounted_tmpfs: Any
+) -> None:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+    with (
+        mounted_tmpfs(tmp_path / "disk", "ro,size=1m") as disk,
+        pytest.raises(TargetUnwritable, match=r"cannot write .*disk.*Read-only"),
+    ):
+        pack(source, disk / "p")
+
+
+# --------------------------------------------------------------------------------------------------
+# Interrupted runs
+
+#: Runs pack in a process that kills itself before the Nth call of a function of `pack`.
+KILLED = """
+import os, signal, sys
+from tierd_tools import pack, pack_plan
+pack_plan.SHARD_BYTES = 1
+source, target, name, number = sys.argv[1:]
+function, calls = getattr(pack, name), [0]
+def killer(*arguments, **options):
+    calls[0] += 1
+    if calls[0] == int(number):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*arguments, **options)
+setattr(pack, name, killer)
+pack.pack(source, target, prune="magnitude", sparsity=0.5)
+"""
+
+
+def run_and_kill(source: Path, target: Path, function: str, number: int) -> None:
+    command = [sys.executable, "-c", KILLED, str(source), str(target), function, str(number)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.fixture
+def source(tmp_path: Path, checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint that is packed into 5 shards: embedding, three layers, norm."""
+    monkeypatch.setattr(pack_plan, "SHARD_BYTES", 1)  # a shard a layer
+    written: Path = checkpoints.write(tmp_path / "m", checkpoints.llama())
+    return written
+
+
+def pruned_pack(source: Path, target: Path) -> Any:
+    return pack(source, target, prune="magnitude", sparsity=0.5)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("function", "number", "reused"),
+    [
+        ("write_shard", 1, 0),
+        ("write_shard", 2, 1),
+        ("write_shard", 5, 4),
+        ("copy_file", 2, 5),
+        ("write_index", 1, 5),
+        ("verify_layer", 3, 5),
+        ("adopt_access", 1, 5),
+    ],
+)
+def test_a_killed_run_is_resumed_and_the_old_pack_stays_until_then(
+    tmp_path: Path, source: Path, function: str, number: int, reused: int
+) -> None:
+    pruned_pack(source, tmp_path / "expected")
+    pack(source, tmp_path / "p")
+    before = content(tmp_path / "p")
+    run_and_kill(source, tmp_path / "p", function, number)
+    assert content(tmp_path / "p") == before
+    report = pruned_pack(source, tmp_path / "p")
+    assert report.shards_reused == reused
+    assert content(tmp_path / "p") == content(tmp_path / "expected")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["expected", "m", "p"]
+
+
+def test_a_run_that_is_killed_while_it_writes_a_shard_leaves_no_part_of_it(
+    tmp_path: Path, source: Path
+) -> None:
+    program = KILLED.replace("getattr(pack, name)", "os.rename").replace(
+        "setattr(pack, name, killer)", "os.rename = killer"
+    )
+    command = [sys.executable, "-c", program, str(source), str(tmp_path / "p"), "rename", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    staging = tmp_path / ".p.tierd-packing"  # a rename for each shard, one for the journal after it
+    assert (staging / "tierd-00003.safetensors.tmp").exists()
+    assert pruned_pack(source, tmp_path / "p").shards_reused == 2
+    assert len(list((tmp_path / "p").glob("*.tmp"))) == 0
+    verify(tmp_path / "p")
+
+
+def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(
+    tmp_path: Path, source: Path
+) -> None:
+    run_and_kill(source, tmp_path / "p", "write_shard", 4)
+    shard = tmp_path / ".p.tierd-packing" / "tierd-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5000] ^= 1
+    shard.write_bytes(data)
+    assert pruned_pack(source, tmp_path / "p").shards_reused == 1
+    verify(tmp_path / "p")
+
+
+def test_other_settings_or_another_source_start_afresh(tmp_path: Path, source: Path) -> None:
+    run_and_kill(source, tmp_path / "p", "write_shard", 4)
+    assert pack(source, tmp_path / "p", prune="magnitude", sparsity=0.6).shards_reused == 0
+    run_and_kill(source, tmp_path / "p", "write_shard", 4)
+    shard = source / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert pruned_pack(source, tmp_path / "p").shards_reused == 0
+    verify(tmp_path / "p")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"job": 1}', '{"job": "x", "index": ""}'])
+def test_a_journal_that_is_none_starts_afresh(tmp_path: Path, source: Path, text: str) -> None:
+    run_and_kill(source, tmp_path / "p", "write_shard", 4)
+    (tmp_path / ".p.tierd-packing" / ".tierd-journal.json").write_text(text)
+    assert pruned_pack(source, tmp_path / "p").shards_reused == 0
+
+
+def test_a_run_that_is_killed_after_the_exchange_leaves_the_new_pack(
+    tmp_path: Path, source: Path
+) -> None:
+    pack(source, tmp_path / "p")
+    program = KILLED.replace("getattr(pack, name)", "pack.Staging.remove").replace(
+        "setattr(pack, name, killer)", "pack.Staging.remove = killer"
+    )
+    command = [sys.executable, "-c", program, str(source), str(tmp_path / "p"), "remove", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "--sparsity 0.5" in open_pack(tmp_path / "p").tool
+    assert (tmp_path / ".p.tierd-packing" / "tierd.json").exists()  # the old one
+    pruned_pack(source, tmp_path / "p")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m", "p"]
+
+
+def test_a_source_that_changes_while_it_is_packed_is_refused(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count(1)
+
+    def write_and_touch(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            (source / "config.json").write_text("{}")
+        return write_shard(*arguments)
+
+    monkeypatch.setattr(pack_module, "write_shard", write_and_touch)
+    with pytest.raises(PackError, match=r"changed while it was packed; nothing was kept"):
+        pack(source, tmp_path / "p")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m"]
+
+
+def test_a_source_that_shrinks_while_it_is_packed_is_refused(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    the_plan = pack_plan.plan(Checkpoint.open(source), None)
+    monkeypatch.setattr(pack_module, "plan", lambda checkpoint, sparsity: the_plan)
+    real = Checkpoint.open(source)
+    monkeypatch.setattr(Checkpoint, "open", lambda path: real)
+    os.truncate(source / "model.safetensors", 100_000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors ends at byte 100000"):
+        pack(source, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_disk_that_gives_back_something_else_is_noticed(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count(1)
+
+    def write_and_damage(path: Path, *arguments: Any) -> Any:
+        written = write_shard(path, *arguments)
+        if next(calls) == 2:
+            with path.open("r+b") as file:
+                file.seek(8192)
+                file.write(b"\xff" * 16)
+        return written
+
+    monkeypatch.setattr(pack_module, "write_shard", write_and_damage)
+    with pytest.raises(PackError, match=r"reads back wrong: .*xxh3 is [0-9a-f]{16}.*1 of 5 shards"):
+        pruned_pack(source, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(pack_plan, "SHARD_BYTES", 1)
+    assert pruned_pack(source, tmp_path / "p").shards_reused == 1
+    verify(tmp_path / "p")
+
+
+# --------------------------------------------------------------------------------------------------
+# Full disks
+
+
+def test_a_disk_that_is_surely_too_small_is_refused_with_both_numbers(
+    tmp_path: Path, checkpoints: Any, mounted_tmpfs: Any
+) -> None:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama(size=256, layers=4))
+    with mounted_tmpfs(tmp_path / "disk", "size=1m") as disk:
+        with pytest.raises(DiskFull, match=r"needs about 4\.\d MiB, .* free; nothing was kept"):
+            pack(source, disk / "p")
+        assert list(disk.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_keeps_the_old_pack_and_the_finished_shards(
+    tmp_path: Path, source: Path, mounted_tmpfs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(source, tmp_path / "expected")
+    monkeypatch.setattr(pack_module, "_SURE", 0.0)
+    with mounted_tmpfs(tmp_path / "disk", "size=1200k") as disk:
+        pruned_pack(source, disk / "p")
+        before = content(disk / "p")
+        with pytest.raises(DiskFull, match=r"file system full: needs about .* free; . of 5 shards"):
+            pack(source, disk / "p")
+        assert content(disk / "p") == before
+        verify(disk / "p")
+        kept = len(list((disk / ".p.tierd-packing").glob("*.safetensors")))
+        assert 1 <= kept < 5
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        report = pack(source, disk / "p")
+        assert report.shards_reused == kept
+        assert content(disk / "p") == content(tmp_path / "expected")
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(
+    tmp_path: Path, source: Path, mounted_tmpfs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack_module, "_SURE", 0.0)
+    with mounted_tmpfs(tmp_path / "disk", "size=8k") as disk:
+        with pytest.raises(DiskFull, match="nothing was kept"):
+            pack(source, disk / "p")
+        assert list(disk.iterdir()) == []
+
+
+def test_the_report_is_plain_data(tmp_path: Path, source: Path) -> None:
+    import dataclasses
+
+    report = dataclasses.asdict(pruned_pack(source, tmp_path / "p"))
+    assert json.loads(json.dumps(report)) == report
+    assert report["source_bytes"] > report["pack_bytes"] > 0
+    assert (report["layers"], report["shards"], report["pruned_tensors"]) == (5, 5, 15)

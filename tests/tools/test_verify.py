@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import xxhash
+
+from tierd_layouts import errors
+from tierd_layouts.container import open_pack, write_index
+from tierd_tools.errors import VerifyError
+from tierd_tools.pack import pack
+from tierd_tools.verify import verify
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def packed(tmp_path: Path, checkpoints: Any) -> Path:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+    pack(source, tmp_path / "p", prune="magnitude", sparsity=0.5)
+    return tmp_path / "p"
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 0x10]))
+
+
+def test_a_pack_that_is_right_is_counted(packed: Path) -> None:
+    report = verify(packed)
+    assert (report.layers, report.tensors, report.raw_tensors, report.shards) == (5, 20, 15, 1)
+    assert "--sparsity 0.5" in report.tool
+    assert str(packed) in report.summary()
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["pack_dir"] == str(packed)
+
+
+def test_a_flipped_bit_in_any_layer_is_found_and_named(packed: Path) -> None:
+    index = open_pack(packed)
+    for layer in index.layers:
+        extent = layer.extents[0]
+        place = extent.offset + extent.nbytes - 1
+        flip(packed / index.shards[0].file, place)
+        with pytest.raises(errors.ChecksumMismatch) as caught:
+            verify(packed)
+        text = str(caught.value)
+        assert f"layer {layer.name!r}" in text
+        assert f"{extent.xxh3[-1]:016x}" in text
+        assert str(packed) in text
+        flip(packed / index.shards[0].file, place)
+    verify(packed)
+
+
+def test_tiles_that_break_the_rules_are_found_behind_a_right_checksum(packed: Path) -> None:
+    index = open_pack(packed)
+    layer = index.layer("model.layers.1")
+    extent = layer.extents[0]
+    tensor = next(tensor for tensor in layer.tensors if tensor.codec == "raw")
+    shard = packed / index.shards[0].file
+    flip(shard, extent.offset + tensor.arrays["bitmap"].offset)
+    data = np.fromfile(shard, np.uint8, extent.nbytes, offset=extent.offset)
+    hashes = (xxhash.xxh3_64_intdigest(data.data),)
+    lying = dataclasses.replace(layer, extents=(dataclasses.replace(extent, xxh3=hashes),))
+    layers = tuple(lying if item is layer else item for item in index.layers)
+    write_index(packed, dataclasses.replace(index, layers=layers))
+    with pytest.raises(errors.TileError, match=rf"{layer.name}.*{tensor.name}"):
+        verify(packed)
+
+
+def test_a_truncated_shard_is_found(packed: Path) -> None:
+    shard = packed / "tierd-00001.safetensors"
+    os.truncate(shard, shard.stat().st_size - 4096)
+    with pytest.raises(errors.ShardSizeWrong, match=r"tierd-00001\.safetensors"):
+        verify(packed)
+
+
+def test_a_missing_shard_is_found(packed: Path) -> None:
+    (packed / "tierd-00001.safetensors").unlink()
+    with pytest.raises(errors.ShardMissing, match=r"tierd-00001\.safetensors"):
+        verify(packed)
+
+
+def test_a_flipped_bit_in_the_header_is_found(packed: Path) -> None:
+    flip(packed / "tierd-00001.safetensors", 60)
+    with pytest.raises(errors.ShardError, match=r"tierd-00001\.safetensors"):
+        verify(packed)
+
+
+def test_a_flipped_bit_in_the_index_is_found(packed: Path) -> None:
+    text = (packed / "tierd.json").read_text()
+    (packed / "tierd.json").write_text(text.replace('"nnz": 8192', '"nnz": 8193', 1))
+    with pytest.raises(errors.IndexChecksumWrong):
+        verify(packed)
+
+
+def test_a_pack_without_configuration_is_no_model(packed: Path) -> None:
+    (packed / "config.json").unlink()
+    with pytest.raises(VerifyError, match=r"no config\.json"):
+        verify(packed)
+
+
+def test_a_folder_that_is_no_pack_is_named(tmp_path: Path, packed: Path) -> None:
+    with pytest.raises(errors.IndexMissing, match="nowhere"):
+        verify(tmp_path / "nowhere")
+    with pytest.raises(errors.IndexMissing, match=r"tierd\.json"):
+        verify(tmp_path / "m")
+    copied = shutil.copytree(packed, tmp_path / "copy")
+    verify(copied)

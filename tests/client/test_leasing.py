@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import os
+import random
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tierd_client import leasing
+from tierd_client.errors import ClientClosed, ForkedClient, LayerNotFound, LeaseLimit
+from tierd_client.leasing import LayerLeases
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class FakeLease:
+    def __init__(self, opened: FakeOpened, layer: int) -> None:
+        self.opened = opened
+        self.layer = layer
+
+    def release(self) -> None:
+        with self.opened.lock:
+            self.opened.held.remove(self.layer)
+        self.opened.log.append(("release", self.layer))
+
+
+class FakePending:
+    """Granted at once where there is room, as the daemon does; else "later"."""
+
+    def __init__(self, opened: FakeOpened, layer: int) -> None:
+        self.opened = opened
+        self.layer = layer
+        with opened.lock:
+            self.granted = len(opened.held) < opened.room
+            if self.granted:
+                opened.held.append(layer)
+
+    def resolve(self) -> Any:
+        self.opened.waiting.remove(self)
+        if not self.granted:
+            return self.opened.acquire(self.layer, "later")
+        self.opened.log.append(("resolve", self.layer))
+        return FakeLease(self.opened, self.layer)
+
+    def cancel(self) -> None:
+        self.opened.waiting.remove(self)
+        self.opened.log.append(("cancel", self.layer))
+        if self.granted:
+            with self.opened.lock:
+                self.opened.held.remove(self.layer)
+
+
+class FakeOpened:
+    """A model of which at most `room` layers may be leased at once, like a client's reserve."""
+
+    name = "fake"
+
+    def __init__(self, room: int = 1000) -> None:
+        self.room = room
+        self.lock = threading.Lock()
+        self.held: list[int] = []
+        self.waiting: list[FakePending] = []
+        self.plans: list[tuple[int, ...]] = []
+        self.log: list[tuple[str, int]] = []
+        self.broken: set[int] = set()
+
+    def plan(self, order: Sequence[int], *, cyclic: bool, lookahead: int) -> int:
+        assert cyclic
+        assert lookahead == 1
+        self.plans.append(tuple(order))
+        return 0
+
+    def acquire(self, layer: int, how: str = "acquire") -> Any:
+        self.log.append((how, layer))
+        if layer in self.broken:
+            raise LayerNotFound(f"layer {layer}", "not_found")
+        with self.lock:
+            if len(self.held) >= self.room:
+                raise LeaseLimit(f"client holds {len(self.held)}", "lease_limit")
+            self.held.append(layer)
+        return FakeLease(self, layer)
+
+    def acquire_ahead(self, layer: int) -> Any:
+        self.log.append(("ahead", layer))
+        pending = FakePending(self, layer)
+        self.waiting.append(pending)
+        return pending
+
+
+def leases_of(opened: Any, order: Sequence[int]) -> LayerLeases:
+    return LayerLeases(opened, order)
+
+
+def run_pass(leases: LayerLeases, order: Sequence[int]) -> None:
+    leases.begin_pass()
+    for layer in order:
+        leases.enter(layer)
+        leases.leave(layer)
+    leases.end_pass()
+
+
+def test_the_next_layer_of_the_plan_is_asked_for_while_one_is_held() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1, 2))
+    assert opened.plans == [(0, 1, 2)]
+    leases.enter(0)
+    assert opened.log == [("acquire", 0), ("ahead", 1)]
+    leases.leave(0)
+    leases.enter(1)
+    assert opened.log[2:] == [("release", 0), ("resolve", 1), ("ahead", 2)]
+    assert leases.counters().ahead == 1
+
+
+def test_the_plan_is_a_circle() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1))
+    run_pass(leases, (0, 1))
+    assert opened.log[-2:] == [("ahead", 0), ("release", 1)]
+    run_pass(leases, (0, 1))
+    assert ("acquire", 0) not in opened.log[1:]
+
+
+def test_a_layer_that_follows_itself_keeps_its_lease() -> None:
+    # A head tied to the embedding: the last layer of a pass is the first of the next one.
+    opened = FakeOpened()
+    leases = leases_of(opened, (7, 1, 7))
+    for _ in range(3):
+        run_pass(leases, (7, 1, 7))
+    assert [entry for entry in opened.log if entry[1] == 7 and entry[0] != "ahead"] == [
+        ("acquire", 7),
+        ("release", 7),
+        ("resolve", 7),
+        ("release", 7),
+        ("resolve", 7),
+        ("release", 7),
+        ("resolve", 7),
+    ]
+    assert opened.held == [7]
+    leases.close()
+    assert opened.held == []
+
+
+def test_threads_in_one_layer_share_a_lease_that_ends_with_the_last() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, ())
+    first = leases.enter(3)
+    inside, leave = threading.Event(), threading.Event()
+    second = []
+
+    def other() -> None:
+        second.append(leases.enter(3))
+        inside.set()
+        leave.wait(10)
+        leases.leave(3)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    leases.leave(3)
+    assert opened.held == [3]
+    leave.set()
+    thread.join()
+    assert opened.held == []
+    assert second == [first]
+
+
+def test_a_thread_knows_only_the_layers_that_it_is_inside() -> None:
+    leases = leases_of(FakeOpened(), ())
+    lease = leases.enter(3)
+    seen: list[Any] = []
+    thread = threading.Thread(target=lambda: seen.append(leases.current(3)))
+    thread.start()
+    thread.join()
+    assert seen == [None]
+    assert leases.current(3) is lease
+    leases.leave(3)
+    assert leases.current(3) is None
+
+
+def test_a_refused_thread_gets_its_layer_when_another_leaves() -> None:
+    opened = FakeOpened(room=1)
+    leases = leases_of(opened, ())
+    leases.enter(0)
+    got = threading.Event()
+
+    def other() -> None:
+        leases.enter(1)
+        got.set()
+        leases.leave(1)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert not got.wait(0.05)
+    leases.leave(0)
+    assert got.wait(10)
+    thread.join()
+    assert opened.held == []
+
+
+def test_what_was_asked_ahead_makes_room_for_what_is_needed() -> None:
+    # Somebody calls a layer out of order: the guess fills the reserve, and nobody is in it.
+    opened = FakeOpened(room=2)
+    leases = leases_of(opened, (0, 1, 2))
+    leases.enter(0)
+    assert opened.held == [0, 1]
+    leases.enter(2)
+    assert opened.held == [0, 2]
+    assert opened.log[2:] == [("acquire", 2), ("resolve", 1), ("release", 1), ("acquire", 2)]
+
+
+def test_a_thread_that_holds_all_itself_is_told_the_daemons_reason() -> None:
+    opened = FakeOpened(room=1)
+    leases = leases_of(opened, ())
+    leases.enter(0)
+    with pytest.raises(LeaseLimit, match="client holds 1"):
+        leases.enter(1)
+    leases.leave(0)
+    leases.enter(1)
+    leases.leave(1)
+
+
+def test_waiting_for_another_thread_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leasing, "LIMIT_WAIT_S", 0.05)
+    opened = FakeOpened(room=1)
+    leases = leases_of(opened, ())
+    thread = threading.Thread(target=leases.enter, args=(0,))
+    thread.start()
+    thread.join()
+    with pytest.raises(LeaseLimit):
+        leases.enter(1)
+
+
+def test_a_wrong_guess_is_taken_back() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1, 2, 3))
+    leases.enter(0)
+    leases.leave(0)
+    leases.enter(2)
+    assert ("cancel", 1) in opened.log
+    assert [pending.layer for pending in opened.waiting] == [3]
+
+
+def test_a_failed_acquire_leaves_nothing_behind() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1))
+    opened.broken.add(0)
+    with pytest.raises(LayerNotFound):
+        leases.enter(0)
+    assert leases.current(0) is None
+    opened.broken.clear()
+    leases.enter(0)
+    leases.leave(0)
+    assert opened.held == [1]  # asked ahead
+
+
+def test_the_first_whole_pass_teaches_the_order() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1, 2))
+    leases.begin_pass()
+    leases.enter(2)
+    leases.leave(2)  # a pass that fails here teaches nothing
+    run_pass(leases, (2, 0, 1, 2))
+    run_pass(leases, (0, 1, 2))
+    assert opened.plans == [(0, 1, 2), (2, 0, 1, 2)]
+    assert leases.order == (2, 0, 1, 2)
+
+
+def test_nothing_is_entered_after_the_close_and_the_rest_goes_back_when_left() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1))
+    leases.enter(0)
+    leases.close()
+    assert opened.waiting == []
+    with pytest.raises(ClientClosed, match="fake"):
+        leases.enter(1)
+    leases.leave(0)
+    assert opened.held == []
+
+
+def test_a_forked_child_is_refused_without_waiting_for_a_lock() -> None:
+    leases = leases_of(FakeOpened(), (0,))
+    with leases._lock:
+        child = os.fork()
+        if child == 0:
+            try:
+                leases.enter(0)
+            except ForkedClient:
+                os._exit(7)
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_threads_out_of_step_all_finish_within_the_reserve(seed: int) -> None:
+    # replay: pytest tests/client/test_leasing.py -k "out_of_step[SEED]"
+    rng = random.Random(seed)
+    order = list(range(5))
+    opened = FakeOpened(room=rng.choice((1, 2, 3)))
+    leases = leases_of(opened, order)
+    problems: list[BaseException] = []
+
+    def run(seed: int) -> None:
+        mine = random.Random(seed)
+        try:
+            for _ in range(30):
+                walk = order if mine.random() < 0.7 else mine.sample(order, 3)
+                run_pass(leases, walk)
+        except BaseException as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=run, args=(rng.random(),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), f"deadlock at seed {seed}"
+    assert problems == []
+    leases.close()
+    assert opened.held == []
+    assert opened.waiting == []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tierd import sdnotify
 from tierd.io.arena import Arena
 from tierd.io.memory_limits import available_bytes
+from tierd.recovery import arena_name
 from tierd.sizes import format_size
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Arenas:
             pages=self._pages, mlock=self._mlock,
         )  # fmt: skip
         self.add(group, arena)
-        sdnotify.fdstore(f"arena-{arena_id}.{group}", arena.fd, environ=os.environ)
+        sdnotify.fdstore(arena_name(arena_id, group), arena.fd, environ=os.environ)
         log.info(
             "arena %d for readers %s: %s of address space, %s",
             arena_id, group, format_size(arena.span_bytes), arena.pages_text,
@@ -107,7 +108,6 @@ class Arenas:
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(self._thread, self.by_id[arena].discard, offset, nbytes)
 
-
         def finished(outcome: asyncio.Future[None]) -> None:
             outcome.result()
             done()
@@ -142,9 +142,7 @@ class Arenas:
             self._wanted[0] = (arena, start + step, end)
             if step == end - start:
                 del self._wanted[0]
-            await loop.run_in_executor(
-                self._thread, self.by_id[arena].populate_step, start, step
-            )
+            await loop.run_in_executor(self._thread, self.by_id[arena].populate_step, start, step)
         self._population = None
         log.info(
             "population finished: %s exist, %s locked",

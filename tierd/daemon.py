@@ -8,6 +8,7 @@ wrong, and systemd starts one that looks again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -18,14 +19,22 @@ from typing import TYPE_CHECKING, Any
 from tierd import recovery, sdnotify
 from tierd.arenas import Arenas
 from tierd.core.errors import CoreError, IllegalEvent
-from tierd.core.model import Adopted, ArenaAdded, ClientGone, ClientJoined, CoreConfig, Release
+from tierd.core.model import (
+    Adopted,
+    ArenaAdded,
+    ClientGone,
+    ClientJoined,
+    CoreConfig,
+    HolderGone,
+    Release,
+)
 from tierd.engine import Engine
 from tierd.errors import ShuttingDown, TierdError, TooManyClients
 from tierd.io.memory_limits import auto_budget, available_bytes, check_budget
 from tierd.io.pages import choose_pages
 from tierd.io.ssd import ReaderPool
 from tierd.models import Models, scan_for
-from tierd.recovery import HolderGoneReporter, Orphans
+from tierd.recovery import Orphans
 from tierd.registry import Registry
 from tierd.server import Listener
 from tierd.session import MAX_OUTSTANDING, Session
@@ -33,3 +42,301 @@ from tierd.sizes import format_size
 from tierd.slots import Slots
 from tierd.statistics import Statistics
 from tierd.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from tierd.config import Config
+    from tierd.connection import Connection
+    from tierd.io.pages import Pages
+    from tierd.pack import Pack
+    from tierd.recovery import Inheritance
+    from tierd.registry import Changes
+
+log = logging.getLogger(__name__)
+
+SPARE_CONNECTIONS = 64  # beside the clients: for tierctl, and to tell a client that it is refused
+DRAIN_SECONDS = 1.0  # what clients have to read their last answers
+
+
+class Daemon:
+    """`run` returns the exit status."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.pid = os.getpid()
+        self.epoch = secrets.randbits(63)
+        self.started_ns = time.monotonic_ns()
+        self.stopping = False
+        self.registry = Registry()
+        self.sessions: dict[int, Session] = {}  #: those that said hello
+        self.statistics = Statistics(self)
+        self.pool: ReaderPool
+        self.slots: Slots
+        self.arenas: Arenas
+        self.engine: Engine
+        self.models: Models
+        self.orphans: Orphans
+        self._listener: Listener
+        self._connected: dict[int, Session] = {}
+        self._next_client = 1
+        self._stop = asyncio.Event()
+        self._all_left = asyncio.Event()
+        self._fault: Exception | None = None
+
+    async def run(self) -> int:
+        """Serve until a signal or a fault. Raises TierdError or OSError when it cannot start."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._faulted)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        tidying = await self._start(loop)
+        loop.add_signal_handler(signal.SIGHUP, self.models.reload)
+        self._say_ready(loop)
+        if tidying is not None:
+            await tidying
+        await self._stop.wait()
+        await self._shut_down(loop)
+        return 1 if self._fault is not None else 0
+
+    # --------------------------------------------------------------------------------------- start
+
+    async def _start(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None] | None:
+        kept = sdnotify.listen_fds(os.environ)
+        kept_arenas = [fd for name in kept if recovery.is_arena(name) for fd in kept[name]]
+        held_bytes = sum(os.fstat(fd).st_blocks * 512 for fd in kept_arenas)
+        limit = await loop.run_in_executor(None, available_bytes)
+        budget = self.config.dram_bytes or auto_budget(limit, held_bytes=held_bytes)
+        check_budget(budget, limit, held_bytes=held_bytes)
+        pages = choose_pages(budget, kept_fds=kept_arenas)
+        if pages.warning:
+            log.warning("%s", pages.warning)
+        control = kept.pop("control", None)
+        if control:
+            self._listener = Listener.inherit(control[0])
+        else:
+            self._listener = Listener.bind(self.config.socket, self.config.socket_mode)
+        try:
+            log.info(
+                "tierd %d on %s: budget %s (%s) of %s available (%s), %s",
+                self.pid, self._listener.path, format_size(budget),
+                "chosen" if self.config.dram_bytes is None else "given",
+                format_size(limit.nbytes), limit.text, pages.text,
+            )  # fmt: skip
+            self.pool = ReaderPool(self.config.readers, self.config.ssd_bandwidth)
+            inheritance = recovery.inherit(kept, pages, mlock=self._mlock)
+            changes = self.registry.apply(
+                await loop.run_in_executor(None, scan_for, self.config, self.registry)
+            )
+            tidying = self._begin(loop, budget, pages, inheritance, changes)
+        except BaseException:
+            self._listener.close()
+            raise
+        self._listener.start(loop, self.config.max_clients + SPARE_CONNECTIONS, self._joined)
+        return tidying
+
+    @property
+    def _mlock(self) -> bool:
+        return self.config.mlock != "off"
+
+    def _begin(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        budget: int,
+        pages: Pages,
+        inheritance: Inheritance | None,
+        changes: Changes,
+    ) -> asyncio.Task[None] | None:
+        if inheritance is not None:
+            try:
+                return self._begin_warm(loop, budget, pages, inheritance, changes)
+            except IllegalEvent as error:  # e.g. other pages than before
+                log.warning("cold start: what the earlier daemon left does not fit: %s", error)
+                self.engine.stop()
+                self.orphans.close()
+                inheritance.close()
+        self._begin_cold(loop, budget, pages, changes)
+        return None
+
+    def _begin_cold(
+        self, loop: asyncio.AbstractEventLoop, budget: int, pages: Pages, changes: Changes
+    ) -> None:
+        self.slots = Slots.create(self.epoch)
+        sdnotify.fdstore(recovery.TABLE, self.slots.fd, environ=os.environ)
+        self._assemble(loop, budget, pages)
+        self.models.take_over(changes, warm_bytes=budget)
+
+    def _begin_warm(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        budget: int,
+        pages: Pages,
+        inheritance: Inheritance,
+        changes: Changes,
+    ) -> asyncio.Task[None]:
+        """Go on with the slots of the earlier daemon. All other memory is given back before any
+        read takes new memory."""
+        self.slots = inheritance.slots
+        self._assemble(loop, budget, pages)
+        now = self.engine.now()
+        for group, arena in inheritance.arenas:
+            self.arenas.add(group, arena)
+            self.engine.submit(ArenaAdded(now, arena.arena_id, arena.span_bytes))
+        self.models.take_over(changes)
+        held = recovery.living(self.slots)
+        match = recovery.match(
+            self.slots, self.registry.served.values(), dict(inheritance.groups()), held
+        )
+        self.engine.hold_reads()
+        self.engine.submit(Adopted(now, tuple(match.adopted)))
+        for number in match.forgotten:
+            self.slots.clear(number)
+        self.slots.table.epoch = self.epoch
+        self.orphans = Orphans(loop, held, self._orphan_ended)
+        log.info(
+            "warm start: %d layers are resident, %d slots are read by %d leases of the earlier "
+            "daemon, %d slots are dropped",
+            sum(slot.key is not None for slot in match.adopted),
+            sum(bool(slot.holders) for slot in match.adopted), len(held), len(match.forgotten),
+        )  # fmt: skip
+        return loop.create_task(self._tidy(match.ranges(pages.page_bytes)))
+
+    async def _tidy(self, kept: dict[int, list[tuple[int, int]]]) -> None:
+        await self.arenas.discard_all_but(kept)
+        self.engine.resume_reads()
+
+    def _assemble(self, loop: asyncio.AbstractEventLoop, budget: int, pages: Pages) -> None:
+        self.arenas = Arenas(budget, pages, mlock=self._mlock, populate=self.config.populate)
+        config = CoreConfig(
+            budget_bytes=budget,
+            granule_bytes=pages.page_bytes,
+            reads_in_flight=self.config.reads_in_flight,
+            first_generation=self.slots.table.next_generation,
+            first_lease=self.slots.table.next_lease,
+        )
+        self.engine = Engine(
+            config, self.slots, self.arenas, self.pool, self.registry, self.sessions
+        )
+        self.models = Models(self.config, self.registry, self.arenas, self.engine)
+        self.orphans = Orphans(loop, (), self._orphan_ended)
+
+    def _say_ready(self, loop: asyncio.AbstractEventLoop) -> None:
+        seconds = (time.monotonic_ns() - self.started_ns) / 1e9
+        budget = format_size(self.engine.config.budget_bytes)
+        text = f"{len(self.registry.served)} models, DRAM budget {budget}"
+        sdnotify.notify(f"READY=1\nMAINPID={self.pid}\nSTATUS={text}", environ=os.environ)
+        log.info("ready after %.3f s: %s", seconds, text)
+        Watchdog(loop, self.engine, self.pool, self.config.readers).start()
+
+    # ----------------------------------------------------------------------------------------- end
+
+    async def _shut_down(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.stopping = True
+        self.engine.stop()
+        sdnotify.notify("STOPPING=1", environ=os.environ)
+        log.info("stopping: %d clients hold %d leases", len(self.sessions), self.slots.leases)
+        self._listener.stop()
+        for session in list(self._connected.values()):
+            session.shut_down()
+        self._check_all_left()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._all_left.wait(), DRAIN_SECONDS)
+        for session in list(self._connected.values()):
+            session.connection.close("tierd is shutting down")
+        self.orphans.close()
+        self.models.stop()
+        await loop.run_in_executor(None, self.pool.close)
+        await asyncio.sleep(0)  # the outcomes of the last reads release their targets
+        await self.arenas.close()
+        self.slots.close()
+        for pack in list(self.registry.by_model.values()):
+            pack.close()
+        self._listener.close()
+
+    def _check_all_left(self) -> None:
+        if self.stopping and not self._connected:
+            self._all_left.set()
+
+    def _faulted(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, Exception):
+            loop.default_exception_handler(context)
+            return
+        log.critical("tierd ends, because of a fault: %s", context["message"], exc_info=error)
+        self._fault = error
+        self._stop.set()
+
+    # ------------------------------------------------------------------------------------- clients
+
+    @property
+    def socket_path(self) -> str:
+        return self._listener.path
+
+    def _joined(self, connection: Connection) -> None:
+        client = self._next_client
+        self._next_client += 1
+        self._connected[client] = session = Session(self, connection, client)
+        connection.start(session)
+
+    def answer(self, session: Session, request: int, op: str, message: dict[str, Any]) -> None:
+        """The task boundary of one request."""
+        try:
+            if self.stopping:
+                raise ShuttingDown("tierd is shutting down")
+            session.answer(request, op, message)
+        except TierdError as error:
+            session.refuse(request, error.code, error.text)
+        except CoreError:
+            raise
+        except Exception:
+            log.exception("%s: fault while answering %.80r", session, op)
+            session.connection.close("tierd failed while answering")
+
+    def greet(self, session: Session, held: list[int]) -> None:
+        """A client said hello. Raises TooManyClients."""
+        if len(self.sessions) >= self.config.max_clients:
+            raise TooManyClients(
+                f"{len(self.sessions)} clients are connected, max_clients is "
+                f"{self.config.max_clients}"
+            )
+        session.greeted = True
+        self.sessions[session.client] = session
+        kept = self.orphans.hello(session.client, session.process, held)
+        log.info("%s joined%s", session, f", holding {len(kept)} old leases" if kept else "")
+        self.engine.submit(ClientJoined(self.engine.now(), session.client))
+
+    def session_ended(self, session: Session, reason: str) -> None:
+        del self._connected[session.client]
+        self._listener.ended()
+        self._check_all_left()
+        if not session.greeted:
+            log.debug("%s: %s", session, reason)
+            return
+        log.info("%s left with %d leases: %s", session, len(session.leases), reason)
+        del self.sessions[session.client]
+        if self.stopping:
+            return
+        for lease in session.leases:
+            self.slots.end(lease)
+        self.orphans.client_gone(session.client)
+        self.engine.submit(ClientGone(self.engine.now(), session.client))
+        for pack in session.opened.values():
+            self.closed(session, pack)
+
+    def closed(self, session: Session, pack: Pack) -> None:
+        """`session` does not use `pack` any more."""
+        pack.users.discard(session.client)
+        self.models.retire(pack)
+
+    def lease_possible(self) -> bool:
+        """Whether the slot table has room for one more lease beside all that may be granted."""
+        return self.slots.free_leases > len(self.sessions) * MAX_OUTSTANDING
+
+    def release(self, session: Session, lease: int) -> None:
+        self.slots.end(lease)
+        self.engine.submit(Release(self.engine.now(), session.client, lease))
+
+    def release_orphan(self, session: Session, lease: int) -> bool:
+        return self.orphans.release(session.process, lease)
+
+    def _orphan_ended(self, lease: int) -> None:
+        self.slots.end(lease)
+        self.engine.submit(HolderGone(self.engine.now(), lease))

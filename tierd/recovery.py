@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tierd import sdnotify
 from tierd.access import AccessGroup
 from tierd.core.model import AdoptedSlot, LayerKey
 from tierd.errors import ArenaError
@@ -24,7 +25,7 @@ from tierd_layouts.slot_table import SlotState
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from tierd.io.pages import Pages
     from tierd.pack import Pack
@@ -47,15 +48,34 @@ class Inheritance:
     slots: Slots
     arenas: list[tuple[AccessGroup, Arena]]
 
+    def groups(self) -> Iterator[tuple[int, AccessGroup]]:
+        """The readers of each arena, by id."""
+        return ((arena.arena_id, group) for group, arena in self.arenas)
 
-def inherit(
-    kept: Mapping[str, list[int]], pages: Pages, *, mlock: bool
-) -> Inheritance | None:
+    def close(self) -> None:
+        """It cannot be used: let go of it, and have systemd forget it."""
+        for group, arena in self.arenas:
+            sdnotify.fdstore_remove(arena_name(arena.arena_id, group), environ=os.environ)
+            arena.close()
+        sdnotify.fdstore_remove(TABLE, environ=os.environ)
+        self.slots.close()
+
+
+def arena_name(arena_id: int, group: AccessGroup) -> str:
+    """The name under which systemd keeps an arena: its id, and who may read it."""
+    return f"arena-{arena_id}.{group}"
+
+
+def is_arena(name: str) -> bool:
+    return name.startswith("arena-")
+
+
+def inherit(kept: Mapping[str, list[int]], pages: Pages, *, mlock: bool) -> Inheritance | None:
     """What an earlier daemon left, or None when it left nothing or nothing usable.
 
     kept: descriptors by name, as systemd passed them. Those not used are closed.
     """
-    names = [name for name in kept if name == TABLE or name.startswith("arena-")]
+    names = [name for name in kept if name == TABLE or is_arena(name)]
     if not names:
         return None
     arenas: list[tuple[AccessGroup, Arena]] = []
@@ -78,6 +98,7 @@ def inherit(
         if slots is not None:
             slots.close()
         for name in names:
+            sdnotify.fdstore_remove(name, environ=os.environ)
             for fd in kept[name]:
                 if fd not in adopted:
                     os.close(fd)
@@ -85,9 +106,7 @@ def inherit(
     return Inheritance(slots, arenas)
 
 
-def _adopt_arena(
-    name: str, fds: list[int], pages: Pages, mlock: bool
-) -> tuple[AccessGroup, Arena]:
+def _adopt_arena(name: str, fds: list[int], pages: Pages, mlock: bool) -> tuple[AccessGroup, Arena]:
     match = _ARENA.fullmatch(name)
     group = AccessGroup.parse(match[2]) if match else None
     if match is None or group is None:
@@ -109,9 +128,15 @@ def _check_places(slots: Slots, arenas: Mapping[int, Arena]) -> None:
             )
 
 
-def living(leases: Iterable[LeaseEntry]) -> list[LeaseEntry]:
-    """Those leases whose holder is still the same process."""
-    return [held for held in leases if _lives(held)]
+def living(slots: Slots) -> list[LeaseEntry]:
+    """The leases whose holder is still the same process. The others are ended in the table."""
+    held: list[LeaseEntry] = []
+    for lease in list(slots.table.leases()):
+        if _lives(lease):
+            held.append(lease)
+        else:
+            slots.end(lease.lease)
+    return held
 
 
 def _lives(held: LeaseEntry) -> bool:
@@ -127,6 +152,15 @@ class Match:
 
     adopted: list[AdoptedSlot] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
+
+    def ranges(self, page_bytes: int) -> dict[int, list[tuple[int, int]]]:
+        """The whole pages [start, end) under the adopted slots, by arena."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for slot in self.adopted:
+            start = slot.offset // page_bytes * page_bytes
+            end = -(-(slot.offset + slot.nbytes) // page_bytes) * page_bytes
+            found.setdefault(slot.arena, []).append((start, end))
+        return found
 
 
 def match(

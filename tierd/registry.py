@@ -40,9 +40,7 @@ class Changes:
     failed: list[tuple[str, str]] = field(default_factory=list)
 
 
-def scan(
-    models: Sequence[Path], single: Sequence[Path], served: Mapping[str, Identity]
-) -> Scan:
+def scan(models: Sequence[Path], single: Sequence[Path], served: Mapping[str, Identity]) -> Scan:
     """Look at every pack in the directories `models` and at the packs `single`.
 
     served: what is in service, which is not parsed again as long as its files are the same.

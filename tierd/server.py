@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 512
 PROBE_SECONDS = 1.0
+RETRY_SECONDS = 0.2
 
 
 class Listener:
@@ -36,7 +37,9 @@ class Listener:
         self._socket = sock
         self.path = path
         self._lock_fd = lock_fd
-        self._accepting: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # while it accepts
+        self._limit = self._count = 0
+        self._joined: Callable[[Connection], None]
         sock.setblocking(False)
 
     @classmethod
@@ -70,59 +73,60 @@ class Listener:
             raise OSError(errno.EPROTOTYPE, "the inherited socket is no AF_UNIX stream socket")
         return cls(sock, str(sock.getsockname()), None)
 
-    def accept_into(
+    def start(
         self, loop: asyncio.AbstractEventLoop, limit: int, joined: Callable[[Connection], None]
-    ) -> Callable[[], None]:
-        """Call `joined` with each new connection, at most `limit` at once. Returns the function to
-        call when one of them ended."""
-        self._accepting = loop
-        count = 0
+    ) -> None:
+        """Call `joined` with each new connection; beyond `limit` of them, refuse."""
+        self._loop, self._limit, self._joined = loop, limit, joined
+        loop.add_reader(self._socket.fileno(), self._readable)
 
-        def ended() -> None:
-            nonlocal count
-            count -= 1
+    def ended(self) -> None:
+        """One of the connections is over."""
+        self._count -= 1
 
-        def readable() -> None:
-            nonlocal count
-            try:
-                sock, _ = self._socket.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                # Out of descriptors: the backlog keeps the peer waiting until some are free.
-                log.error("cannot accept a connection: %s", error)
-                loop.remove_reader(self._socket.fileno())
-                loop.call_later(0.2, loop.add_reader, self._socket.fileno(), readable)
-                return
-            if count >= limit:
-                _refuse(sock, limit)
-                return
-            try:
-                connection = Connection(loop, sock)
-            except OSError as error:
-                log.info("a connection was dropped before it began: %s", error)
-                sock.close()
-                return
-            count += 1
-            joined(connection)
-
-        loop.add_reader(self._socket.fileno(), readable)
-        return ended
-
-    def stop_accepting(self) -> None:
-        if self._accepting is not None:
-            self._accepting.remove_reader(self._socket.fileno())
-            self._accepting = None
+    def stop(self) -> None:
+        """Accept nobody any more."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop = None
 
     def close(self) -> None:
         """Stop listening; remove the file, unless it is systemd's."""
-        self.stop_accepting()
+        self.stop()
         self._socket.close()
         if self._lock_fd is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
             _unlock(self.path, self._lock_fd)
             self._lock_fd = None
+
+    def _readable(self) -> None:
+        assert self._loop is not None
+        try:
+            sock, _ = self._socket.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # Out of descriptors: the backlog keeps the peer waiting until some are free.
+            log.error("cannot accept a connection: %s", error)
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop.call_later(RETRY_SECONDS, self._resume)
+            return
+        if self._count >= self._limit:
+            _refuse(sock, self._limit)
+            return
+        try:
+            connection = Connection(self._loop, sock)
+        except OSError as error:
+            log.info("a connection was dropped before it began: %s", error)
+            sock.close()
+            return
+        self._count += 1
+        self._joined(connection)
+
+    def _resume(self) -> None:
+        if self._loop is not None:
+            self._loop.add_reader(self._socket.fileno(), self._readable)
 
 
 def _lock(path: str) -> int:

@@ -98,7 +98,7 @@ class Session:
             case "layers":
                 self.reply(request, self._daemon.statistics.layers(_text(message, "model")))
             case "reload":
-                self._daemon.reload_for(self, request)
+                self._daemon.models.reload_for(self, request)
             case _:
                 raise UnknownOp(f"op {op[:80]!r} is not one of protocol {wire.PROTOCOL_VERSION}")
 
@@ -119,11 +119,13 @@ class Session:
         try:
             process = (pid, start_time(pid))
         except ProcessLookupError:
+            process = None
+        if not self.connection.peer_lives():
             self.connection.close(f"process {pid} died")
             return
-        if not self.connection.peer_lives():  # so the start time is that of our peer
-            self.connection.close(f"process {pid} died")
-            return
+        # It lives, so what was read is about it and not about a successor of its pid.
+        if process is None:
+            raise AccessDenied(f"tierd cannot see /proc/{pid}, by which it knows who holds a lease")
         self.name, self.process = name, process
         self._daemon.greet(self, held)
         self.reply(
@@ -181,7 +183,7 @@ class Session:
         if not order:
             raise BadRequest("plan: order is empty")
         self._wait_for_core(request, pack)
-        self._daemon.submit(
+        self._daemon.engine.submit(
             Plan(
                 time.monotonic_ns(), self.client, request, pack.model, tuple(order), cyclic,
                 lookahead,
@@ -209,7 +211,7 @@ class Session:
             raise LeaseLimit("the slot table has no room for more leases of all clients together")
         self._wait_for_core(request, pack)
         key = self.position = LayerKey(pack.model, layer)
-        self._daemon.submit(Acquire(time.monotonic_ns(), self.client, request, key, ahead))
+        self._daemon.engine.submit(Acquire(time.monotonic_ns(), self.client, request, key, ahead))
 
     def _release(self, request: int, message: dict[str, Any]) -> None:
         self._check_greeted()

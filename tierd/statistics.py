@@ -29,7 +29,7 @@ class Statistics:
 
     def status(self) -> Reply:
         daemon = self._daemon
-        snapshot = daemon.machine.snapshot()
+        snapshot = daemon.engine.machine.snapshot()
         memory, counters = snapshot.memory, snapshot.counters
         readers = daemon.pool.statistics()
         return {
@@ -77,7 +77,7 @@ class Statistics:
 
     def models(self) -> Reply:
         daemon = self._daemon
-        layers = daemon.machine.snapshot().models
+        layers = daemon.engine.machine.snapshot().models
         replies = [
             {
                 "name": pack.name,
@@ -114,7 +114,7 @@ class Statistics:
     def layers(self, model: str) -> Reply:
         """Raises ModelNotFound or PackInvalid."""
         pack = self._daemon.registry.find(model)
-        states = self._daemon.machine.snapshot().models.get(pack.model)
+        states = self._daemon.engine.machine.snapshot().models.get(pack.model)
         if states is None:
             raise PackInvalid(f"model {model!r} is not known to the scheduler")
         return {
@@ -137,7 +137,7 @@ class Statistics:
     def clients(self) -> Reply:
         daemon = self._daemon
         replies = []
-        for state in daemon.machine.snapshot().clients:
+        for state in daemon.engine.machine.snapshot().clients:
             session = daemon.sessions[state.client]
             last = session.position
             pack = None if last is None else session.opened.get(last.model)

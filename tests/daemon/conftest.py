@@ -1,0 +1,348 @@
+"""Real daemons in processes of their own, tiny packs for them, and a client that speaks raw frames."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tierd_layouts.container import LayerBuilder, write_index, write_shard
+from tierd_layouts.index import PackIndex
+from tierd_layouts.slot_table import SlotTable
+from tierd_layouts.wire import MAX_FDS, MAX_REPLY_BYTES, PROTOCOL_VERSION, FrameDecoder, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+MIB = 1 << 20
+PATIENCE_S = 20.0  # how long anything that must happen may take
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_S) -> Any:
+    """The first true value of `condition`. Fails the test when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    pytest.fail(f"not in {seconds} s: {what}")
+
+
+@dataclass
+class PackOnDisk:
+    """A pack whose layer `i` holds one tensor of random bytes."""
+
+    path: Path
+    index: PackIndex
+    content: list[bytes]  #: the bytes of each layer
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def flip_byte(self, layer: int, at: int = 100) -> None:
+        extent = self.index.layers[layer].extents[0]
+        shard = self.path / self.index.shards[extent.shard].file
+        with shard.open("r+b") as file:
+            file.seek(extent.offset + at)
+            byte = file.read(1)[0]
+            file.seek(extent.offset + at)
+            file.write(bytes([byte ^ 0xFF]))
+
+
+def write_pack(path: Path, layers: int = 4, nbytes: int = 256 << 10, seed: int = 0) -> PackOnDisk:
+    """nbytes: of each layer, a multiple of 4 KiB."""
+    path.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    encoded = []
+    content = []
+    for number in range(layers):
+        data = rng.integers(0, 256, nbytes, dtype=np.uint8).tobytes()
+        builder = LayerBuilder(f"model.layers.{number}")
+        builder.add_dense(f"model.layers.{number}.weight", "BF16", (nbytes // 2,), data)
+        encoded.append(builder.finish())
+        content.append(data)
+    shard, records = write_shard(path / "tierd-00001.safetensors", 0, encoded)
+    (path / "config.json").write_text(json.dumps({"model_type": "tiny", "seed": seed}))
+    index = PackIndex(
+        version=1,
+        tool="tests",
+        source_digest="0" * 16,
+        shards=(shard,),
+        layers=tuple(records),
+    )
+    write_index(path, index)
+    return PackOnDisk(path, index, content)
+
+
+class Refused(Exception):
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(f"{code}: {text}")
+        self.code, self.text = code, text
+
+
+class RawClient:
+    """Frames over a blocking socket, and nothing that it was not told to send."""
+
+    def __init__(self, path: str) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(PATIENCE_S)
+        self.sock.connect(path)
+        self._decoder = FrameDecoder(MAX_REPLY_BYTES)
+        self._replies: dict[int, dict[str, Any]] = {}
+        self._fds: list[int] = []
+        self._next_id = 1
+        self._maps: list[tuple[mmap.mmap, SlotTable | None]] = []
+
+    def send(self, op: str, **fields: Any) -> int:
+        request = self._next_id
+        self._next_id += 1
+        self.sock.sendall(encode({"id": request, "op": op, **fields}))
+        return request
+
+    def receive(self, request: int) -> dict[str, Any]:
+        """The reply to `request`, whatever comes before it. Raises Refused; EOFError."""
+        while request not in self._replies:
+            for reply in self._more():
+                self._replies[reply["id"]] = reply
+        reply = self._replies.pop(request)
+        if not reply["ok"]:
+            raise Refused(**reply["error"])
+        return reply
+
+    def _more(self) -> list[dict[str, Any]]:
+        data, ancillary, flags, _ = self.sock.recvmsg(
+            1 << 16, socket.CMSG_SPACE(4 * MAX_FDS), socket.MSG_CMSG_CLOEXEC
+        )
+        assert not flags & socket.MSG_CTRUNC
+        for _, _, packed in ancillary:
+            fds = array.array("i")
+            fds.frombytes(packed)
+            self._fds += fds
+        if not data:
+            raise EOFError
+        self._decoder.feed(data)
+        return list(self._decoder)
+
+    def call(self, op: str, **fields: Any) -> dict[str, Any]:
+        return self.receive(self.send(op, **fields))
+
+    def refusal(self, op: str, **fields: Any) -> Refused:
+        with pytest.raises(Refused) as caught:
+            self.call(op, **fields)
+        return caught.value
+
+    def hello(self, held: tuple[int, ...] = ()) -> dict[str, Any]:
+        return self.call(
+            "hello", version=PROTOCOL_VERSION, client="test", capabilities=[], held=held
+        )
+
+    def open(self, model: str) -> OpenedModel:
+        reply = self.call("open", model=model)
+        fds, self._fds = self._fds, []
+        assert len(fds) == len(reply["files"]) + 2
+        files = {}
+        for name, fd in zip(reply["files"], fds, strict=False):
+            files[name] = os.pread(fd, 1 << 20, 0)
+        arena = mmap.mmap(fds[-2], reply["arena"]["span_bytes"], prot=mmap.PROT_READ)
+        memory = mmap.mmap(fds[-1], reply["table"]["bytes"], prot=mmap.PROT_READ)
+        table = SlotTable(memory)
+        self._maps += [(arena, None), (memory, table)]
+        for fd in fds:
+            os.close(fd)
+        return OpenedModel(self, reply["model_id"], files, arena, table)
+
+    def close(self) -> None:
+        self.sock.close()
+        for memory, table in self._maps:
+            if table is not None:
+                table.close()
+            memory.close()
+        self._maps = []
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+
+@dataclass
+class OpenedModel:
+    client: RawClient
+    model_id: int
+    files: dict[str, bytes]
+    arena: mmap.mmap
+    table: SlotTable
+
+    def acquire(self, layer: int, **fields: Any) -> dict[str, Any]:
+        return self.client.call("acquire", model_id=self.model_id, layer=layer, **fields)
+
+    def bytes_of(self, lease: dict[str, Any]) -> bytes:
+        return self.arena[lease["offset"] : lease["offset"] + lease["bytes"]]
+
+
+class RunningDaemon:
+    """`python -m tierd` in a process of its own."""
+
+    def __init__(
+        self,
+        socket_path: str,
+        log: Path,
+        arguments: list[str],
+        environ: Mapping[str, str] | None = None,
+        descriptors: Mapping[str, int] | None = None,
+    ) -> None:
+        """descriptors: passed as systemd does, by name."""
+        self.socket = socket_path
+        self.log = log
+        command = [sys.executable, "-m", "tierd", "--socket", socket_path, *arguments]
+        names = list(descriptors or {})
+        environment = {**os.environ, **(environ or {})}
+        if names:
+            environment |= {"LISTEN_FDS": str(len(names)), "LISTEN_FDNAMES": ":".join(names)}
+            command = [sys.executable, "-c", _LIKE_SYSTEMD, *command]
+        with log.open("ab") as output:
+            self.started_at = time.monotonic()
+            with _descriptors_from_3(list((descriptors or {}).values())) as passed:
+                self.process = subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=output,
+                    env=environment,
+                    pass_fds=passed,
+                )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_ready(self) -> RunningDaemon:
+        def answers() -> bool:
+            if self.process.poll() is not None:
+                pytest.fail(f"tierd ended with {self.process.returncode}:\n{self.log_text()}")
+            try:
+                client = RawClient(self.socket)
+            except OSError:
+                return False
+            client.call("status")
+            client.close()
+            return True
+
+        wait_until(answers, "the daemon answers")
+        return self
+
+    def log_text(self) -> str:
+        return self.log.read_text()
+
+    def status(self) -> dict[str, Any]:
+        return self.ask("status")
+
+    def ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        client = RawClient(self.socket)
+        try:
+            return client.call(op, **fields)
+        finally:
+            client.close()
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE_S)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE_S)
+
+
+# What systemd does between fork and exec: LISTEN_PID is the pid of the service itself.
+_LIKE_SYSTEMD = """
+import os, sys
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@contextlib.contextmanager
+def _descriptors_from_3(fds: list[int]) -> Iterator[tuple[int, ...]]:
+    """Have the descriptors at 3, 4, ... while a child is started; what was there comes back."""
+    targets = range(3, 3 + len(fds))
+    moved = [os.dup(fd) for fd in fds]
+    high = [_above(fd, 200) for fd in moved]
+    saved = {}
+    for target in targets:
+        with contextlib.suppress(OSError):
+            saved[target] = _above(os.dup(target), 300)
+    for fd, target in zip(high, targets, strict=True):
+        os.dup2(fd, target, inheritable=True)
+        os.close(fd)
+    try:
+        yield tuple(targets)
+    finally:
+        for target in targets:
+            if target in saved:
+                os.dup2(saved[target], target, inheritable=False)
+                os.close(saved[target])
+            else:
+                os.close(target)
+
+
+def _above(fd: int, lowest: int) -> int:
+    import fcntl
+
+    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+    os.close(fd)
+    return high
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A directory of packs, empty."""
+    directory = tmp_path / "models"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def start_daemon(tmp_path: Path) -> Iterator[Callable[..., RunningDaemon]]:
+    """Starts daemons; kills those that the test leaves running."""
+    daemons: list[RunningDaemon] = []
+
+    def start(*arguments: str | Path, wait: bool = True, **options: Any) -> RunningDaemon:
+        path = options.pop("socket", str(tmp_path / "tierd.sock"))
+        log = tmp_path / f"tierd-{len(daemons)}.log"
+        daemon = RunningDaemon(path, log, [str(argument) for argument in arguments], **options)
+        daemons.append(daemon)
+        return daemon.wait_ready() if wait else daemon
+
+    yield start
+    for daemon in daemons:
+        if daemon.process.poll() is None:
+            daemon.kill()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., RawClient]]:
+    """Connects clients; closes them at the end."""
+    clients: list[RawClient] = []
+
+    def connect_to(daemon: RunningDaemon, *, greet: bool = True) -> RawClient:
+        client = RawClient(daemon.socket)
+        clients.append(client)
+        if greet:
+            client.hello()
+        return client
+
+    yield connect_to
+    for client in clients:
+        client.close()

@@ -1,0 +1,175 @@
+"""The core and the world around it: events in, actions carried out, completions back in.
+
+Nothing is decided here. Every action is written to the slot table before it takes effect.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from tierd.core.machine import TierMachine
+from tierd.core.model import (
+    Admit,
+    Discard,
+    DiscardDone,
+    Evict,
+    Grant,
+    Later,
+    Read,
+    ReadDone,
+    ReadFailed,
+    Refuse,
+)
+from tierd.errors import ReadError
+from tierd.io.ssd import ReaderPool, ReadJob, ReadResult
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tierd.arenas import Arenas
+    from tierd.core.model import Action, CoreConfig, Event
+    from tierd.pack import Pack
+    from tierd.registry import Registry
+    from tierd.session import Session
+    from tierd.slots import Slots
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Owns the core. Everything it touches belongs to the loop's thread."""
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        slots: Slots,
+        arenas: Arenas,
+        pool: ReaderPool,
+        registry: Registry,
+        sessions: Mapping[int, Session],
+    ) -> None:
+        """sessions: those that said hello, by client; the owner keeps it up to date."""
+        self.config = config
+        self.machine = TierMachine(config)
+        self.slots = slots
+        self.reads = 0  #: in flight
+        self._arenas = arenas
+        self._pool = pool
+        self._registry = registry
+        self._sessions = sessions
+        self._events: collections.deque[Event] = collections.deque()
+        self._deciding = False
+        self._held: list[Read] | None = None
+        self._stopped = False
+
+    @staticmethod
+    def now() -> int:
+        return time.monotonic_ns()
+
+    def submit(self, event: Event) -> None:
+        """Hand an event to the core and do what it decides. Events that come up meanwhile wait."""
+        if self._stopped:
+            return
+        self._events.append(event)
+        if self._deciding:
+            return
+        self._deciding = True
+        try:
+            while self._events:
+                for action in self.machine.handle(self._events.popleft()):
+                    self._execute(action)
+        finally:
+            self._deciding = False
+
+    def stop(self) -> None:
+        """Decide nothing more, and leave the slot table as it is: whoever holds a lease may read
+        on, and the next daemon will respect it."""
+        self._stopped = True
+
+    def hold_reads(self) -> None:
+        """Start no read before `resume_reads`: a read takes memory."""
+        self._held = []
+
+    def resume_reads(self) -> None:
+        held, self._held = self._held or [], None
+        for read in held:
+            self._read(read)
+
+    def _execute(self, action: Action) -> None:
+        match action:
+            case Grant():
+                self._grant(action)
+            case Read():
+                self._read(action)
+            case Evict():
+                self.slots.clear(action.slot)
+            case Discard():
+                self._discard(action)
+            case Later():
+                if session := self._sessions.get(action.client):
+                    session.told_later(action)
+            case Admit():
+                if session := self._sessions.get(action.client):
+                    session.plan_admitted(action)
+            case Refuse():
+                if session := self._sessions.get(action.client):
+                    session.refused(action)
+
+    def _grant(self, grant: Grant) -> None:
+        session = self._sessions.get(grant.client)
+        if session is None:
+            return  # its ClientGone waits behind this event and frees the lease
+        pid, started = session.process
+        self.slots.lease(
+            grant.lease, pid=pid, start_time=started, slot=grant.slot, generation=grant.generation
+        )
+        session.lease_granted(grant)
+
+    def _discard(self, discard: Discard) -> None:
+        arena, offset, nbytes = discard.arena, discard.offset, discard.nbytes
+
+        def done() -> None:
+            self.submit(DiscardDone(self.now(), arena, offset, nbytes))
+
+        self._arenas.discard(arena, offset, nbytes, done)
+
+    def _read(self, read: Read) -> None:
+        if self._held is not None:
+            self._held.append(read)
+            return
+        pack = self._registry.by_model[read.key.model]
+        layer = pack.index.layers[read.key.layer]
+        self.slots.filling(
+            read.slot,
+            generation=read.generation,
+            arena=read.arena,
+            offset=read.offset,
+            nbytes=read.nbytes,
+            key=pack.keys[read.key.layer],
+        )
+        log.debug("reading %s %s into slot %d (%s)", pack.name, layer.name, read.slot, read.reason)
+        pack.reads += 1
+        self.reads += 1
+        target = self._arenas.by_id[read.arena].buffer(read.offset, read.nbytes)
+        job = ReadJob.of_layer(pack.name, layer, pack.index.shards, pack.shards, target)
+        self._pool.submit(job, lambda outcome: self._read_done(read, pack, target, outcome))
+
+    def _read_done(
+        self, read: Read, pack: Pack, target: memoryview, outcome: ReadResult | ReadError
+    ) -> None:
+        target.release()
+        self.reads -= 1
+        pack.reads -= 1
+        self._registry.close_idle(pack)
+        if self._stopped:
+            return
+        if isinstance(outcome, ReadError):
+            log.error("%s", outcome.text)
+            self.slots.clear(read.slot)
+            self.submit(ReadFailed(self.now(), read.slot, outcome.code, outcome.text))
+        else:
+            self.slots.resident(read.slot)
+            self.submit(ReadDone(self.now(), read.slot))

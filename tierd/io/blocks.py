@@ -45,22 +45,35 @@ def read_block(block: Block) -> BlockRead:
     page cache from then on, and nothing is left there.
     Raises ReadError (system error, file too short) and ChecksumMismatch.
     """
-    direct = bool(fcntl.fcntl(block.fd, fcntl.F_GETFL) & os.O_DIRECT)
+    try:
+        outcome = _read(block)
+    except ReadError:
+        raise
+    except OSError as error:
+        number = error.errno or 0
+        raise ReadError(
+            f"{block.name} cannot be read: {errno.errorcode.get(number, number)} "
+            f"({os.strerror(number)}), {block.target.nbytes} bytes at offset {block.offset}"
+        ) from None
+    _verify(block)
+    return outcome
+
+
+def _read(block: Block) -> BlockRead:
+    flags = fcntl.fcntl(block.fd, fcntl.F_GETFL)
+    direct = bool(flags & os.O_DIRECT)
     outcome = BlockRead(direct)
     try:
         _fill(block)
     except OSError as error:
         if not (direct and error.errno == errno.EINVAL):
-            raise _system_error(block, error) from None
-        _leave_direct(block.fd)
+            raise
+        # Of the open file, so for all threads that read it.
+        fcntl.fcntl(block.fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         outcome = BlockRead(direct=False, fell_back=True)
-        try:
-            _fill(block)
-        except OSError as second:
-            raise _system_error(block, second) from None
+        _fill(block)
     if not outcome.direct:
         os.posix_fadvise(block.fd, block.offset, block.target.nbytes, os.POSIX_FADV_DONTNEED)
-    _verify(block)
     return outcome
 
 
@@ -90,18 +103,3 @@ def _verify(block: Block) -> None:
             f"({block.target.nbytes} bytes at offset {block.offset}) "
             f"has xxh3 {found:016x}, expected {block.xxh3:016x}"
         )
-
-
-def _leave_direct(fd: int) -> None:
-    """Switches the open file, so all threads that read it."""
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-
-
-def _system_error(block: Block, error: OSError) -> ReadError:
-    if isinstance(error, ReadError):
-        return error
-    number = error.errno or 0
-    return ReadError(
-        f"{block.name} cannot be read: {errno.errorcode.get(number, number)} "
-        f"({os.strerror(number)}), {block.target.nbytes} bytes at offset {block.offset}"
-    )

@@ -126,9 +126,14 @@ class ReaderStatistics:
 
 @dataclass(slots=True, eq=False)
 class _Work:
-    """One job under way. `unfinished` and `error` change under the pool's lock only."""
+    """One job under way, without its target: that is held by the blocks, until they are done.
 
-    job: ReadJob
+    `unfinished` and `error` change under the pool's lock only.
+    """
+
+    pack: str
+    layer: str
+    nbytes: int
     deliver: Callable[[ReadResult | ReadError], None]
     submitted_ns: int
     unfinished: int
@@ -168,7 +173,9 @@ class ReaderPool:
             loop.call_soon_threadsafe(on_done, outcome)
 
         blocks = list(job.blocks())
-        work = _Work(job, deliver, time.monotonic_ns(), unfinished=len(blocks))
+        work = _Work(
+            job.pack, job.layer, job.target.nbytes, deliver, time.monotonic_ns(), len(blocks)
+        )
         with self._queued:
             self._queue.extend((work, block) for block in blocks)
             self._queued.notify(len(blocks))
@@ -237,7 +244,6 @@ class ReaderPool:
                     self._queued.wait()
                 work, block = self._queue.popleft()
             self._serve(work, block)
-            del work, block  # an idle thread holds no target
 
     def _serve(self, work: _Work, block: Block) -> None:
         """The boundary of a reader thread: whatever happens in it becomes the job's outcome."""
@@ -256,7 +262,7 @@ class ReaderPool:
                 log.exception("reading %s at offset %d", block.name, block.offset)
                 error = ReadError(f"{block.name} cannot be read: {failure!r}")
         if error is not None:
-            error.__traceback__ = None  # its frames would keep the target alive
+            error.__traceback__ = error.__context__ = None  # frames would keep the target alive
         self._finish_block(work, error)
 
     def _wait_for_bandwidth(self, nbytes: int) -> bool:
@@ -301,10 +307,10 @@ class ReaderPool:
             work.deliver(work.error)
         else:
             duration_ns = time.monotonic_ns() - work.submitted_ns
-            work.deliver(ReadResult(work.job.target.nbytes, duration_ns))
+            work.deliver(ReadResult(work.nbytes, duration_ns))
 
 
 def _cancelled(work: _Work) -> ReadCancelled:
     return ReadCancelled(
-        f"layer {work.job.layer!r} of pack {work.job.pack!r} was not read: the daemon shuts down"
+        f"layer {work.layer!r} of pack {work.pack!r} was not read: the daemon shuts down"
     )

@@ -64,7 +64,7 @@ class LayerBuilder:
         tensor_name: str,
         dtype: str,
         shape: Sequence[int],
-        data: Buffer,
+        data: Buffer | npt.NDArray[Any],
         *,
         source: str | None = None,
     ) -> Tensor:
@@ -73,7 +73,7 @@ class LayerBuilder:
         Raises NameRefused, UnknownTensorDtype, BadShape, ArrayBytesWrong, DuplicateName.
         """
         check_tensor_name(tensor_name)
-        view = memoryview(data)
+        view = data.data if isinstance(data, np.ndarray) else memoryview(data)
         # A zero-sized view cannot be cast by Python; it has no bytes to keep either.
         view = view.cast("B") if view.nbytes else memoryview(b"")
         if dtype not in ITEM_BYTES:

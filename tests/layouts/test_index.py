@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tierd_layouts import errors, index_json
@@ -508,7 +508,7 @@ junk = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_mutated_index_is_refused_by_name_or_parses(data: st.DataObject) -> None:
     members = body()
@@ -536,7 +536,7 @@ def test_a_mutated_index_is_refused_by_name_or_parses(data: st.DataObject) -> No
     assert parse(index.to_json()) == index
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_flipped_bit_never_goes_unnoticed(data: st.DataObject) -> None:
     text = bytearray(small_index().to_json())

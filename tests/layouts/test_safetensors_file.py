@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -209,7 +209,7 @@ def test_holes_and_overlaps_are_refused() -> None:
         parse({"a": entry(), "b": entry(begin=2, end=6)}, 6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_mutated_file_is_read_like_the_safetensors_package_or_refused(
     data: st.DataObject,
@@ -247,7 +247,7 @@ def test_a_mutated_file_is_read_like_the_safetensors_package_or_refused(
         assert tensor.nbytes == header.entries[name].nbytes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=80))
 def test_an_arbitrary_header_is_refused_by_name_or_parsed(text: bytes) -> None:
     with contextlib.suppress(ShardError):

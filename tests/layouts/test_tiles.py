@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tierd_layouts import tiles
@@ -76,7 +76,7 @@ def check_round_trip(matrix: Matrix) -> None:
     np.testing.assert_array_equal(decoded, matrix)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(matrices())
 def test_the_fast_encoder_gives_the_bytes_of_the_specification(matrix: Matrix) -> None:
     bitmap, offsets, values = tiles.encode(matrix)
@@ -272,7 +272,7 @@ def test_a_stored_zero_is_refused() -> None:
         tiles.validate(bitmap, offsets, values, 64, 192, nnz=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_flipped_bits_are_refused_or_are_another_valid_matrix(data: st.DataObject) -> None:
     matrix = random_matrix(70, 66)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack  # type: ignore[import-untyped]
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tierd_layouts import wire
@@ -42,7 +42,7 @@ def decode_one(body: bytes, limit: int = MAX_REQUEST_BYTES) -> dict[str, Any]:
     return next(decoder)
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(messages, max_size=5), st.data())
 def test_any_chunking_gives_the_same_messages(
     sent: list[dict[str, Any]], data: st.DataObject
@@ -58,7 +58,7 @@ def test_any_chunking_gives_the_same_messages(
     assert decoder.pending_bytes == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.binary(max_size=60), max_size=4), st.sampled_from([64, MAX_REQUEST_BYTES]))
 def test_arbitrary_bytes_give_messages_or_named_errors(chunks: list[bytes], limit: int) -> None:
     decoder = FrameDecoder(limit)
@@ -71,7 +71,7 @@ def test_arbitrary_bytes_give_messages_or_named_errors(chunks: list[bytes], limi
         pass
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=100))
 def test_arbitrary_bodies_spoil_only_their_own_frame(body: bytes) -> None:
     decoder = FrameDecoder()

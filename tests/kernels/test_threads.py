@@ -113,8 +113,10 @@ def test_a_forked_child_makes_its_own_threads(
         child = os.fork()
     if child == 0:
         signal.alarm(20)
-        os._exit(0 if all(work(packed, matrix, 2) for _ in range(20)) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+        right = all(work(packed, matrix, 3) for _ in range(20))
+        os._exit(len(os.listdir("/proc/self/task")) if right else 0)
+    own_threads = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert own_threads == 3
     assert work(packed, matrix, 2)
 
 

@@ -9,17 +9,16 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tierd_tools.demo import ssd_counter
 from tierd_tools.demo.memory_cap import MemoryCap, Peak
+from tierd_tools.serving import serve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 MIB = 1 << 20
 #: What torch and transformers take in a process before any weight, granted to each model process.
@@ -74,7 +73,7 @@ def run_memory(setting: Setting) -> tuple[list[int], list[float]]:
     """The reference, outside any cap: tokens of the in-memory pruned model, and at each the
     distance of its two best logits."""
     argv = worker_argv(setting, "memory", setting.threads, "--model", str(setting.pruned_dir))
-    (result,) = run_workers([[*argv, "--gaps"]])
+    (result,) = run_workers([[*argv, "--gaps"]], setting.work_dir / "memory.log")
     return result["tokens"], result["gaps"]
 
 
@@ -94,7 +93,9 @@ def run_accelerate(setting: Setting, reference: list[int]) -> Row:
         # The offload copies are written inside the cap; what is left of them in the page cache
         # goes before the clock starts.
         results = run_workers(
-            [group.command(argv)], before_go=lambda: ssd_counter.drop_from_page_cache(offload)
+            [group.command(argv)],
+            setting.work_dir / "accelerate.log",
+            before_go=lambda: ssd_counter.drop_from_page_cache(offload),
         )
     row = summarise(setting, "accelerate", "dense", group, results, [(reference, [])])
     shutil.rmtree(offload)
@@ -111,19 +112,22 @@ def run_tierd(
     """A daemon and `clients` model processes, together inside one cap."""
     ssd_counter.drop_from_page_cache(setting.pack_dir)
     threads = max(1, setting.threads // clients)
+    flags = ["--pack", str(setting.pack_dir), "--dram", str(setting.dram_budget_bytes)]
+    if ssd_bandwidth is not None:
+        flags += ["--ssd-bandwidth", str(ssd_bandwidth)]
     with (
         capped(setting, f"tierd-{clients}", clients) as group,
-        tempfile.TemporaryDirectory() as tmp,
+        serve(flags, setting.work_dir / "tierd.log", group.command) as served,
     ):
-        socket = str(Path(tmp) / "tierd.sock")
-        with daemon(setting, group, socket, ssd_bandwidth):
-            argv = worker_argv(
-                setting,
-                "tierd",
-                threads,
-                *("--model", setting.pack_dir.name, "--socket", socket, "--compute", compute),
-            )
-            results = run_workers([group.command(argv) for _ in range(clients)])
+        argv = worker_argv(
+            setting,
+            "tierd",
+            threads,
+            *("--model", setting.pack_dir.name, "--socket", served.socket),
+            *("--compute", compute),
+        )
+        commands = [group.command(argv) for _ in range(clients)]
+        results = run_workers(commands, setting.work_dir / f"tierd-{clients}.log")
     return summarise(setting, f"tierd-{clients}", compute, group, results, [reference])
 
 
@@ -152,29 +156,6 @@ def capped(setting: Setting, name: str, clients: int) -> Iterator[MemoryCap | Un
         yield group
 
 
-@contextlib.contextmanager
-def daemon(
-    setting: Setting, group: MemoryCap | Uncapped, socket: str, ssd_bandwidth: int | None
-) -> Iterator[None]:
-    argv = [sys.executable, "-m", "tierd", "--pack", str(setting.pack_dir), "--socket", socket]
-    argv += ["--dram", str(setting.dram_budget_bytes), "--log-level", "warning"]
-    if ssd_bandwidth is not None:
-        argv += ["--ssd-bandwidth", str(ssd_bandwidth)]
-    process = subprocess.Popen(group.command(argv))
-    try:
-        deadline = time.monotonic() + 30
-        while not Path(socket).exists():
-            if process.poll() is not None:
-                raise RuntimeError(f"the daemon ended with {process.returncode} before READY")
-            if time.monotonic() > deadline:
-                raise RuntimeError("the daemon made no socket within 30 s")
-            time.sleep(0.02)
-        yield
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
 def worker_argv(setting: Setting, kind: str, threads: int, *more: str) -> list[str]:
     argv = [sys.executable, "-m", "tierd_tools.demo.worker", kind, "--threads", str(threads)]
     argv += ["--prompt-tokens", str(setting.prompt_tokens)]
@@ -183,21 +164,32 @@ def worker_argv(setting: Setting, kind: str, threads: int, *more: str) -> list[s
     return [*argv, *(("--stat", str(stat)) if stat else ()), *more]
 
 
-def run_workers(commands: list[list[str]], before_go: Any = None) -> list[dict[str, Any]]:
-    """Start all, wait until all are ready, let all go at once, collect their JSON lines."""
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
-    workers = [
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for command in commands
-    ]
+def run_workers(
+    commands: list[list[str]], log: Path, before_go: Callable[[], None] | None = None
+) -> list[dict[str, Any]]:
+    """Start all, wait until all are ready, let all go at once, collect their JSON lines.
+
+    What the workers say on stderr goes to `log`; a worker that fails raises WorkerFailed with it.
+    """
+    environment = dict(os.environ, HF_HUB_OFFLINE="1")
+    with log.open("w") as errors:
+        workers = [
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+            )
+            for command in commands
+        ]
     try:
         for worker in workers:
             assert worker.stdout is not None
             line = worker.stdout.readline().strip()
             if line != "ready":
-                raise RuntimeError(f"a model process ended before it was ready ({line!r})")
+                raise WorkerFailed(_last_lines(log, worker.wait()))
         if before_go is not None:
             before_go()
         outputs = []
@@ -208,7 +200,7 @@ def run_workers(commands: list[list[str]], before_go: Any = None) -> list[dict[s
         for worker in workers:
             out, _ = worker.communicate(timeout=READY_SECONDS)
             if worker.returncode != 0:
-                raise RuntimeError(f"a model process ended with {worker.returncode}")
+                raise WorkerFailed(_last_lines(log, worker.returncode))
             outputs.append(json.loads(out))
         return outputs
     finally:
@@ -216,6 +208,15 @@ def run_workers(commands: list[list[str]], before_go: Any = None) -> list[dict[s
             if worker.poll() is None:
                 worker.kill()
                 worker.wait()
+
+
+class WorkerFailed(RuntimeError):
+    """A model process ended early; the text has its last lines on stderr."""
+
+
+def _last_lines(log: Path, returncode: int) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-20:]
+    return "\n".join([f"a model process ended with {returncode}; it said, in {log}:", *lines])
 
 
 # --------------------------------------------------------------------------------------------------

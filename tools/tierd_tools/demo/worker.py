@@ -128,7 +128,7 @@ def generate(model: Any, args: argparse.Namespace) -> dict[str, object]:
 
 def _waited_ns(model: Any) -> int:
     weights = getattr(model, "tierd", None)
-    return int(weights.statistics().wait_ns) if weights is not None else 0
+    return int(weights.statistics().stall_ns) if weights is not None else 0
 
 
 def main() -> None:

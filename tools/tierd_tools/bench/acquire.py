@@ -1,0 +1,113 @@
+"""How long is the round trip of a lease on a resident layer, while the SSD is read at full speed?
+
+One client asks again and again for a small layer that it keeps resident; seven others are
+connected, one of which runs through a model larger than the budget as fast as it can be read.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tierd_client
+from tierd_tools import pack, progress
+from tierd_tools.benchmark import Row
+from tierd_tools.demo import random_model
+from tierd_tools.serving import serve
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event
+
+WORK = Path("build/bench/acquire")
+CLIENTS = 8
+ROUND_TRIPS = 20_000
+TINY = random_model.Shape(
+    hidden=256, intermediate=512, layers=2, heads=4, kv_heads=4, vocabulary=1000
+)
+P50_US, P99_US = 60.0, 500.0
+
+
+def run() -> list[Row]:
+    packs = _packs()
+    budget = sum(file.stat().st_size for file in (packs / "large").iterdir()) // 2
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    with serve(["--models", str(packs), "--dram", str(budget)], WORK / "log") as daemon:
+        others = [
+            context.Process(target=_other, args=(daemon.socket, number == 0, stop))
+            for number in range(CLIENTS - 1)
+        ]
+        for process in others:
+            process.start()
+        try:
+            with tierd_client.Client(daemon.socket, name="asking") as client:
+                while len(client.ask("clients")["clients"]) < CLIENTS:
+                    time.sleep(0.05)
+                before = client.ask("status")["ssd"]["read_bytes"]
+                begin = time.monotonic()
+                trips_us = _measure(client)
+                seconds = time.monotonic() - begin
+                read = client.ask("status")["ssd"]["read_bytes"] - before
+        finally:
+            stop.set()
+            for process in others:
+                process.join(10)
+    p50 = statistics.median(trips_us)
+    p99 = sorted(trips_us)[len(trips_us) * 99 // 100]
+    beside = f"{CLIENTS - 1} others, SSD at {read / seconds / 1e6:.0f} MB/s"
+    return [
+        Row(f"acquire, p50, {beside}, against the bound", p50, P50_US, "us", at_most=1.0),
+        Row(f"acquire, p99, {beside}, against the bound", p99, P99_US, "us", at_most=1.0),
+    ]
+
+
+def _measure(client: tierd_client.Client) -> list[float]:
+    opened = client.open("small")
+    layer = opened.layer_index("model.layers.0")
+    trips_us = []
+    with opened.acquire(layer):  # keeps it resident
+        for _ in range(ROUND_TRIPS):
+            begin = time.perf_counter_ns()
+            lease = opened.acquire(layer)
+            trips_us.append((time.perf_counter_ns() - begin) / 1e3)
+            lease.release()
+    return trips_us
+
+
+def _other(socket: str, reading: bool, stop: Event) -> None:
+    """A connected client; a reading one goes through the large model without computing."""
+    with tierd_client.Client(socket, name="reading" if reading else "idle") as client:
+        opened = client.open("large")
+        layers = range(len(opened.index.layers))
+        if reading:
+            opened.plan(layers)
+        while not stop.is_set():
+            if not reading:
+                stop.wait(0.2)
+                continue
+            for layer in layers:
+                opened.acquire(layer).release()
+
+
+def _packs() -> Path:
+    """A large and a small model, packed once."""
+    packs = WORK / "packs"
+    for name, shape in (("large", random_model.SMALL), ("small", TINY)):
+        if (packs / name).exists():
+            continue
+        model_dir = WORK / f"{name}-model"
+        random_model.write(model_dir, shape)
+        packs.mkdir(parents=True, exist_ok=True)
+        pack.pack(
+            model_dir,
+            packs / name,
+            prune="magnitude",
+            sparsity=0.5,
+            progress=progress.SilentProgress(),
+        )
+        shutil.rmtree(model_dir)
+    return packs

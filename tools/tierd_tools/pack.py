@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import xxhash
 
+from tierd import __version__
 from tierd_layouts.container import (
     open_pack,
     shard_file_name,
@@ -45,10 +47,11 @@ from tierd_tools.prune import check_sparsity
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tierd_layouts.container import EncodedLayer
     from tierd_layouts.index import Layer
 
 SUFFIX = "tierd-packing"
-TOOL = "tierctl pack 0.1.0"
+TOOL = f"tierctl pack {__version__}"
 CODECS = ("raw",)
 #: the estimate comes from samples; a run is refused beforehand only when it is surely too large
 _SURE = 0.95
@@ -213,7 +216,9 @@ class _Run:
         )
 
     def _resume(self) -> Journal:
-        job = json.dumps([FORMAT_VERSION, self._settings.text(), self._fingerprint])
+        shards = [[layer.name for layer in shard] for shard in self._plan.shards]
+        parts = [FORMAT_VERSION, self._settings.text(), self._fingerprint, shards]
+        job = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
         path = self._staging.path
         journal = Journal.load(path, job)
         if journal is None:
@@ -257,7 +262,9 @@ class _Run:
         with (
             self._progress.stage("packing", total) as stage,
             encoding(tensors, self._settings.sparsity) as encoded,
+            ThreadPoolExecutor(1, thread_name_prefix="tierd-write") as writer,
         ):
+            writing: Future[None] | None = None
             for number, shard in enumerate(shards, first):
                 layers = []
                 digests: dict[str, str] = {}
@@ -269,8 +276,18 @@ class _Run:
                         digests[tensor.source.name] = done.source_digest
                         stage.advance(done.source_bytes)
                     layers.append(join(layer.name, parts))
-                path = self._staging.path / shard_file_name(number)
-                self._journal.add(*write_shard(path, number, layers), digests)
+                if writing:
+                    writing.result()
+                writing = writer.submit(self._write_shard, number, layers, digests)
+            if writing:
+                writing.result()
+
+    def _write_shard(
+        self, number: int, layers: Sequence[EncodedLayer], digests: dict[str, str]
+    ) -> None:
+        """In the writer's thread: the processors need not wait for the device."""
+        path = self._staging.path / shard_file_name(number)
+        self._journal.add(*write_shard(path, number, layers), digests)
 
     def _index(self) -> PackIndex:
         digests = dict(self._journal.digests)

@@ -1,7 +1,8 @@
 """Source tensors to encoded layers: read, prune, encode, in a few threads, in order.
 
 numpy releases the interpreter lock in nearly all of this. A bounded number of tensors is ahead of
-the one that is asked for, so the memory is that of a few tensors beside the layers of one shard.
+the one that is asked for, so the memory is that of a few tensors beside the layers of two shards:
+one that is filled and one that is being written.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from tierd_tools.checkpoint import Checkpoint, SourceTensor
 
-#: a shard ends before the layer that would take it above this (in source bytes)
-SHARD_BYTES = 1 << 30
+#: a shard ends before the layer that would take it above this (in source bytes): what a stopped
+#: run has to do again at most, and half of what the packer holds in memory
+SHARD_BYTES = 512 << 20
 
 _EMBEDDING = ("embed", "wte", "wpe")
 _HEADS = frozenset(("lm_head", "embed_out", "output", "head", "score", "classifier"))

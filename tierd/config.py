@@ -16,7 +16,7 @@ from tierd import __version__
 from tierd.errors import ConfigError
 from tierd.settings import BY_KEY, SETTINGS, Setting
 from tierd_layouts.errors import LayoutsError
-from tierd_layouts.index import INDEX_FILE
+from tierd_layouts.records import INDEX_FILE
 from tierd_layouts.wire import SOCKET_VARIABLE, resolve_socket
 
 if TYPE_CHECKING:

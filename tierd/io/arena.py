@@ -213,10 +213,7 @@ class Arena:
             return None
         reason = os.strerror(ctypes.get_errno())
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-        return (
-            f"arena {self.arena_id} is not locked in memory ({reason}): "
-            f"needs RLIMIT_MEMLOCK unlimited, which is {soft} bytes, or CAP_IPC_LOCK"
-        )
+        return f"{reason}: needs CAP_IPC_LOCK, or RLIMIT_MEMLOCK unlimited, which is {soft} bytes"
 
     def _advise(self, offset: int, nbytes: int, advice: int, name: str) -> None:
         if _libc.madvise(self._address + offset, nbytes, advice):

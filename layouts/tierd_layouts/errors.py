@@ -122,6 +122,10 @@ class ShardDisagrees(ShardError):
     """The shard's header and the index say different things about a stored array."""
 
 
+class PaddingNotZero(ShardError):
+    """Bytes of a layer that belong to no array are not zero."""
+
+
 # --------------------------------------------------------------------------------------------------
 # Index (tierd.json)
 

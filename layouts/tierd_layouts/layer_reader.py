@@ -10,15 +10,15 @@ import xxhash
 
 from tierd_layouts import tiles
 from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
-from tierd_layouts.errors import ChecksumMismatch, ShardTruncated, TileError
+from tierd_layouts.errors import ChecksumMismatch, PaddingNotZero, ShardTruncated, TileError
 from tierd_layouts.pack_reader import Folder, open_shard, pack_folder
-from tierd_layouts.records import BLOCK_BYTES
+from tierd_layouts.records import BLOCK_BYTES, Array
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tierd_layouts.index import PackIndex
-    from tierd_layouts.records import Array, Extent, Layer, Tensor
+    from tierd_layouts.records import Extent, Layer, Tensor
 
 _READ_BYTES = 1 << 30  # Linux reads at most 2 GiB - 4 KiB at once
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -117,10 +117,11 @@ def tensor_bits(layer_bytes: bytes | memoryview, tensor: Tensor) -> np.ndarray[A
 
 
 def validate_layer(layer_bytes: bytes | memoryview, layer: Layer) -> None:
-    """Raises the TileError of the first rule that a bitmap-coded tensor of the layer breaks.
+    """Raises PaddingNotZero, or the TileError of the first rule that a bitmap-coded tensor breaks.
 
     A right checksum says that the bytes are those that were written; this says that they are tiles.
     """
+    _check_padding(layer_bytes, layer)
     for tensor in layer.tensors:
         if tensor.codec == "dense":
             continue
@@ -133,6 +134,21 @@ def validate_layer(layer_bytes: bytes | memoryview, layer: Layer) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+
+
+def _check_padding(layer_bytes: bytes | memoryview, layer: Layer) -> None:
+    content = np.frombuffer(layer_bytes, np.uint8)
+    arrays = [array for tensor in layer.tensors for array in tensor.arrays.values()]
+    begin = 0
+    for array in [*sorted(arrays, key=lambda array: array.offset), Array(layer.nbytes, 0)]:
+        wrong = np.flatnonzero(content[begin : array.offset])
+        if wrong.size:
+            place = begin + int(wrong[0])
+            raise PaddingNotZero(
+                f"layer {layer.name!r}: byte {place} belongs to no array and is "
+                f"{int(content[place]):#x}, not 0"
+            )
+        begin = max(begin, array.offset + array.nbytes)
 
 
 def _tile_arrays(layer_bytes: bytes | memoryview, tensor: Tensor) -> tuple[Any, Any, Any]:

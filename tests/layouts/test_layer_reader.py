@@ -20,7 +20,13 @@ from tierd_layouts.container import (
     write_index,
     write_shard,
 )
-from tierd_layouts.errors import ChecksumMismatch, FormatError, ShardSizeWrong, TileError
+from tierd_layouts.errors import (
+    ChecksumMismatch,
+    FormatError,
+    PaddingNotZero,
+    ShardSizeWrong,
+    TileError,
+)
 from tierd_layouts.index import PackIndex
 
 if TYPE_CHECKING:
@@ -122,6 +128,21 @@ def test_right_checksums_over_wrong_tiles_are_found_by_validation(pack: Path) ->
     content = bytearray(read_layer(pack, index, layer))
     content[layer.tensors[0].arrays["bitmap"].offset] ^= 1
     with pytest.raises(TileError, match=r"layer 'embed': tensor 'embed.weight': "):
+        validate_layer(memoryview(content), layer)
+
+
+def test_padding_that_is_not_zero_is_found_by_validation(pack: Path) -> None:
+    index = open_pack(pack)
+    for layer in index.layers:
+        content = bytearray(read_layer(pack, index, layer))
+        ends = [a.offset + a.nbytes for tensor in layer.tensors for a in tensor.arrays.values()]
+        for place in (min(end for end in ends if end % 256), layer.nbytes - 1):
+            content[place] = 7
+            with pytest.raises(
+                PaddingNotZero, match=f"byte {place} belongs to no array and is 0x7"
+            ):
+                validate_layer(memoryview(content), layer)
+            content[place] = 0
         validate_layer(memoryview(content), layer)
 
 

@@ -114,6 +114,7 @@ class Client:
 
     def _hello(self, name: str) -> None:
         held = leases_of_the_dead(self._connection.path)
+        self._connection.orphans.update(held)
         fields = self._connection.call(
             "hello", version=PROTOCOL_VERSION, client=name, capabilities=[], held=held
         ).fields

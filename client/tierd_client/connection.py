@@ -57,6 +57,8 @@ class Connection:
         self.timeout = timeout
         #: Leases granted and not given back: id -> the Lease, None before it is made.
         self.held: dict[int, weakref.ref[Lease] | None] = {}
+        #: Leases of an earlier daemon, which this one was told of, that this process still reads.
+        self.orphans: set[int] = set()
         self._life = fork.current()
         self._socket = sock
         self._protocol = ClientProtocol()
@@ -106,7 +108,8 @@ class Connection:
 
     def check(self) -> None:
         """Raise what a call would raise now: ForkedClient, DaemonGone, ClientClosed."""
-        fork.check(self._life, f"the connection to {self.path}")
+        if self._life is not fork.current():
+            fork.check(self._life, f"the connection to {self.path}")
         if self._ended is not None:
             kind, text = self._ended
             raise kind(text)
@@ -208,14 +211,17 @@ class Connection:
             if lease in self.held:
                 del self.held[lease]
                 leases.append(lease)
+            elif lease in self.orphans:
+                self.orphans.discard(lease)
+                leases.append(lease)
         if self._shut:
             _release_orphans(self.path, leases)
-            return
-        frame = encode({"id": NO_REPLY, "op": "release", "leases": leases}, MAX_REQUEST_BYTES)
-        try:
-            self._socket.sendall(frame)
-        except OSError as error:
-            self._end(DaemonGone, self._gone(error.strerror))
+        elif leases:
+            frame = encode({"id": NO_REPLY, "op": "release", "leases": leases}, MAX_REQUEST_BYTES)
+            try:
+                self._socket.sendall(frame)
+            except OSError as error:
+                self._end(DaemonGone, self._gone(error.strerror))
         if self._ended is not None and not self.held:
             self._shut_down()
 
@@ -242,7 +248,7 @@ class Connection:
         fds: list[int] = []
         try:
             count, ancillary, flags, _ = self._socket.recvmsg_into(
-                [self._buffer], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+                [self._buffer], _ANCILLARY_BYTES, _CLOEXEC
             )
             for level, kind, payload in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -254,7 +260,7 @@ class Connection:
         except OSError as error:
             self._end(DaemonGone, self._gone(error.strerror))
             return
-        if flags & socket.MSG_CTRUNC:
+        if flags & _TRUNCATED:
             _close_all(fds)
             text = f"descriptors from {self.path} were cut off (limit of open files reached?)"
             self._end(ProtocolBroken, text)
@@ -308,8 +314,14 @@ class Connection:
         if self._life is not fork.current() or self._ended is not None:
             return
         self._ended = (ClientClosed, f"the client of {self.path} was closed")
+        # Grants that nobody collected; `OpenedModel.granted` refuses them from now on.
+        self.release([lease for lease, made in list(self.held.items()) if made is None])
         if not self.held:
             self._shut_down()
+
+    def fail(self, error: ProtocolBroken) -> None:
+        """End the connection: a reply that was delivered makes no sense."""
+        self._end(type(error), f"tierd at {self.path}: {error}")
 
     def _end(self, kind: type[TierdError], text: str) -> None:
         if self._ended is None:
@@ -333,6 +345,8 @@ class Connection:
             _close_all(reply.fds)
 
 
+# Plain numbers: `&` on the enumeration costs as much as the system call.
+_CLOEXEC, _TRUNCATED = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
 _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
@@ -350,8 +364,12 @@ def _release_orphans(path: str, leases: list[int]) -> None:
     """Tell a successor of a dead daemon that this process stopped reading an old slot."""
     for successor in list(_connections):
         if successor.path == path and successor.alive:
-            successor.release(lease for lease in leases if lease not in successor.held)
-            return
+            # One that started with an empty table counts from 1 again: its leases are its own.
+            successor.release(
+                lease
+                for lease in leases
+                if lease in successor.orphans and lease not in successor.held
+            )
 
 
 def _close_all(fds: Iterable[int]) -> None:

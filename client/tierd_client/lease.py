@@ -131,8 +131,8 @@ class Lease:
             self._give_back(self._alive())
 
     def end(self) -> LeaseLost | ViewStillAlive | None:
-        """As `release`, returning what that would raise."""
-        if self._ended:
+        """As `release`, returning what that would raise; does nothing in a forked child."""
+        if self._ended or not self.opened.in_this_life:
             return None
         self._ended = True
         now = self.opened.table.generation(self.slot)

@@ -56,6 +56,9 @@ class OpenedModel:
                 self.index = PackIndex.parse(self.files[INDEX_FILE], where=name)
             except FormatError as error:
                 raise PackInvalid(f"model {name!r}: {error}", "pack_invalid") from error
+        except ProtocolBroken as error:
+            connection.fail(error)
+            raise
         finally:
             os.close(arena_fd)
             os.close(table_fd)
@@ -122,7 +125,9 @@ class OpenedModel:
         return PendingLease(self, layer, self._submit(layer, ahead=True))
 
     def close(self) -> None:
-        """Tell the daemon that no more layers will be asked for. Leases go on until released."""
+        """Tell the daemon that no more layers will be asked for; again does nothing. Leases go on
+        until they are released. Raises ForkedClient, Refused while requests are unanswered."""
+        self.check_life()
         if self.connection.alive and not self.closed:
             self.closed = True
             self.connection.call("close", model_id=self.model_id)
@@ -167,8 +172,8 @@ class OpenedModel:
     def granted(self, layer: int, reply: Reply) -> Lease:
         """The lease of a granting reply. Raises LeaseLost, ProtocolBroken."""
         fields, record = reply.fields, self.index.layers[layer]
-        number = _integer(fields, "lease")
         try:
+            number = _integer(fields, "lease")
             slot, generation = _integer(fields, "slot"), _integer(fields, "generation")
             offset, nbytes = _integer(fields, "offset"), _integer(fields, "bytes")
             if (
@@ -188,8 +193,11 @@ class OpenedModel:
                     f"slot {slot} of {self.name}/{record.name} was granted with generation "
                     f"{generation} and holds {now}"
                 )
-        except BaseException:
+        except LeaseLost:
             self.connection.release([number])
+            raise
+        except ProtocolBroken as error:
+            self.connection.fail(error)
             raise
         self.mapping.populate(offset, nbytes)
         self._counters.granted(nbytes)
@@ -203,6 +211,7 @@ class OpenedModel:
             offset=offset,
         )
         self.connection.held[number] = weakref.ref(lease)
+        self.connection.check()  # closed meanwhile: the grant may be given back already
         return lease
 
 

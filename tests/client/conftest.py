@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import itertools
 import mmap
@@ -11,7 +12,6 @@ import socket
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from tierd_layouts.wire import MAX_REQUEST_BYTES, FrameDecoder, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 MODEL = "tiny"
 SLOT_BYTES = 2 << 20
@@ -75,7 +76,7 @@ def build_pack(folder: Path) -> TinyPack:
     def dense(builder: LayerBuilder, name: str, shape: tuple[int, ...]) -> None:
         size = (int(np.prod(shape)), 1)
         bits[name] = sparse_bits(rng, size, "BF16").reshape(shape)
-        builder.add_dense(name, "BF16", shape, bits[name])
+        builder.add_dense(name, "BF16", shape, bits[name].data)
 
     builder = LayerBuilder("embed")
     dense(builder, "embed.weight", (50, 100))
@@ -117,6 +118,7 @@ class FakeDaemon:
         self.pack = pack
         self.epoch = next(_epochs)  # mappings are shared by epoch
         self.version = 1
+        self.slot_bytes = SLOT_BYTES
         self.requests: list[dict[str, Any]] = []
         self.leases: dict[int, int] = {}  # lease -> layer
         self.later: set[int] = set()  # layers that are not granted ahead
@@ -159,13 +161,11 @@ class FakeDaemon:
 
     def stop(self) -> None:
         """End like a killed process: every socket closes, what was shared stays mapped."""
-        self.may_grant.set()
         for sock in (self._listener, *self._peers):
-            try:
+            with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             sock.close()
+        self.may_grant.set()  # whoever waits finds the sockets closed
 
     def close(self) -> None:
         self.stop()
@@ -215,10 +215,8 @@ class FakeDaemon:
 
     def _answer_when_allowed(self, *arguments: Any) -> None:
         self.may_grant.wait()
-        try:
+        with contextlib.suppress(OSError):
             self._answer(*arguments)
-        except OSError:
-            pass
 
     def _answer(
         self, peer: socket.socket, lock: Any, message: dict[str, Any], held: list[int]

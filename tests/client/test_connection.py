@@ -346,9 +346,13 @@ def test_a_daemon_that_does_not_read_is_given_up(pair: tuple[Connection, Peer]) 
     ours, theirs = socket.socketpair()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     connection = Connection(ours, "/test", timeout=0.2)
-    with pytest.raises(DaemonGone):
+
+    def ask_without_reading() -> None:
         for _ in range(200):
             connection.submit("status", {"text": "x" * 4000})
+
+    with pytest.raises(DaemonGone):
+        ask_without_reading()
     theirs.close()
 
 

@@ -249,9 +249,13 @@ def test_a_slot_that_changed_under_the_lease_is_lost_when_it_ends(
 
 
 def test_a_lost_lease_is_noted_on_the_users_exception(daemon: FakeDaemon, client: Client) -> None:
-    with pytest.raises(ZeroDivisionError) as caught, client.lease("tiny", "blocks.0"):
-        daemon.set_generations(30)
-        raise ZeroDivisionError
+    def fail() -> None:
+        with client.lease("tiny", "blocks.0"):
+            daemon.set_generations(30)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        fail()
     assert any("LeaseLost" in note for note in caught.value.__notes__)
 
 
@@ -266,16 +270,19 @@ def test_a_lost_lease_is_noted_on_the_users_exception(daemon: FakeDaemon, client
         {"offset": None},
         {"slot": "x"},
         {"generation": True},
+        {"lease": None},
     ],
     ids=str,
 )
-def test_a_grant_that_cannot_be_is_refused_and_given_back(
+def test_a_grant_that_cannot_be_ends_the_connection(
     daemon: FakeDaemon, client: Client, wrong: dict[str, object]
 ) -> None:
     daemon.grant = wrong
     with pytest.raises(ProtocolBroken):
         client.lease("tiny", "blocks.0")
     daemon.wait_until(lambda: not daemon.leases)
+    with pytest.raises(DaemonGone):
+        client.ask("status")
 
 
 # ---------------------------------------------------------------------------------------- refusals

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def test_replies_in_any_order_and_any_chunking_reach_their_requests(
     stream = b"".join(encode({"id": r, "ok": True, "payload": "x" * r}) for r in order)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(stream)))) | {0, len(stream)})
     replies: list[Reply] = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         replies += protocol.receive(stream[begin:end])
     assert [reply.request for reply in replies] == order
     assert all(len(reply.fields["payload"]) == reply.request for reply in replies)

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.client.conftest import FakeDaemon
+from tierd_client import Client
+from tierd_client.errors import (
+    AccessDenied,
+    BudgetTooSmall,
+    ClientClosed,
+    DaemonGone,
+    LayerNotFound,
+    ModelNotFound,
+    PackInvalid,
+    ProtocolBroken,
+    Refused,
+    TooManyClients,
+    VersionMismatch,
+)
+from tierd_layouts.wire import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.client.conftest import TinyPack
+
+
+@pytest.fixture
+def client(daemon: FakeDaemon) -> Iterator[Client]:
+    with Client(daemon.path, timeout=20) as client:
+        yield client
+
+
+def open_descriptors() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+# --------------------------------------------------------------------------------------- handshake
+
+
+def test_the_handshake_tells_both_sides_who_they_talk_to(daemon: FakeDaemon) -> None:
+    with Client(daemon.path, name="trainer") as client:
+        (hello,) = daemon.asked("hello")
+        assert (hello["version"], hello["client"], hello["held"]) == (1, "trainer", [])
+        assert (client.daemon_pid, client.daemon_version) == (os.getpid(), "fake")
+        assert (client.epoch, client.capabilities) == (daemon.epoch, ("x",))
+
+
+def test_a_client_without_a_name_says_which_process_it_is(daemon: FakeDaemon) -> None:
+    Client(daemon.path).close()
+    assert daemon.asked("hello")[0]["client"].endswith(f"[{os.getpid()}]")
+
+
+def test_the_socket_comes_from_the_environment_when_nobody_names_it(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIERD_SOCKET", daemon.path)
+    with Client() as client:
+        assert client.socket == daemon.path
+
+
+def test_another_protocol_version_is_refused_with_both_numbers(daemon: FakeDaemon) -> None:
+    daemon.version = 2
+    with pytest.raises(VersionMismatch, match="version 2, this client 1"):
+        Client(daemon.path)
+
+
+def test_a_handshake_that_the_daemon_refuses_leaves_no_descriptor(daemon: FakeDaemon) -> None:
+    daemon.refusals["hello"] = ("too_many_clients", "64 clients are connected, the limit is 64")
+    before = open_descriptors()
+    for _ in range(3):
+        with pytest.raises(TooManyClients, match="64 clients"):
+            Client(daemon.path)
+    daemon.wait_until(lambda: open_descriptors() <= before + 3)  # the daemon's ends, in this test
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def test_opening_gives_the_index_and_the_control_files(client: Client, pack: TinyPack) -> None:
+    opened = client.open("tiny")
+    assert (opened.name, opened.model_id) == ("tiny", 9)
+    assert opened.index == pack.index
+    assert sorted(opened.files) == ["config.json", "tierd.json"]
+    assert opened.files["config.json"] == b'{"model_type": "tiny"}'
+    assert opened.files["config.json"] == b'{"model_type": "tiny"}'
+    assert len(opened.files) == 2
+    assert "tokenizer.json" not in opened.files
+    assert opened.layer_index("blocks.1") == 2
+
+
+def test_a_model_is_opened_once(daemon: FakeDaemon, client: Client) -> None:
+    assert client.open("tiny") is client.open("tiny")
+    client.lease("tiny", "embed").release()
+    assert len(daemon.asked("open")) == 1
+
+
+def test_a_closed_model_is_opened_anew(daemon: FakeDaemon, client: Client) -> None:
+    opened = client.open("tiny")
+    opened.close()
+    opened.close()
+    assert daemon.asked("close") == [
+        {"id": daemon.requests[-1]["id"], "op": "close", "model_id": 9}
+    ]
+    assert client.open("tiny") is not opened
+
+
+def test_descriptors_live_no_longer_than_the_client(daemon: FakeDaemon) -> None:
+    before = open_descriptors()
+    with Client(daemon.path) as client:
+        assert client.open("tiny").files["config.json"]
+    del client
+    daemon.stop()
+    daemon.wait_until(lambda: open_descriptors() < before)  # its listener is closed too
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [("not_found", ModelNotFound), ("access_denied", AccessDenied), ("pack_invalid", PackInvalid)],
+)
+def test_a_model_that_the_daemon_will_not_open_raises_its_error(
+    daemon: FakeDaemon, client: Client, code: str, error: type[Exception]
+) -> None:
+    daemon.refusals["open"] = (code, "model 'm': why")
+    with pytest.raises(error, match="model 'm': why"):
+        client.open("m")
+    daemon.refusals.clear()
+    client.open("tiny")
+
+
+def test_an_open_reply_without_descriptors_ends_the_connection(
+    daemon: FakeDaemon, client: Client
+) -> None:
+    def answer(message: dict[str, Any]) -> list[bytes] | None:
+        return [encode({"id": message["id"], "ok": True, "files": ["a"], "model_id": 1})]
+
+    daemon.answers = answer
+    with pytest.raises(ProtocolBroken, match="0 descriptors, it needs 3"):
+        client.open("tiny")
+    with pytest.raises(DaemonGone):
+        client.open("tiny")
+
+
+def test_an_arena_smaller_than_announced_ends_the_connection(
+    daemon: FakeDaemon, client: Client
+) -> None:
+    daemon.span += 4096
+    with pytest.raises(ProtocolBroken, match="arena 3 has"):
+        client.open("tiny")
+    with pytest.raises(ProtocolBroken):
+        client.ask("status")
+
+
+# ------------------------------------------------------------------------------------------- plans
+
+
+def test_a_plan_names_layers_and_returns_what_is_reserved(
+    daemon: FakeDaemon, client: Client
+) -> None:
+    opened = client.open("tiny")
+    assert opened.plan(["embed", "blocks.0", 2], cyclic=False, lookahead=2) == 12345
+    (plan,) = daemon.asked("plan")
+    assert plan["order"] == [0, 1, 2]
+    assert (plan["cyclic"], plan["lookahead"], plan["model_id"]) == (False, 2, 9)
+    with pytest.raises(LayerNotFound, match=r"blocks\.7"):
+        opened.plan(["embed", "blocks.7"])
+
+
+def test_a_plan_that_does_not_fit_says_why(daemon: FakeDaemon, client: Client) -> None:
+    daemon.refusals["plan"] = ("budget_too_small", "needs 10, 5 available, budget 20")
+    with pytest.raises(BudgetTooSmall, match="needs 10, 5 available") as caught:
+        client.open("tiny").plan(["embed"])
+    assert isinstance(caught.value, MemoryError)
+    assert caught.value.code == "budget_too_small"
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+def test_statistics_count_leases_bytes_and_waiting_and_do_not_change(
+    daemon: FakeDaemon, client: Client, pack: TinyPack
+) -> None:
+    first = client.statistics()
+    nbytes = pack.index.layers[1].nbytes
+    daemon.may_grant.clear()
+    threading.Timer(0.1, daemon.may_grant.set).start()
+    with client.lease("tiny", "blocks.0"):
+        inside = client.statistics()
+    after = client.statistics()
+    assert (first.leases, inside.leases, after.leases) == (0, 1, 1)
+    assert (inside.held, inside.held_bytes, inside.leased_bytes) == (1, nbytes, nbytes)
+    assert (after.held, after.held_bytes, after.leased_bytes) == (0, 0, nbytes)
+    assert inside.wait_ns > 50_000_000
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.leases = 5  # type: ignore[misc]
+
+
+def test_threads_share_a_client(daemon: FakeDaemon, client: Client) -> None:
+    wrong: list[object] = []
+
+    def work() -> None:
+        for name in ("embed", "blocks.0", "blocks.1", "odd") * 10:
+            with client.lease("tiny", name) as lease:
+                if lease.layer.name != name:
+                    wrong.append(lease)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert wrong == []
+    assert client.statistics().leases == 120
+    assert len(daemon.asked("open")) == 1
+    daemon.wait_until(lambda: not daemon.leases)
+
+
+# --------------------------------------------------------------------------------------------- end
+
+
+def test_a_closed_client_refuses_everything(client: Client) -> None:
+    opened = client.open("tiny")
+    client.close()
+    client.close()
+    for use in (
+        lambda: client.ask("status"),
+        lambda: client.open("tiny"),
+        lambda: opened.acquire(0),
+    ):
+        with pytest.raises(ClientClosed):
+            use()
+
+
+def test_diagnostics_that_fail_carry_the_code(daemon: FakeDaemon, client: Client) -> None:
+    daemon.refusals["reload"] = ("internal", "a bug")
+    with pytest.raises(Refused, match="a bug") as caught:
+        client.ask("reload")
+    assert caught.value.code == "internal"
+
+
+def test_a_restarted_daemon_hears_what_is_still_read_and_when_that_ends(
+    tmp_path: Path, pack: TinyPack
+) -> None:
+    old = FakeDaemon(tmp_path / "a.sock", pack)
+    first = Client(old.path)
+    lease, given_back = first.lease("tiny", "blocks.0"), first.lease("tiny", "blocks.1")
+    given_back.release()
+    old.close()
+    with pytest.raises(DaemonGone):
+        first.ask("status")
+    os.unlink(old.path)
+    new = FakeDaemon(tmp_path / "a.sock", pack)
+    other = FakeDaemon(tmp_path / "b.sock", pack)
+    Client(other.path).close()
+    second = Client(new.path)
+    assert new.asked("hello")[0]["held"] == [lease.lease]
+    assert other.asked("hello")[0]["held"] == []
+    lease.release()
+    second.ask("status")
+    assert [request["leases"] for request in new.asked("release")] == [[lease.lease]]
+    with Client(new.path):
+        assert new.asked("hello")[1]["held"] == []
+    second.close()
+    new.close()
+    other.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -117,9 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         _show(arguments, arguments.run(arguments))
+        sys.stdout.flush()
     except BadSetting as error:
         print(f"tierctl: {error}", file=sys.stderr)
         return USAGE
+    except BrokenPipeError:  # `tierctl ... | head`: nobody wants the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ToolError, FormatError, OSError) as error:
         print(f"tierctl: {error}", file=sys.stderr)
         return FAILURE

@@ -15,6 +15,7 @@ from tierd_layouts.wire import (
     MAX_FDS,
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,
+    ErrorCode,
     FrameDecoder,
     encode,
 )
@@ -58,9 +59,12 @@ class ClientProtocol:
         return len(self._waiting)
 
     def request(self, op: str, fields: dict[str, Any]) -> tuple[int, bytes]:
-        """A new request id and the bytes to send."""
+        """A new request id and the bytes to send. Raises Refused when they are too many."""
         request = self._next_id
-        frame = encode({"id": request, "op": op, **fields}, MAX_REQUEST_BYTES)
+        try:
+            frame = encode({"id": request, "op": op, **fields}, MAX_REQUEST_BYTES)
+        except FormatError as error:
+            raise Refused(f"request {op!r}: {error}", ErrorCode.BAD_REQUEST) from error
         self._next_id += 1
         self._waiting[request] = op
         return request, frame

@@ -35,6 +35,14 @@ def test_a_request_is_one_frame_with_its_id_and_op() -> None:
     assert 0 < first < second
 
 
+def test_a_request_too_large_for_a_frame_is_refused_here_with_both_sizes() -> None:
+    protocol = ClientProtocol()
+    with pytest.raises(Refused, match=r"request 'plan': .* the limit is 65536") as caught:
+        protocol.request("plan", {"order": list(range(100_000))})
+    assert caught.value.code == "bad_request"
+    assert protocol.request("status", {})[0] == 1
+
+
 @given(data=st.data(), count=st.integers(1, 12))
 def test_replies_in_any_order_and_any_chunking_reach_their_requests(
     data: st.DataObject, count: int

@@ -141,7 +141,7 @@ class _Work:
 
 
 class ReaderPool:
-    """`submit` and `close` belong to the event loop's thread, `statistics` to any.
+    """`submit` belongs to the event loop's thread; `close`, which blocks, and the rest to any.
 
     Threads start with the first job: a daemon that nobody asks is ready at once.
     """
@@ -165,8 +165,6 @@ class ReaderPool:
     def submit(self, job: ReadJob, on_done: Callable[[ReadResult | ReadError], None]) -> None:
         """Queue a job. `on_done` is called once, on the running loop, when no thread touches the
         target any more. Raises ReadCancelled after `close`."""
-        if self._closing.is_set():
-            raise ReadCancelled(f"layer {job.layer!r} of pack {job.pack!r}: the readers are closed")
         loop = asyncio.get_running_loop()
 
         def deliver(outcome: ReadResult | ReadError) -> None:
@@ -177,14 +175,14 @@ class ReaderPool:
             job.pack, job.layer, job.target.nbytes, deliver, time.monotonic_ns(), len(blocks)
         )
         with self._queued:
+            if self._closing.is_set():
+                raise _cancelled(work)
+            while len(self._threads) < self._readers:
+                name = f"tierd-ssd-{len(self._threads)}"
+                self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
+                self._threads[-1].start()
             self._queue.extend((work, block) for block in blocks)
             self._queued.notify(len(blocks))
-        while len(self._threads) < self._readers:
-            thread = threading.Thread(
-                target=self._run, name=f"tierd-ssd-{len(self._threads)}", daemon=True
-            )
-            self._threads.append(thread)
-            thread.start()
 
     def statistics(self) -> ReaderStatistics:
         with self._lock:
@@ -220,8 +218,8 @@ class ReaderPool:
         Outcomes are on the loop when this returns. Raises TimeoutError when a device does not
         answer: then a thread may still write into its target.
         """
-        self._closing.set()
         with self._queued:
+            self._closing.set()
             dropped = list(self._queue)
             self._queue.clear()
             self._queued.notify_all()

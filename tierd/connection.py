@@ -96,10 +96,12 @@ class Connection:
         self._queue.append(_Frame(rest, [] if sent else [os.dup(fd) for fd in fds]))
         self._queued_bytes += len(rest)
         if len(self._queue) > QUEUE_FRAMES or self._queued_bytes > QUEUE_BYTES:
-            self._close_soon(
+            reason = (
                 f"left {len(self._queue)} replies ({self._queued_bytes} bytes) unread, "
                 f"the limit is {QUEUE_FRAMES} replies or {QUEUE_BYTES} bytes"
             )
+            log.warning("process %d is disconnected: it %s", self.peer.pid, reason)
+            self._close_soon(reason)
 
     def close_after_sending(self, reason: str) -> None:
         """Take no further request, and close when what is queued was sent."""
@@ -107,6 +109,11 @@ class Connection:
         self._loop.remove_reader(self._sock.fileno())
         if not self._queue:
             self._close_soon(reason)
+
+    def reject(self, reason: str) -> None:
+        """The peer broke the protocol: there is nothing to answer to."""
+        log.warning("process %d is disconnected: it %s", self.peer.pid, reason)
+        self.close(reason)
 
     def close(self, reason: str) -> None:
         if self.closed:
@@ -152,7 +159,7 @@ class Connection:
                 if self.closed or self._last_words:
                     return
         except FormatError as error:
-            self.close(f"sent what is no frame: {error}")
+            self.reject(f"sent what is no frame: {error}")
 
     def _writable(self) -> None:
         while self._queue:

@@ -68,10 +68,10 @@ class Session:
     def received(self, message: dict[str, Any]) -> None:
         request, op = message.get("id"), message.get("op")
         if type(request) is not int or not 0 <= request <= MAX_REQUEST_ID or type(op) is not str:
-            self.connection.close(f"sent a request without id and op: {sorted(message)[:8]}")
+            self.connection.reject(f"sent a request without id and op: {sorted(message)[:8]}")
             return
         if request == 0 and op != "release":
-            self.connection.close(f"asked for {op[:40]!r} with id 0, which only release may have")
+            self.connection.reject(f"asked for {op[:40]!r} with id 0, which only release may have")
             return
         self._daemon.answer(self, request, op, message)
 

@@ -1,9 +1,10 @@
-"""Real daemons in processes of their own, tiny packs for them, and a client that speaks raw frames."""
+"""Real daemons in their own processes, tiny packs for them, and a client that speaks raw frames."""
 
 from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from tierd_layouts.wire import MAX_FDS, MAX_REPLY_BYTES, PROTOCOL_VERSION, Frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
 MIB = 1 << 20
 PATIENCE_S = 20.0  # how long anything that must happen may take
@@ -101,7 +102,11 @@ class RawClient:
     def __init__(self, path: str) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(PATIENCE_S)
-        self.sock.connect(path)
+        try:
+            self.sock.connect(path)
+        except OSError:
+            self.sock.close()
+            raise
         self._decoder = FrameDecoder(MAX_REPLY_BYTES)
         self._replies: dict[int, dict[str, Any]] = {}
         self._fds: list[int] = []
@@ -298,8 +303,6 @@ def _descriptors_from_3(fds: list[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _above(fd: int, lowest: int) -> int:
-    import fcntl
-
     high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
     os.close(fd)
     return high

@@ -1,0 +1,109 @@
+"""The command: exit statuses, one line on stderr, a light start."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.daemon.conftest import RawClient, wait_until, write_pack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.daemon.conftest import RunningDaemon
+
+MIB = 1 << 20
+
+
+def tierd(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tierd", *(str(argument) for argument in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_version_is_printed() -> None:
+    done = tierd("--version")
+    assert done.returncode == 0
+    assert re.fullmatch(r"tierd \d+\.\d+\.\d+\n", done.stdout)
+
+
+def test_an_unknown_flag_is_a_usage_error_of_one_line() -> None:
+    done = tierd("--modles", "x")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--modles" in done.stderr
+
+
+def test_a_missing_directory_of_packs_is_a_usage_error_that_names_it(tmp_path: Path) -> None:
+    done = tierd("--models", tmp_path / "nowhere", "--socket", tmp_path / "s")
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+
+
+def test_check_config_prints_every_value_with_its_source_and_serves_nothing(
+    models: Path, tmp_path: Path
+) -> None:
+    done = tierd("--models", models, "--dram", "1GiB", "--socket", tmp_path / "s", "--check-config")
+    assert done.returncode == 0
+    assert f"dram = {1 << 30}  # flag --dram" in done.stdout
+    assert "readers = 4  # default" in done.stdout
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_budget_above_what_is_free_is_refused_with_both_numbers(
+    models: Path, tmp_path: Path
+) -> None:
+    done = tierd("--models", models, "--dram", "1000TiB", "--socket", tmp_path / "s")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("tierd: ")
+    assert str(1000 << 40) in last
+    assert "available" in last
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_socket_in_a_missing_directory_is_a_failure_that_names_it(
+    models: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "gone" / "tierd.sock"
+    done = tierd("--models", models, "--dram", "16MiB", "--socket", path)
+    assert done.returncode == 1
+    assert str(path) in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_daemon_answers_soon_and_stays_small_whatever_its_budget(
+    start_daemon: Callable[..., RunningDaemon], models: Path
+) -> None:
+    for number in range(3):
+        write_pack(models / f"m{number}", seed=number)
+    daemon = start_daemon("--models", models, "--dram", "8GiB", wait=False)
+
+    def answers() -> bool:
+        try:
+            client = RawClient(daemon.socket)
+        except OSError:
+            return False
+        client.call("status")
+        client.close()
+        return True
+
+    wait_until(answers, "the daemon answers")
+    assert time.monotonic() - daemon.started_at < 1.5 * _slowness()
+    match = re.search(r"ready after ([0-9.]+) s", daemon.log_text())
+    assert match is not None
+    assert float(match[1]) < 1.5
+    status = daemon.status()
+    assert status["daemon"]["rss_bytes"] < 80 * MIB
+    assert "torch" not in Path(f"/proc/{daemon.pid}/maps").read_text()
+
+
+def _slowness() -> float:
+    """How much longer than alone things take on a machine whose cores others use too."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))

@@ -7,16 +7,14 @@ connected, one of which runs through a model larger than the budget as fast as i
 from __future__ import annotations
 
 import multiprocessing
-import shutil
 import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tierd_client
-from tierd_tools import pack, progress
+from tierd_tools import random_model
 from tierd_tools.benchmark import Row
-from tierd_tools.demo import random_model
 from tierd_tools.serving import serve
 
 if TYPE_CHECKING:
@@ -25,9 +23,6 @@ if TYPE_CHECKING:
 WORK = Path("build/bench/acquire")
 CLIENTS = 8
 ROUND_TRIPS = 20_000
-TINY = random_model.Shape(
-    hidden=256, intermediate=512, layers=2, heads=4, kv_heads=4, vocabulary=1000
-)
 P50_US, P99_US = 60.0, 500.0
 
 
@@ -96,18 +91,6 @@ def _other(socket: str, reading: bool, stop: Event) -> None:
 def _packs() -> Path:
     """A large and a small model, packed once."""
     packs = WORK / "packs"
-    for name, shape in (("large", random_model.SMALL), ("small", TINY)):
-        if (packs / name).exists():
-            continue
-        model_dir = WORK / f"{name}-model"
-        random_model.write(model_dir, shape)
-        packs.mkdir(parents=True, exist_ok=True)
-        pack.pack(
-            model_dir,
-            packs / name,
-            prune="magnitude",
-            sparsity=0.5,
-            progress=progress.SilentProgress(),
-        )
-        shutil.rmtree(model_dir)
+    random_model.write_pack(packs / "large", random_model.SMALL)
+    random_model.write_pack(packs / "small", random_model.TINY)
     return packs

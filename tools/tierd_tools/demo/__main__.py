@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tierd_layouts import container
-from tierd_tools import pack, progress, unpack
-from tierd_tools.demo import random_model, report, rows
+from tierd_tools import pack, progress, random_model, unpack
+from tierd_tools.demo import report, rows
 from tierd_tools.demo.memory_cap import CapUnavailable, MemoryCap
 
 SIZES = {"full": random_model.FULL, "small": random_model.SMALL}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from tierd_tools import pack
 
 INIT_STD = 0.02
 
@@ -28,6 +28,9 @@ class Shape:
 FULL = Shape(hidden=2048, intermediate=5632, layers=15, heads=32, kv_heads=4, vocabulary=32000)
 #: 0.2 GB in bf16: for `make demo SIZE=small`, which every test run does.
 SMALL = Shape(hidden=1024, intermediate=2816, layers=9, heads=16, kv_heads=4, vocabulary=8000)
+
+#: 1 MB: for tests, and for the layer that `make bench ONLY=acquire` asks for.
+TINY = Shape(hidden=256, intermediate=512, layers=2, heads=4, kv_heads=4, vocabulary=1000)
 
 
 def config(shape: Shape) -> dict[str, object]:
@@ -99,3 +102,14 @@ def write(model_dir: Path, shape: Shape, seed: int = 0) -> None:
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     # config.json last: its presence says that the folder is complete.
     (model_dir / "config.json").write_text(json.dumps(config(shape), indent=1))
+
+
+def write_pack(pack_dir: Path, shape: Shape) -> None:
+    """Write the model, pruned to 50 % and packed; a pack that is there is left as it is."""
+    if pack_dir.exists():
+        return
+    pack_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=pack_dir.parent, prefix=".random-") as folder:
+        model_dir = Path(folder) / "model"
+        write(model_dir, shape)
+        pack.pack(model_dir, pack_dir, prune="magnitude", sparsity=0.5)

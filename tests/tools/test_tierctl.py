@@ -1,0 +1,117 @@
+"""The command line: exit codes, JSON, and that every command is documented."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tierd_tools import random_model, tierctl
+from tierd_tools.serving import serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COMMANDS = (
+    *("pack", "verify", "unpack", "status", "models", "layers", "clients", "config", "reload"),
+)
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs")
+    random_model.write_pack(folder / "tiny", random_model.TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def socket(packs: Path) -> Iterator[str]:
+    with serve(["--models", str(packs), "--dram", "64MiB"], packs / "log") as daemon:
+        yield daemon.socket
+
+
+def test_every_command_has_help_and_stands_in_the_readme(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            tierctl.main([command, "--help"])
+        assert end.value.code == 0
+        assert "--json" in capsys.readouterr().out
+        assert f"tierctl {command}" in readme
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    for argv in ([], ["no-such-command"], ["pack"], ["layers"], ["status", "--no-such-flag"]):
+        with pytest.raises(SystemExit) as end:
+            tierctl.main(argv)
+        assert end.value.code == 2
+
+
+@pytest.mark.parametrize("sparsity", ["1.0", "-0.1", "nan"])
+def test_a_sparsity_outside_its_range_is_usage(
+    sparsity: str, packs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["pack", str(packs), str(tmp_path / "p"), "--prune", "magnitude"]
+    assert tierctl.main([*argv, "--sparsity", sparsity]) == 2
+    assert sparsity.rstrip("0").rstrip(".") in capsys.readouterr().err
+
+
+def test_a_failure_exits_with_1_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tierctl.main(["pack", str(tmp_path / "missing"), str(tmp_path / "p")]) == 1
+    assert tierctl.main(["verify", str(tmp_path / "missing")]) == 1
+    assert tierctl.main(["status", "--socket", str(tmp_path / "nobody.sock")]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "nobody.sock" in lines[2]
+
+
+@pytest.mark.parametrize("command", ["status", "models", "clients", "config", "reload"])
+def test_a_daemon_answers_as_a_table_and_as_json(
+    command: str, socket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tierctl.main([command, "--socket", socket]) == 0
+    assert capsys.readouterr().out.strip()
+    assert tierctl.main([command, "--socket", socket, "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
+
+
+def test_layers_lists_every_layer_of_a_model(
+    socket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tierctl.main(["layers", "tiny", "--socket", socket]) == 0
+    table = capsys.readouterr().out
+    assert "model.layers.1" in table
+    assert "model.embed_tokens" in table
+
+
+def test_a_model_that_is_not_served_is_refused_by_name(
+    socket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tierctl.main(["layers", "nobody", "--socket", socket]) == 1
+    assert "nobody" in capsys.readouterr().err
+
+
+def test_the_socket_may_come_from_the_environment(socket: str) -> None:
+    environment = dict(os.environ, TIERD_SOCKET=socket)
+    argv = [sys.executable, "-m", "tierd_tools.tierctl", "status"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True)
+    assert socket in done.stdout
+
+
+def test_tierctl_imports_no_torch() -> None:
+    code = (
+        "import sys; from tierd_tools import tierctl\n"
+        "for argv in (['verify', '/nowhere'], ['status', '--socket', '/nowhere']):\n"
+        "    tierctl.main(argv)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -85,9 +85,8 @@ class Arithmetic:
     def _multiply(
         self, weight: PackedTensor, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        # No view is ever bound to a local name: a traceback would keep it beyond the lease.
         if not weight.packed:
-            return functional.linear(x, weight.unchecked_view(), bias)
+            return _product(x, weight, None, bias)
         begin = perf_counter_ns()
         if self.compute is Compute.FUSED and math.prod(x.shape[:-1]) <= FUSED_ROWS:
             out = weight.linear(x, bias)
@@ -101,7 +100,7 @@ class Arithmetic:
         with self._lock:
             self._counters.expansions += 1
             self._counters.expand_ns += elapsed
-        return functional.linear(x, dense, bias)
+        return _product(x, weight, dense, bias)
 
     def _scratch(self) -> _Scratch:
         scratch: _Scratch | None = getattr(self._local, "scratch", None)
@@ -121,12 +120,41 @@ class Arithmetic:
         return sum(scratch.nbytes for scratch in list(self._scratches))
 
 
+def _product(
+    x: torch.Tensor, weight: PackedTensor, dense: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """One `F.linear`, with the expanded matrix or else the arena's bytes in place."""
+    with torch.no_grad():
+        if dense is not None:
+            return functional.linear(x, dense, bias)
+        # The view has no name of its own here: a traceback would keep it beyond the lease.
+        return functional.linear(x, _like_parameter(_view(weight)), bias)
+
+
+def _view(weight: PackedTensor) -> torch.Tensor:
+    view = weight.unchecked_view()
+    if view.is_inference() and not torch.is_inference_mode_enabled():
+        # The mapping was first seen in inference mode; such tensors take no requires_grad here.
+        view = weight.view()
+    return view
+
+
+def _like_parameter(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix as torch sees a parameter of a model in memory: wanting a gradient, no view.
+
+    Only then `matmul` folds a strided batch into one product; it is the same product otherwise,
+    summed in another order. (`should_fold` in ATen/native/LinearAlgebra.cpp.)
+    """
+    return matrix.detach().requires_grad_()
+
+
 class _Scratch:
     """A thread's reused buffer, ALIGNMENT-aligned, and the matrices that were laid over it."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        room = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+        with torch.inference_mode(False):  # the thread may leave inference mode later
+            room = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
         begin = -room.data_ptr() % ALIGNMENT
         self._buffer = room[begin : begin + nbytes]
         self._matrices: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
@@ -136,6 +164,7 @@ class _Scratch:
         found = self._matrices.get((shape, dtype))
         if found is None:
             nbytes = math.prod(shape) * dtype.itemsize
-            found = self._buffer[:nbytes].view(dtype).view(shape)
+            with torch.inference_mode(False):
+                found = _like_parameter(self._buffer[:nbytes].view(dtype).view(shape))
             self._matrices[shape, dtype] = found
         return found

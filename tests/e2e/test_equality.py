@@ -1,0 +1,457 @@
+"""Models on leases against the same models in memory: equal bits with `dense`, through a daemon.
+
+The reference is what a user gets without tierd: `unpack` of the pack, loaded by `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    Qwen3Config,
+)
+
+from tierd_client.client import Client
+from tierd_client.errors import DaemonNotRunning
+from tierd_client.load import load_model, load_tokenizer
+from tierd_tools.pack import pack
+from tierd_tools.unpack import unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SEEDS = range(24)
+TRAINED = Path(__file__).resolve().parents[3] / "shared" / "models"
+TRAINED_MODELS = ("stdlib-llama-12m", "stdlib-opt-12m")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_memory(folder: Path) -> Any:
+    """The model with its weights where torch puts them: on 64 bytes.
+
+    `from_pretrained` maps the file, where tensors lie on 8 bytes, and MKL's float32 product of one
+    row sums in another order when a matrix is not on 16 bytes (bf16 and f16 products do not).
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+# ------------------------------------------------------------------------------------------- models
+
+
+def llama(rng: random.Random, sizes: dict[str, Any], heads: int) -> Any:
+    return LlamaConfig(
+        **sizes,
+        num_key_value_heads=rng.choice([1, heads]),
+        attention_bias=rng.random() < 0.5,
+        mlp_bias=rng.random() < 0.5,
+    )
+
+
+def qwen3(rng: random.Random, sizes: dict[str, Any], heads: int) -> Any:
+    return Qwen3Config(
+        **sizes,
+        num_key_value_heads=rng.choice([1, heads]),
+        head_dim=rng.choice([10, 24]),
+        attention_bias=rng.random() < 0.5,
+    )
+
+
+def gpt_neox(rng: random.Random, sizes: dict[str, Any], heads: int) -> Any:
+    return GPTNeoXConfig(
+        **sizes,
+        use_parallel_residual=rng.random() < 0.5,
+        rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5},
+        attention_bias=rng.random() < 0.5,
+    )
+
+
+def opt(rng: random.Random, sizes: dict[str, Any], heads: int) -> Any:
+    sizes = dict(sizes)
+    sizes["ffn_dim"] = sizes.pop("intermediate_size")
+    return OPTConfig(
+        **sizes,
+        word_embed_proj_dim=rng.choice([sizes["hidden_size"], 52]),
+        do_layer_norm_before=rng.random() < 0.5,
+        enable_bias=rng.random() < 0.7,
+        max_position_embeddings=96,
+    )
+
+
+KINDS: dict[str, Callable[..., Any]]
+KINDS = {"llama": llama, "qwen3": qwen3, "gpt_neox": gpt_neox, "opt": opt}
+
+
+def build_model(seed: int, folder: Path) -> str:
+    """A random checkpoint of the seed's architecture, sizes, ties, biases and dtype."""
+    rng = random.Random(seed)
+    kind = list(KINDS)[seed % len(KINDS)]
+    heads = rng.choice([2, 3, 5])
+    sizes = {
+        "hidden_size": heads * rng.choice([12, 20, 44]),
+        "intermediate_size": rng.randrange(65, 300),
+        "num_hidden_layers": rng.choice([1, 2, 3]),
+        "num_attention_heads": heads,
+        "vocab_size": rng.randrange(70, 300),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    config = KINDS[kind](rng, sizes, heads)
+    config.dtype = torch.bfloat16 if seed // len(KINDS) % 2 else torch.float32
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms too: at birth they are 0 and 1
+            parameter.normal_(0.1, 0.2, generator=generator)
+    name = f"{kind}-{seed}"
+    model.save_pretrained(folder / name)
+    return name
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Packs by name, the unpacked (pruned) checkpoints beside them, and who serves the packs."""
+
+    packs: Path
+    references: Path
+    socket: str
+
+    def reference(self, name: str) -> Any:
+        return in_memory(self.references / name)
+
+    @contextmanager
+    def served(self, name: str, compute: str) -> Iterator[Any]:
+        model: Any = load_model(name, compute=compute, socket=self.socket)
+        with model.tierd:
+            yield model
+
+
+@contextmanager
+def daemon_of(packs: Path, dram: str) -> Iterator[str]:
+    """A daemon that serves every pack in a folder; its socket."""
+    socket = str(packs.parent / "tierd.sock")
+    command = [sys.executable, "-m", "tierd", "--models", str(packs), "--dram", dram]
+    command += ["--socket", socket, "--log-level", "warning"]
+    process = subprocess.Popen(command)
+    try:
+        wait_for_daemon(socket, process)
+        yield socket
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def wait_for_daemon(socket: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            Client(socket).close()
+        except DaemonNotRunning:
+            assert process.poll() is None, "the daemon ended before it served"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        else:
+            return
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
+    folder = tmp_path_factory.mktemp("zoo")
+    for seed in SEEDS:
+        name = build_model(seed, folder / "source")
+        pack(folder / "source" / name, folder / "packs" / name, prune="magnitude", sparsity=0.5)
+        unpack(folder / "packs" / name, folder / "references" / name)
+    with daemon_of(folder / "packs", "64MiB") as socket:
+        yield Zoo(folder / "packs", folder / "references", socket)
+
+
+def prompt(model: Any, seed: int, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    """A batch with padding on the left, as generation needs it."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    ids = torch.randint(3, model.config.vocab_size, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, : 2 * row] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 2), "attention_mask": mask}
+
+
+def sampled(model: Any, seed: int, rows: int = 2) -> Any:
+    torch.manual_seed(seed)
+    return model.generate(
+        **prompt(model, seed, rows, 9),
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=True,
+        top_k=20,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+def name_of(zoo: Zoo, seed: int) -> str:
+    (found,) = [path.name for path in zoo.packs.iterdir() if path.name.endswith(f"-{seed}")]
+    return found
+
+
+# -------------------------------------------------------------------------------------------- dense
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dense_gives_the_bits_of_the_model_in_memory(zoo: Zoo, seed: int) -> None:
+    name = name_of(zoo, seed)
+    reference = zoo.reference(name)
+    with zoo.served(name, "dense") as model, torch.no_grad():
+        for rows, tokens in ((1, 1), (2, 5), (3, 40)):
+            batch = prompt(reference, seed, rows, tokens)
+            expected, got = reference(**batch).logits, model(**batch).logits
+            assert expected.std() > 0.01, "the reference says nothing"
+            assert torch.equal(got, expected), f"{name}, batch of {rows} x {tokens}"
+        expected, got = sampled(reference, seed), sampled(model, seed)
+        assert torch.equal(got.sequences, expected.sequences)
+        for step, (mine, theirs) in enumerate(zip(got.logits, expected.logits, strict=True)):
+            assert torch.equal(mine, theirs), f"{name}, step {step}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_buffers_and_settings_are_those_of_the_model_in_memory(zoo: Zoo, seed: int) -> None:
+    name = name_of(zoo, seed)
+    reference = zoo.reference(name)
+    with zoo.served(name, "dense") as model:
+        expected, got = dict(reference.named_buffers()), dict(model.named_buffers())
+        assert expected.keys() == got.keys()
+        for key, buffer in expected.items():
+            assert torch.equal(buffer, got[key]), key
+            assert buffer.dtype == got[key].dtype, key
+        assert model.generation_config.to_dict() == reference.generation_config.to_dict()
+        assert model.dtype == reference.dtype
+        assert model.device == reference.device
+        assert model.num_parameters() == reference.num_parameters()
+        shapes = {key: (p.shape, p.dtype) for key, p in reference.named_parameters()}
+        assert {key: (p.shape, p.dtype) for key, p in model.named_parameters()} == shapes
+
+
+PROCESSES = textwrap.dedent(
+    """
+    import hashlib, json, os, sys
+    import torch, transformers
+    from tierd_client.load import load_model, load_tokenizer
+    from transformers import AutoModelForCausalLM
+    socket, names = sys.argv[1], sys.argv[2:]
+    torch.set_num_threads(1)
+    pipes, children = [], []
+    for _ in range(3):  # before torch has started any thread
+        readable, writable = os.pipe()
+        child = os.fork()
+        if child == 0:
+            ids = torch.arange(3, 43).view(2, 20)
+            digests = {}
+            for name in names:
+                model = load_model(name, compute="dense", socket=socket)
+                with model.tierd, torch.no_grad():
+                    for _ in range(3):
+                        logits = model(ids).logits.float().numpy().tobytes()
+                digests[name] = hashlib.sha256(logits).hexdigest()
+            os.write(writable, json.dumps(digests).encode())
+            os._exit(0)
+        os.close(writable)
+        pipes.append(readable)
+        children.append(child)
+    for readable, child in zip(pipes, children):
+        print(os.read(readable, 65536).decode(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+)
+
+
+def test_three_processes_at_once_get_the_same_bits(zoo: Zoo) -> None:
+    names = [name_of(zoo, seed) for seed in range(4, 8)]
+    command = [sys.executable, "-c", PROCESSES, zoo.socket, *names]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert process.returncode == 0, process.stderr
+    expected = {}
+    torch.set_num_threads(1)
+    for name in names:
+        with torch.no_grad():
+            logits = zoo.reference(name)(torch.arange(3, 43).view(2, 20)).logits
+        expected[name] = hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
+    torch.set_num_threads(2)
+    lines = process.stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        digests, _, status = line.rpartition(" ")
+        assert status == "0", process.stderr
+        assert json.loads(digests) == expected
+
+
+def test_threads_of_one_process_do_not_disturb_each_other(zoo: Zoo) -> None:
+    name = name_of(zoo, 4)
+    reference = zoo.reference(name)
+    batches = [prompt(reference, seed, 2, 5 + seed) for seed in range(4)]
+    with torch.no_grad():
+        expected = [reference(**batch).logits for batch in batches]
+    problems: list[str] = []
+
+    def run(model: Any, number: int) -> None:
+        with torch.no_grad():
+            results = [model(**batches[number]).logits for _ in range(12)]
+        if not all(torch.equal(logits, expected[number]) for logits in results):
+            problems.append(f"thread {number} got other logits")
+
+    with zoo.served(name, "dense") as model:
+        threads = [threading.Thread(target=run, args=(model, number)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert not any(thread.is_alive() for thread in threads)
+    assert problems == []
+
+
+# -------------------------------------------------------------------------------------------- fused
+
+
+@pytest.mark.parametrize("seed", range(0, 24, 3))
+def test_fused_prefill_is_exact_and_decode_is_close(zoo: Zoo, seed: int) -> None:
+    name = name_of(zoo, seed)
+    reference = zoo.reference(name)
+    with zoo.served(name, "fused") as model, torch.no_grad():
+        long = prompt(reference, seed, 3, 40)
+        assert torch.equal(model(**long).logits, reference(**long).logits)
+        assert model.tierd.statistics().fused_calls == 0
+        short = prompt(reference, seed, 2, 5)
+        got, expected = model(**short).logits.double(), reference(**short).logits.double()
+        assert model.tierd.statistics().fused_calls > 0
+        shown = short["attention_mask"].bool()
+        error = (got - expected)[shown].square().mean().sqrt() / expected[shown].std()
+        assert error < (0.05 if reference.dtype == torch.bfloat16 else 1e-4), f"{error:.2e}"
+        assert sampled(model, seed).sequences.shape == (2, 15)
+
+
+# ---------------------------------------------------------------------------------- trained models
+
+
+def trained(name: str) -> Path:
+    folder = TRAINED / name
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"trained model {name} is not in ../shared/models")
+    return folder
+
+
+@dataclass(frozen=True)
+class Trained:
+    name: str
+    reference: Any
+    socket: str
+    text: str
+
+
+@pytest.fixture(scope="module", params=TRAINED_MODELS)
+def trained_model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Trained]:
+    """Served with a budget of about half the pack, so that layers are read again and again."""
+    source = trained(request.param)
+    folder = tmp_path_factory.mktemp("trained")
+    pack(source, folder / "packs" / source.name, prune="magnitude", sparsity=0.5)
+    unpack(folder / "packs" / source.name, folder / "reference")
+    reference = in_memory(folder / "reference")
+    text = (TRAINED / "dev.txt").read_text()[:4000]
+    with daemon_of(folder / "packs", "10MiB") as socket:
+        yield Trained(source.name, reference, socket, text)
+
+
+def tokens_of(trained_model: Trained, count: int) -> torch.Tensor:
+    tokenizer = load_tokenizer(trained_model.name, socket=trained_model.socket)
+    ids: torch.Tensor = tokenizer(trained_model.text, return_tensors="pt")["input_ids"]
+    return ids[:, :count]
+
+
+def test_a_trained_model_writes_the_same_text_from_half_its_memory(trained_model: Trained) -> None:
+    ids = tokens_of(trained_model, 48)
+    model: Any = load_model(trained_model.name, compute="dense", socket=trained_model.socket)
+    settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    settings |= {"max_new_tokens": 12, "output_logits": True, "return_dict_in_generate": True}
+    with model.tierd, torch.no_grad():
+        expected = trained_model.reference.generate(ids, **settings)
+        got = model.generate(ids, **settings)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert all(map(torch.equal, got.logits, expected.logits))
+    with Client(trained_model.socket) as client:
+        status = client.ask("status")
+    assert status["scheduler"]["evictions"] > 0, "the budget held everything: nothing was shown"
+    assert status["dram"]["peak_bytes"] <= status["dram"]["budget_bytes"]
+
+
+def capture(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The inputs of every linear, [tokens, features], with the outliers of trained models."""
+    inputs: dict[str, torch.Tensor] = {}
+
+    def note(module: nn.Module, args: Any) -> None:
+        inputs[names[module]] = args[0].reshape(-1, args[0].shape[-1])
+
+    names: dict[nn.Module, str]
+    names = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    handles = [module.register_forward_pre_hook(note) for module in names]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def test_fused_products_of_real_activations_stay_in_their_bounds(trained_model: Trained) -> None:
+    inputs = capture(trained_model.reference, tokens_of(trained_model, 24))
+    checked = 0
+    largest = 0.0
+    with Client(trained_model.socket) as client:
+        opened = client.open(trained_model.name)
+        for number, layer in enumerate(opened.index.layers):
+            with opened.acquire(number) as lease:
+                for tensor in layer.tensors:
+                    module = tensor.name.removesuffix(".weight")
+                    if tensor.codec == "dense" or module not in inputs:
+                        continue
+                    x = inputs[module]
+                    weight = lease[tensor.name].dense()
+                    exact = x.double() @ weight.double().T
+                    single = lease[tensor.name].linear_f32(x)
+                    assert relative_error(single, exact) < 1e-5, tensor.name
+                    theirs = relative_error(nn.functional.linear(x, weight), exact)
+                    ours = relative_error(lease[tensor.name].linear(x), exact)
+                    assert ours <= 1.05 * theirs, tensor.name
+                    largest = max(largest, float(x.abs().max() / x.float().square().mean().sqrt()))
+                    checked += 1
+    assert checked >= 24
+    assert largest > 15, "no outliers among these activations"

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from tierd import sdnotify
+from tierd.errors import ArenaError
 from tierd.io.arena import Arena
 from tierd.io.memory_limits import available_bytes
 from tierd.recovery import arena_name
@@ -142,12 +143,26 @@ class Arenas:
             self._wanted[0] = (arena, start + step, end)
             if step == end - start:
                 del self._wanted[0]
-            await loop.run_in_executor(self._thread, self.by_id[arena].populate_step, start, step)
+            try:
+                await loop.run_in_executor(
+                    self._thread, self.by_id[arena].populate_step, start, step
+                )
+            except ArenaError as error:  # the memory then comes with its first use, or not
+                log.warning("population ends: %s", error)
+                self._waits = f"population ended early: {error}"
+                self._wanted = []
         self._population = None
         log.info(
             "population finished: %s exist, %s locked",
             format_size(self.populated_bytes), format_size(self.locked_bytes),
         )  # fmt: skip
+
+    def abandon(self) -> None:
+        """Give up arenas that nobody uses yet: the start has to be made again without them."""
+        self._thread.shutdown()
+        for group, arena in self.by_group.items():
+            sdnotify.fdstore_remove(arena_name(arena.arena_id, group), environ=os.environ)
+            arena.close()
 
     async def close(self) -> None:
         """Stop working on memory and close the arenas. What systemd and clients hold lives on."""

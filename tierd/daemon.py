@@ -89,12 +89,15 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         tidying = await self._start(loop)
-        loop.add_signal_handler(signal.SIGHUP, self.models.reload)
-        self._say_ready(loop)
-        if tidying is not None:
-            await tidying
-        await self._stop.wait()
-        await self._shut_down(loop)
+        try:
+            loop.add_signal_handler(signal.SIGHUP, self.models.reload)
+            self._say_ready(loop)
+            if tidying is not None:
+                await tidying
+            await self._stop.wait()
+            await self._shut_down(loop)
+        finally:
+            self._listener.close()
         return 1 if self._fault is not None else 0
 
     # --------------------------------------------------------------------------------------- start
@@ -150,9 +153,8 @@ class Daemon:
                 return self._begin_warm(loop, budget, pages, inheritance, changes)
             except IllegalEvent as error:  # e.g. other pages than before
                 log.warning("cold start: what the earlier daemon left does not fit: %s", error)
-                self.engine.stop()
-                self.orphans.close()
-                inheritance.close()
+                self.arenas.abandon()
+                self.slots.close()
         self._begin_cold(loop, budget, pages, changes)
         return None
 
@@ -249,7 +251,6 @@ class Daemon:
         self.slots.close()
         for pack in list(self.registry.by_model.values()):
             pack.close()
-        self._listener.close()
 
     def _check_all_left(self) -> None:
         if self.stopping and not self._connected:

@@ -52,14 +52,6 @@ class Inheritance:
         """The readers of each arena, by id."""
         return ((arena.arena_id, group) for group, arena in self.arenas)
 
-    def close(self) -> None:
-        """It cannot be used: let go of it, and have systemd forget it."""
-        for group, arena in self.arenas:
-            sdnotify.fdstore_remove(arena_name(arena.arena_id, group), environ=os.environ)
-            arena.close()
-        sdnotify.fdstore_remove(TABLE, environ=os.environ)
-        self.slots.close()
-
 
 def arena_name(arena_id: int, group: AccessGroup) -> str:
     """The name under which systemd keeps an arena: its id, and who may read it."""

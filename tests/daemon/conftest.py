@@ -208,11 +208,12 @@ class RunningDaemon:
         arguments: list[str],
         environ: Mapping[str, str] | None = None,
         descriptors: Mapping[str, int] | None = None,
+        program: tuple[str, ...] = ("-m", "tierd"),
     ) -> None:
-        """descriptors: passed as systemd does, by name."""
+        """descriptors: passed as systemd does, by name. program: what Python runs."""
         self.socket = socket_path
         self.log = log
-        command = [sys.executable, "-m", "tierd", "--socket", socket_path, *arguments]
+        command = [sys.executable, *program, "--socket", socket_path, *arguments]
         names = list(descriptors or {})
         environment = {**os.environ, **(environ or {})}
         if names:

@@ -24,8 +24,9 @@ struct alignas(kVector) RunCopy {
   uint8_t bytes[kLongestRun + kVector];
 };
 
-// Expansion from a register. Given a load, the compiler would fold it into vpexpand's memory form,
-// which is many times slower because it must not fault beyond the values that it takes.
+// Expansion from a register. Given a load, the compiler would fold it into vpexpand's memory form:
+// alone it is as fast, but between the stores of the fused product it took 320 ns a tile instead of
+// 180 (Zen 5).
 inline __m512i in_register(const uint8_t* run) {
   __m512i vector = _mm512_loadu_si512(run);
   asm("" : "+v"(vector));

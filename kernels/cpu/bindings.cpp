@@ -25,8 +25,8 @@ using Array = nb::ndarray<Scalar, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>
 // Tokens prepared at once: bounds the scratch to 128 bytes for each column.
 constexpr uint32_t kTokensPerPass = 32;
 
-// Outputs from this size on bypass the caches. Measured on Zen 5 with 32 MiB of L3, expanding and then
-// multiplying with the output: at 32 MiB a quarter faster, at 8 MiB a quarter slower.
+// Outputs from this size on bypass the caches. Measured on Zen 5 with 32 MiB of L3, expanding and
+// then multiplying with the output: at 32 MiB a quarter faster, at 8 MiB a quarter slower.
 constexpr uint64_t kStreamBytes = 16u << 20;
 
 [[noreturn]] void refuse(const std::string& text) { throw nb::value_error(text.c_str()); }
@@ -41,7 +41,9 @@ const Kernels& kernels_named(const std::string& name) {
 }
 
 uint32_t checked_u32(size_t value, const char* what) {
-  if (value > UINT32_MAX - kTile) refuse(std::string(what) + " " + std::to_string(value) + " is too large");
+  if (value > UINT32_MAX - kTile) {
+    refuse(std::to_string(value) + " " + what + " are more than 2^32 - 65");
+  }
   return static_cast<uint32_t>(value);
 }
 

@@ -55,7 +55,8 @@ struct Kernels {
   // x of one token block as floats, in the order that this instruction set's linear wants:
   // [tile_cols][tokens][64], zero beyond `cols`. `x` is the bits of `dtype`, [tokens][cols].
   void (*prepare)(Dtype, const void* x, uint32_t tokens, uint32_t cols, float* prepared);
-  // out[token * stride + row] = sum over columns, for the rows of `tile_row`; tokens <= kTokenBlock.
+  // out[token * stride + row] = sum over columns, for the rows of `tile_row`, of at most
+  // kTokenBlock tokens.
   Fault (*linear)(const Packed&, Dtype, uint32_t tile_row, const float* prepared, uint32_t tokens,
                   float* out, uint64_t stride, uint64_t* tile);
 };

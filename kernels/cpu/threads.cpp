@@ -109,7 +109,7 @@ class Pool {
     try {
       for (; workers_ < wanted; ++workers_) std::thread([this] { work(); }).detach();
     } catch (const std::system_error&) {
-      // The process may not start more threads: the ones that exist do the work, bit for bit the same.
+      // No more threads for this process: those that exist do the work, bit for bit the same.
     }
     pthread_sigmask(SIG_SETMASK, &old, nullptr);
   }

@@ -14,7 +14,7 @@ using Task = void (*)(void* context, uint32_t index);
 //
 // The caller works too and never waits for a worker to wake, so a job costs at most what it costs
 // alone. A second caller while the workers are taken does its job alone: two Python threads never
-// put more threads on the machine than one was allowed. After fork() the child makes its own workers.
+// put more threads on the machine than one was allowed. After fork() the child makes its own.
 void parallel_for(uint32_t count, int threads, Task task, void* context);
 
 }  // namespace tierd

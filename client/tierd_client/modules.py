@@ -51,14 +51,17 @@ class PackedLinear(nn.Linear):
         )
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise UnsupportedOperation(
-            f"copying {self._stored.name!r} is refused: load the model again, it shares the memory"
-        )
+        _refuse_copy(self._stored.name)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise UnsupportedOperation(
-            f"pickling {self._stored.name!r} is refused: load the model in the other process"
-        )
+        _refuse_copy(self._stored.name)
+
+
+def _refuse_copy(name: str) -> NoReturn:
+    raise UnsupportedOperation(
+        f"copying or pickling {name!r} is refused: its weights are in memory that tierd shares "
+        "between processes; load the model again, also in another process"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,12 @@ class Site:
 
     def __repr__(self) -> str:
         return f"<Site {self.name or 'model'}: layer {self.layer}>"
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        _refuse_copy(self.name)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _refuse_copy(self.name)
 
     def _before(self, module: nn.Module, args: Any) -> None:
         sites = self._stack.sites

@@ -89,13 +89,20 @@ def test_a_packed_linear_keeps_the_hooks_of_the_module_that_it_replaces() -> Non
         (lambda module: module.to(torch.float16), "moving or converting"),
         (lambda module: nn.Sequential(module).half(), "moving or converting"),
         (lambda module: nn.Sequential(module).to_empty(device="cpu"), "moving or converting"),
-        (copy.deepcopy, "copying"),
-        (pickle.dumps, "pickling"),
+        (copy.deepcopy, "copying or pickling"),
+        (pickle.dumps, "copying or pickling"),
     ],
 )
 def test_what_would_move_or_copy_the_weight_is_refused_by_name(operation: Any, word: str) -> None:
     with pytest.raises(UnsupportedOperation, match=f"{word}.*'w'"):
         operation(packed_linear())
+
+
+@pytest.mark.parametrize("operation", [copy.deepcopy, pickle.dumps])
+def test_a_module_with_a_site_is_not_copied(operation: Any) -> None:
+    module, _ = embedding_site(FakeLeases(torch.zeros(4, 3)))
+    with pytest.raises(UnsupportedOperation, match="copying or pickling 'embed'"):
+        operation(module)
 
 
 def test_an_embedding_sees_the_arena_only_during_its_forward() -> None:

@@ -43,6 +43,7 @@ class Ledger:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.quarantined = 0
+        self.awaited = 0  #: reserves of plans that wait until others hold less
         self.committed = 0  #: sum of `Account.committed`
         self._accounts: dict[int, Account] = {}
 
@@ -65,10 +66,21 @@ class Ledger:
         return 0 if key in self._accounts[client].layers else charge
 
     def admits(self, client: int, *, reserve: int | None = None, extra: int = 0) -> bool:
-        """Whether the rule would hold with this reserve and so much more held."""
+        """Whether the rule would hold with this reserve and so much more held.
+
+        Holding more than the reserve is allowed only beside the reserves that others wait for.
+        """
         account = self._accounts[client]
         wanted = max(account.reserve if reserve is None else reserve, account.held + extra)
-        return wanted <= account.committed or wanted - account.committed <= self.available
+        more = wanted - account.committed
+        kept_back = self.awaited if reserve is None and wanted > account.reserve else 0
+        return more <= 0 or more <= self.available - kept_back
+
+    def admits_once_released(self, client: int, reserve: int) -> bool:
+        """Whether the rule would hold with this reserve if nobody held more than its own."""
+        others = sum(a.reserve for number, a in self._accounts.items() if number != client)
+        mine = max(reserve, self._accounts[client].held)
+        return others + mine + self.quarantined <= self.budget
 
     def set_reserve(self, client: int, reserve: int) -> None:
         account = self._accounts[client]

@@ -43,6 +43,7 @@ from tierd.core.model import (
     ReadFailed,
     Refuse,
     Release,
+    Tick,
 )
 from tierd.core.placement import Range
 from tierd.core.plans import NEVER, PlanState
@@ -103,6 +104,7 @@ class TierMachine:
         self._waiting: dict[LayerKey, list[Request]] = {}
         self._queue: list[tuple[int, int, Request]] = []  #: heap by deadline, then arrival
         self._arrivals = 0
+        self._plans: dict[int, Plan] = {}  #: by client: plans that wait until others hold less
         self._now = 0
         self._actions: list[Action] = []
         self._count = Counter[str]()
@@ -151,6 +153,8 @@ class TierMachine:
                 self._adopted(event)
             case HolderGone():
                 self._holder_gone(event)
+            case Tick():
+                pass
 
     def story(self, key: LayerKey | None = None) -> list[Decision]:
         """The recorded decisions about a layer, or all; `str()` of each is a sentence."""
@@ -196,6 +200,8 @@ class TierMachine:
             if client.plan is not None and client.plan.model == model.id:
                 self._drop_plan(client)
                 self._ledger.set_reserve(client.id, 0)
+        for plan in [plan for plan in self._plans.values() if plan.model == model.id]:
+            self._withdraw(plan, "model_removed", f"model '{model.name}' was removed")
         for key in model.keys:
             for request in self._waiting.pop(key, ()):
                 self._close(request)
@@ -223,23 +229,26 @@ class TierMachine:
 
     def _client_gone(self, event: ClientGone) -> None:
         client = self._client(event.client)
+        if client.id in self._plans:
+            self._stop_waiting(client.id)
         for request in list(client.requests.values()):
             waiting = self._waiting[request.key]
             waiting.remove(request)
             if not waiting:
                 del self._waiting[request.key]
             self._close(request)
-        slots = list(client.leases.values())
+        leases = list(client.leases.values())
         client.leases.clear()
-        for slot in slots:
+        for slot in leases:
             slot.leases -= 1
         self._drop_plan(client)
         del self._clients[client.id]
         self._ledger.close(client.id)
-        for slot in slots:
+        for slot in {slot.id: slot for slot in leases}.values():
+            self._policy.resident(slot)
             self._no_longer_used(slot)
         self._story.tell(
-            self._now, "gone", None, "client {} left {} leases behind", client.id, len(slots)
+            self._now, "gone", None, "client {} left {} leases behind", client.id, len(leases)
         )
 
     def _plan(self, event: Plan) -> None:
@@ -259,11 +268,45 @@ class TierMachine:
                 f">= 0; this one has {what if event.order else 'no layers'}",
             )
             return
+        if client.id in self._plans:
+            self._withdraw(self._plans[client.id], "bad_request", "a later plan replaces this one")
         largest = max(event.order, key=lambda layer: model.charges[layer])
         reserve = model.charges[largest]
-        if not self._ledger.admits(client.id, reserve=reserve):
+        if self._ledger.admits(client.id, reserve=reserve):
+            self._admit(event, client, model, reserve)
+        elif self._ledger.admits_once_released(client.id, reserve):
+            self._plans[client.id] = event
+            self._ledger.awaited += reserve
+            self._story.tell(
+                self._now, "wait", None, "the plan of client {} waits until others hold no more "
+                "than their reserves", client.id,
+            )  # fmt: skip
+        else:
             self._refuse_too_small(event, model, largest, client)
-            return
+
+    def _admit_waiting(self) -> None:
+        """Admits the plans that fit now, refuses those that have waited long enough."""
+        for plan in list(self._plans.values()):
+            model = self._models[plan.model]
+            reserve = max(model.charges[layer] for layer in plan.order)
+            if self._ledger.admits(plan.client, reserve=reserve):
+                self._stop_waiting(plan.client)
+                self._admit(plan, self._clients[plan.client], model, reserve)
+            elif self._now - plan.at_ns >= self.config.admission_patience_ns:
+                self._stop_waiting(plan.client)
+                largest = max(plan.order, key=lambda layer: model.charges[layer])
+                self._refuse_too_small(plan, model, largest, self._clients[plan.client])
+
+    def _withdraw(self, plan: Plan, code: str, text: str) -> None:
+        self._stop_waiting(plan.client)
+        self._refuse(plan, code, text)
+
+    def _stop_waiting(self, client: int) -> None:
+        plan = self._plans.pop(client)
+        charges = self._models[plan.model].charges
+        self._ledger.awaited -= max(charges[layer] for layer in plan.order)
+
+    def _admit(self, event: Plan, client: Client, model: ModelState, reserve: int) -> None:
         self._ledger.set_reserve(client.id, reserve)
         self._drop_plan(client)
         client.plan = PlanState(
@@ -566,6 +609,8 @@ class TierMachine:
 
     def _advance(self) -> None:
         """Starts what can be started now: promised memory first, then requests, then plans."""
+        if self._plans:
+            self._admit_waiting()
         if self._memory.over_budget:
             self._discard(self._memory.shed())
         for slot in self._in_flight.values():
@@ -839,6 +884,12 @@ class TierMachine:
                 raise InvariantBroken(f"model {model.id} misses {model.missing} layers")
 
     def _check_clients(self) -> None:
+        awaited = sum(
+            max(self._models[plan.model].charges[layer] for layer in plan.order)
+            for plan in self._plans.values()
+        )
+        if awaited != self._ledger.awaited:
+            raise InvariantBroken(f"{awaited} granules awaited, booked {self._ledger.awaited}")
         waiting = [request for requests in self._waiting.values() for request in requests]
         mine = [request for c in self._clients.values() for request in c.requests.values()]
         if {id(r) for r in waiting} != {id(r) for r in mine} or not all(r.open for r in waiting):

@@ -22,6 +22,7 @@ class CoreConfig:
     small_layer_bytes: int = 2 << 20  #: layers below this start on 4 KiB, others on a granule
     reads_in_flight: int = 2  #: reads that may run at once
     story_length: int = 10_000  #: decisions that the record keeps
+    admission_patience_ns: int = 2_000_000_000  #: for which a plan waits for leases of others
     first_generation: int = 1  #: after a restart: above every generation in the slot table
     first_lease: int = 1  #: after a restart: above every lease in the slot table
 
@@ -171,6 +172,13 @@ class HolderGone:
     holder: int
 
 
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed. Send one now and then while plans are open: what waits too long is refused."""
+
+    at_ns: int
+
+
 Event = (
     ArenaAdded
     | ModelAdded
@@ -185,6 +193,7 @@ Event = (
     | DiscardDone
     | Adopted
     | HolderGone
+    | Tick
 )
 
 # --------------------------------------------------------------------------------------------------

@@ -168,7 +168,6 @@ class Engine:
             return
         if isinstance(outcome, ReadError):
             log.error("%s", outcome.text)
-            self.slots.clear(read.slot)
             self.submit(ReadFailed(self.now(), read.slot, outcome.code, outcome.text))
         else:
             self.slots.resident(read.slot)

@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 # A client in a process of its own: takes a lease, says so, waits. With "fork" it leaves a child
 # that keeps the connection open.
-HOLDER = """
+HOLDER = r"""
 import os, sys, time
 from tests.daemon.conftest import RawClient
 client = RawClient(sys.argv[1])
@@ -32,10 +32,10 @@ client.hello()
 model = client.open(sys.argv[2])
 lease = model.acquire(int(sys.argv[3]))
 if sys.argv[4] == "fork" and os.fork() == 0:
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\n" % os.getpid())
     time.sleep(60)
     os._exit(0)
-print(lease["lease"], flush=True)
+os.write(1, b"%d\n" % lease["lease"])  # one write: the child writes too
 time.sleep(60)
 """
 

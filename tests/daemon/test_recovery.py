@@ -203,17 +203,21 @@ def test_a_killed_daemon_starts_again_without_reading_what_was_resident(
     assert third.status()["ssd"]["read_bytes"] == 0
 
 
-def test_generations_go_on_above_those_of_the_earlier_daemon(
+def test_generations_and_leases_go_on_above_those_of_the_earlier_daemon(
     service: Service, models: Path, connect: Connect
 ) -> None:
-    pack = write_pack(models / "tiny", 8, MIB)  # twice the budget: everything is replaced
+    pack = write_pack(models / "tiny", 8, MIB)
     first = service.start()
-    highest = max(lease["generation"] for lease in read_all(connect(first), pack))
+    client = connect(first)
+    before = read_all(client, pack)
+    pack.path.rename(models / ".aside")
+    client.call("reload")  # no slot is left that could tell
+    assert first.status()["dram"]["resident_bytes"] == 0
     first.kill()
-    leases = read_all(connect(service.start()), pack)
-    fresh = [lease["generation"] for lease in leases if lease["generation"] > highest]
-    assert len(fresh) >= 4
-    assert len(set(fresh)) == len(fresh)
+    (models / ".aside").rename(pack.path)
+    after = read_all(connect(service.start()), pack)
+    for counter in ("generation", "lease"):
+        assert min(lease[counter] for lease in after) > max(lease[counter] for lease in before)
 
 
 def test_the_slot_of_an_orphan_is_never_overwritten_until_it_exits(
@@ -335,6 +339,20 @@ def test_a_smaller_budget_is_kept_after_a_warm_start(
     wait_until(lambda: second.status()["dram"]["populated_bytes"] <= 2 * MIB, "it fits")
     read_all(connect(second), pack)
     assert second.status()["dram"]["populated_bytes"] <= 2 * MIB
+
+
+def test_memory_that_no_slot_was_in_is_given_back_before_anything_is_read(
+    service: Service, models: Path, connect: Connect
+) -> None:
+    pack = write_pack(models / "tiny", 4, MIB)
+    first = service.start()
+    wait_until(lambda: first.status()["dram"]["populated_bytes"] == 4 * MIB, "it is populated")
+    connect(first).open("tiny").acquire(0)
+    first.kill()
+    second = service.start()
+    wait_until(lambda: second.status()["dram"]["populated_bytes"] <= MIB, "only the slot is kept")
+    read_all(connect(second), pack)
+    assert second.status()["dram"]["populated_bytes"] <= 4 * MIB
 
 
 @pytest.mark.parametrize("spoil", ["table", "arena", "both", "foreign"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import socket
@@ -62,6 +63,17 @@ def test_a_foreign_listener_without_our_lock_is_not_thrown_out(
         assert daemon.process.wait(20) == 1
         assert path in daemon.log_text().splitlines()[-1]
         assert os.path.exists(path)
+
+
+def test_a_daemon_that_holds_the_lock_but_does_not_listen_yet_is_respected(
+    start_daemon: Start, models: Path, tmp_path: Path
+) -> None:
+    with (tmp_path / "tierd.sock.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        daemon = start_daemon("--models", models, "--dram", "16MiB", wait=False)
+        assert daemon.process.wait(20) == 1
+    assert "another tierd" in daemon.log_text().splitlines()[-1]
+    start_daemon("--models", models, "--dram", "16MiB")  # a lock file alone stops nobody
 
 
 def test_a_stale_socket_of_a_killed_daemon_is_taken_over(

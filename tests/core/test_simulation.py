@@ -108,6 +108,12 @@ def test_an_arena_without_address_space_refuses_and_says_so() -> None:
     assert simulation.clients[1].done == 3 or simulation.clients[1].refusals == ["internal"]
 
 
+def test_without_address_space_nothing_is_evicted_for_what_finds_no_place() -> None:
+    """Seed 23981 once read two layers in turn for ever: each was evicted for a third layer, which
+    then found no contiguous addresses in a span of exactly the budget."""
+    run(drawn(23981), replay_command(23981))
+
+
 def test_clients_that_die_at_any_moment_leave_nothing() -> None:
     model = Model(0, 0, (G,) * 6)
     for dies_ns in range(0, 30_000_000, 700_000):

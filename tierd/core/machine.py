@@ -686,6 +686,12 @@ class TierMachine:
         shortfall = model.charges[layer] - self._memory.free
         if claim is None and shortfall > 0:
             victims = self._policy.victims(shortfall, due, self._now)
+            if victims is not None and due is not None:
+                # Evicting for what then finds no address would turn the memory over for nothing.
+                places = [victim.slot.place for victim in victims]
+                run = self._memory.longest_free_run(model.arena, places)
+                if run < model.charges[layer]:
+                    return None
             if victims is not None:
                 self._evict_all(victims, model.keys[layer])
                 claim = self._memory.claim(model.arena, nbytes)

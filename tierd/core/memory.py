@@ -12,7 +12,7 @@ from tierd.core.errors import InvariantBroken
 from tierd.core.placement import FreeRuns, Place, Range
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 SMALL_ALIGNMENT = 4096
 
@@ -82,10 +82,17 @@ class Memory:
     def span(self, arena: int) -> int:
         return self._arenas[arena].runs.span
 
-    def longest_free_run(self, arena: int) -> int:
-        """The most granules, warm or cold, that one slot could get in this arena's addresses."""
+    def longest_free_run(self, arena: int, without: Iterable[Place] = ()) -> int:
+        """The most granules, warm or cold, that one slot could get in this arena's addresses.
+
+        `without`: places that would be released before; shared granules among them do not count.
+        """
+        free = [(start, end) for start, end, _ in self._arenas[arena].runs.runs()]
+        for place in without:
+            if place.range.arena == arena and not place.shared:
+                free.append((place.range.start, place.range.end))
         longest = first = last = 0
-        for start, end, _ in self._arenas[arena].runs.runs():
+        for start, end in sorted(free):
             if start != last:
                 first = start
             last = end

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tierd.core.leases import Ledger
     from tierd.core.memory import Memory
     from tierd.core.model import LayerKey
+    from tierd.core.plans import PlanState
     from tierd.core.residency import ModelState, Slot
 
 
@@ -71,8 +72,12 @@ class Policy:
                 elif slot.id not in self._unplanned and slot.state is SlotState.RESIDENT:
                     self._unplanned[slot.id] = slot
         planned = [other for other in self._models.values() if other.plans]
+        share = self._memory.budget // max(len(planned), 1)
         for other in planned:
-            self._choose_kept(other, self._memory.budget // len(planned))
+            plan = next(iter(other.plans.values()))
+            if other.kept_for != (plan, share):
+                other.kept_for = (plan, share)
+                self._choose_kept(other, plan, share)
 
     # ----------------------------------------------------------------------------------- victims
 
@@ -203,8 +208,7 @@ class Policy:
 
     # ---------------------------------------------------------------------------------- retention
 
-    def _choose_kept(self, model: ModelState, share: int) -> None:
-        plan = next(iter(model.plans.values()))
+    def _choose_kept(self, model: ModelState, plan: PlanState, share: int) -> None:
         model.kept = bytearray(len(model.slots))
         for layer in layers_to_keep(
             plan.layers(),

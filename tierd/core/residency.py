@@ -83,6 +83,7 @@ class ModelState:
         self.plans: dict[int, PlanState] = {}  #: by client, in the order in which they came
         self.users = [0] * len(self.layer_bytes)  #: plans that use the layer
         self.kept = bytearray(len(self.layer_bytes))  #: `retention`: layers that should stay
+        self.kept_for: tuple[PlanState, int] | None = None  #: the plan and share that chose them
 
     def put(self, slot: Slot) -> None:
         assert slot.key is not None

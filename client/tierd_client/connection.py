@@ -62,10 +62,12 @@ class Connection:
         self._life = fork.current()
         self._socket = sock
         self._protocol = ClientProtocol()
-        self._buffer = bytearray(RECEIVE_BYTES)
+        #: What recvmsg returned and nobody has looked at: at most one piece.
+        self._inbox: deque[tuple[bytes, list[tuple[int, int, bytes]], int, object]] = deque()
         self._send_lock = threading.Lock()
         # Guards the protocol, the replies and who reads.
-        self._state = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._delivered = threading.Condition(self._lock)
         self._replies: dict[int, Reply] = {}
         self._reader: int | None = None
         #: Why calls are refused. The socket may still be open to give back leases.
@@ -119,7 +121,7 @@ class Connection:
     def submit(self, op: str, fields: dict[str, Any]) -> int:
         """Send a request; returns its id for `wait_reply`."""
         self.check()
-        with self._state:
+        with self._lock:
             self._abandon_left_behind()
             request, frame = self._protocol.request(op, fields)
         self._send(frame)
@@ -135,11 +137,10 @@ class Connection:
 
     def wait_reply(self, request: int) -> Reply:
         """The reply to `request`, good or bad. Raises DaemonTimeout, DaemonGone, ClientClosed."""
-        me = threading.get_ident()
         deadline = monotonic() + self.timeout
         try:
             while True:
-                with self._state:
+                with self._lock:
                     reply = self._replies.pop(request, None)
                     if reply is not None:
                         return reply
@@ -150,24 +151,21 @@ class Connection:
                             f"tierd at {self.path} did not answer in {self.timeout:g} s"
                         )
                     if self._reader is not None:
-                        self._state.wait(left)
+                        self._delivered.wait(left)
                         continue
-                    self._reader = me
-                try:
-                    self._receive()
-                finally:
-                    with self._state:
-                        self._reader = None
-                        self._state.notify_all()
+                    self._reader = threading.get_ident()
+                self._receive()
+                self._stop_reading()
         except BaseException:
             # Interrupted or late: the reply may still come and must not leak what it brings.
             if self._life is fork.current():
+                self._stop_reading()
                 self.abandon(request)
             raise
 
     def abandon(self, request: int) -> None:
         """Nobody will wait for this reply: give back what it brings, now or when it comes."""
-        with self._state:
+        with self._lock:
             reply = self._replies.pop(request, None)
             if reply is None:
                 self._protocol.abandon(request)
@@ -243,41 +241,55 @@ class Connection:
         finally:
             self._flush_releases()
 
+    def _stop_reading(self) -> None:
+        if self._reader == threading.get_ident():
+            with self._lock:
+                self._reader = None
+                self._delivered.notify_all()
+
     def _receive(self) -> None:
         """Read once and deliver. The caller is the one reader."""
-        fds: list[int] = []
         try:
-            count, ancillary, flags, _ = self._socket.recvmsg_into(
-                [self._buffer], _ANCILLARY_BYTES, _CLOEXEC
-            )
-            for level, kind, payload in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    received = array.array("i")
-                    received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
-                    fds.extend(received)
+            if not self._inbox:
+                # One call from the socket into the inbox: a signal's exception comes before or
+                # after it, never between, so what was read is never lost.
+                self._inbox.extend(map(self._socket.recvmsg, *_RECEIVE_ARGUMENTS))
         except BlockingIOError:
             return  # the slice is over; the caller looks at its deadline
         except OSError as error:
             self._end(DaemonGone, self._gone(error.strerror))
             return
+        try:
+            self._deliver(*self._inbox.popleft())
+        except BaseException:
+            self._end(ClientClosed, f"reading from {self.path} was interrupted")
+            raise
+
+    def _deliver(
+        self, data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int, _: object
+    ) -> None:
+        fds: list[int] = []
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                received = array.array("i")
+                received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
+                fds.extend(received)
         if flags & _TRUNCATED:
             _close_all(fds)
             text = f"descriptors from {self.path} were cut off (limit of open files reached?)"
             self._end(ProtocolBroken, text)
             return
-        if count == 0:
+        if not data:
             self._end(DaemonGone, self._gone("it closed the connection"))
             return
-        self._deliver(memoryview(self._buffer)[:count], fds)
-
-    def _deliver(self, data: memoryview, fds: list[int]) -> None:
         unwanted = []
-        with self._state:
+        with self._lock:
             self._abandon_left_behind()
             try:
                 replies = self._protocol.receive(data, fds)
             except ProtocolBroken as error:
                 self._end(ProtocolBroken, f"tierd at {self.path}: {error}")
+                _close_all(self._protocol.drop_fds())
                 return
             for reply in replies:
                 lease = reply.fields.get("lease")
@@ -346,8 +358,12 @@ class Connection:
 
 
 # Plain numbers: `&` on the enumeration costs as much as the system call.
-_CLOEXEC, _TRUNCATED = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
-_ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_TRUNCATED = int(socket.MSG_CTRUNC)
+_RECEIVE_ARGUMENTS = (
+    (RECEIVE_BYTES,),
+    (socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize),),
+    (int(socket.MSG_CMSG_CLOEXEC),),
+)
 
 
 def leases_of_the_dead(path: str) -> list[int]:

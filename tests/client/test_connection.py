@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import gc
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ from tierd_layouts.wire import FrameDecoder, encode
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from types import FrameType
 
 
 class Peer:
@@ -225,6 +228,58 @@ def test_an_interrupted_wait_leaves_the_connection_usable(pair: tuple[Connection
     connection.wait_reply(request)
     assert peer.next_request()["op"] == "status"
     assert peer.next_request()["leases"] == [5]
+
+
+def test_an_interrupt_at_any_point_never_mixes_up_answers_or_blocks_the_next_call() -> None:
+    class Interrupted(Exception):
+        pass
+
+    def echo(peer: Peer) -> None:
+        with peer.sock, contextlib.suppress(OSError, AssertionError):  # the client's end closed
+            while True:
+                message = peer.next_request()
+                peer.answer(message["id"], number=message["number"])
+
+    def connect() -> Connection:
+        ours, theirs = socket.socketpair()
+        threading.Thread(target=echo, args=(Peer(theirs),), daemon=True).start()
+        return Connection(ours, "/test", timeout=5)
+
+    def interrupted_at(point: int) -> bool:
+        """Ask once, with an exception at the given point of the library, counted from 1.
+
+        Python looks for signals where a function begins and after a call: what a profiler sees.
+        """
+        left = point
+
+        def profile(frame: FrameType, event: str, _: object) -> None:
+            nonlocal left
+            if "tierd_client" in frame.f_code.co_filename and event in ("call", "c_return"):
+                left -= 1
+                if left == 0:
+                    raise Interrupted
+
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            assert connection.call("status", number=point).fields["number"] == point
+        except Interrupted:
+            return True
+        finally:
+            sys.setprofile(before)
+        return False
+
+    point, closed, connection = 1, 0, connect()
+    while interrupted_at(point):
+        try:
+            assert connection.call("status", number=-point).fields["number"] == -point
+        except ClientClosed:  # the stream may be cut in the middle: said, not guessed
+            closed += 1
+            connection = connect()
+        point += 1
+    assert point > 20
+    assert closed < point // 2
+    connection.close()
 
 
 def test_an_error_reply_is_raised_and_the_connection_goes_on(

@@ -190,5 +190,5 @@ def test_a_fork_in_the_middle_of_another_threads_call_leaves_no_lock_behind(
             own.lease("tiny", "blocks.0").release()
 
     # As if other threads were in the middle of everything when the process forks.
-    with opened.connection._send_lock, opened.connection._state, client._opening, mappings._lock:
+    with opened.connection._send_lock, opened.connection._lock, client._opening, mappings._lock:
         assert in_child(check) == 0

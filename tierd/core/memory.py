@@ -88,9 +88,11 @@ class Memory:
         `without`: places that would be released before; shared granules among them do not count.
         """
         free = [(start, end) for start, end, _ in self._arenas[arena].runs.runs()]
-        for place in without:
-            if place.range.arena == arena and not place.shared:
-                free.append((place.range.start, place.range.end))
+        free += [
+            (place.range.start, place.range.end)
+            for place in without
+            if place.range.arena == arena and not place.shared
+        ]
         longest = first = last = 0
         for start, end in sorted(free):
             if start != last:

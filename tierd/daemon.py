@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -227,6 +228,8 @@ class Daemon:
         sdnotify.notify(f"READY=1\nMAINPID={self.pid}\nSTATUS={text}", environ=os.environ)
         log.info("ready after %.3f s: %s", seconds, text)
         Watchdog(loop, self.engine, self.pool, self.config.readers).start()
+        # Modules and indices live as long as the daemon: no collection has to walk them again.
+        gc.freeze()
 
     # ----------------------------------------------------------------------------------------- end
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -195,10 +196,22 @@ def test_a_replaced_pack_lives_on_for_those_who_have_it_open(
     assert before.table.generation(lease["slot"]) == lease["generation"]
     states = {row["model_id"]: row["state"] for row in daemon.ask("models")["models"]}
     assert states == {before.model_id: "replaced", after.model_id: "served"}
-    files = len(os.listdir(f"/proc/{daemon.pid}/fd"))
+    shard = str(old.path / "tierd-00001.safetensors")
+    assert f"{shard} (deleted)" in open_files(daemon)
     before.client.close()
     wait_until(lambda: len(daemon.ask("models")["models"]) == 1, "the old version is gone")
-    assert len(os.listdir(f"/proc/{daemon.pid}/fd")) <= files - 2 - 3  # socket, pidfd; its files
+    wait_until(
+        lambda: f"{shard} (deleted)" not in open_files(daemon), "the old version's files are closed"
+    )
+    assert shard in open_files(daemon)
+
+
+def open_files(daemon: RunningDaemon) -> list[str]:
+    names = []
+    for fd in os.listdir(f"/proc/{daemon.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(f"/proc/{daemon.pid}/fd/{fd}"))
+    return names
 
 
 def test_a_removed_model_is_refused_but_its_leases_live_on(

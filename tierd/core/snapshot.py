@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tierd.core.residency import ModelState, SlotState
+
+if TYPE_CHECKING:
+    from tierd.core.books import Books, Client
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +78,56 @@ class Snapshot:
     counters: Counters
     clients: tuple[ClientSnapshot, ...]
     models: dict[int, tuple[LayerSnapshot, ...]]  #: by model id
+
+
+def snapshot_of(books: Books) -> Snapshot:
+    """The state between two events, in bytes and steps."""
+    granule = books.config.granule_bytes
+    memory = books.memory
+    resident = leased = in_flight = 0
+    for slot in books.slots.values():
+        nbytes = slot.place.nbytes
+        resident += nbytes * (slot.state is SlotState.RESIDENT and slot.key is not None)
+        leased += nbytes * (slot.leases > 0)
+        in_flight += nbytes * (slot.state is not SlotState.RESIDENT)
+    return Snapshot(
+        MemorySnapshot(
+            memory.budget * granule, memory.warm * granule, memory.peak * granule,
+            resident, leased, in_flight, books.ledger.quarantined * granule,
+            books.ledger.committed * granule, memory.discarding * granule,
+        ),
+        Counters(**books.count),
+        tuple(_client_snapshot(books, client) for client in books.clients.values()),
+        {
+            model.id: tuple(_layer_snapshot(books, model, i) for i in range(len(model.slots)))
+            for model in books.models.values()
+        },
+    )  # fmt: skip
+
+
+def _client_snapshot(books: Books, client: Client) -> ClientSnapshot:
+    granule = books.config.granule_bytes
+    account = books.ledger[client.id]
+    plan = client.plan
+    return ClientSnapshot(
+        client.id,
+        None if plan is None else plan.model,
+        None if plan is None else max(plan.position, 0),
+        len(client.leases),
+        account.held * granule,
+        len(client.requests),
+        account.reserve * granule,
+        client.stall_ns,
+        client.granted,
+    )
+
+
+def _layer_snapshot(books: Books, model: ModelState, layer: int) -> LayerSnapshot:
+    slot = model.slots[layer]
+    distances = [plan.distance(layer) for plan in model.plans.values()]
+    next_use = min((steps for steps in distances if steps is not None), default=None)
+    nbytes = model.layer_bytes[layer]
+    if slot is None:
+        return LayerSnapshot(layer, nbytes, "absent", 0, None, None, next_use)
+    state = "resident" if slot.state is SlotState.RESIDENT else "reading"
+    return LayerSnapshot(layer, nbytes, state, slot.leases, slot.id, slot.generation, next_use)

@@ -1,0 +1,139 @@
+"""Who is let in: plans, and requests under the rule of `leases`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tierd.core.model import Acquire, Admit, Later, Plan
+from tierd.core.plans import PlanState
+
+if TYPE_CHECKING:
+    from tierd.core.answers import Answers
+    from tierd.core.books import Books, Client
+    from tierd.core.residency import ModelState
+
+
+class Admission:
+    """Admits plans and requests, or answers why not."""
+
+    def __init__(self, books: Books, answers: Answers) -> None:
+        self._books = books
+        self._answers = answers
+
+    def plan(self, event: Plan) -> None:
+        client = self._books.client(event.client)
+        model = self._books.served(event.model)
+        if isinstance(model, str):
+            self._answers.refuse(event, model, f"model {event.model} is not served")
+            return
+        layers = len(model.slots)
+        wrong = next((layer for layer in event.order if not 0 <= layer < layers), None)
+        if not event.order or event.lookahead < 0 or wrong is not None:
+            what = f"layer {wrong}" if wrong is not None else f"lookahead {event.lookahead}"
+            self._answers.refuse(
+                event,
+                "bad_request",
+                f"a plan over model '{model.name}' needs layers 0 to {layers - 1} and a lookahead "
+                f">= 0; this one has {what if event.order else 'no layers'}",
+            )
+            return
+        if client.id in self._books.plans:
+            self.withdraw(
+                self._books.plans[client.id], "bad_request", "a later plan replaces this one"
+            )
+        largest = max(event.order, key=lambda layer: model.charges[layer])
+        reserve = model.charges[largest]
+        if self._books.ledger.admits(client.id, reserve=reserve):
+            self._admit(event, client, model, reserve)
+        elif self._books.ledger.admits_once_released(client.id, reserve):
+            self._books.plans[client.id] = event
+            self._books.ledger.awaited += reserve
+            self._books.tell("wait", None, "the plan of client {} waits until others hold no more "
+                "than their reserves", client.id,
+            )  # fmt: skip
+        else:
+            self._answers.refuse_too_small(event, model, largest, client)
+
+    def admit_waiting(self) -> None:
+        """Admits the plans that fit now, refuses those that have waited long enough."""
+        for plan in list(self._books.plans.values()):
+            model = self._books.models[plan.model]
+            reserve = max(model.charges[layer] for layer in plan.order)
+            if self._books.ledger.admits(plan.client, reserve=reserve):
+                self.stop_waiting(plan.client)
+                self._admit(plan, self._books.clients[plan.client], model, reserve)
+            elif self._books.now - plan.at_ns >= self._books.config.admission_patience_ns:
+                self.stop_waiting(plan.client)
+                largest = max(plan.order, key=lambda layer: model.charges[layer])
+                self._answers.refuse_too_small(
+                    plan, model, largest, self._books.clients[plan.client]
+                )
+
+    def withdraw(self, plan: Plan, code: str, text: str) -> None:
+        self.stop_waiting(plan.client)
+        self._answers.refuse(plan, code, text)
+
+    def stop_waiting(self, client: int) -> None:
+        plan = self._books.plans.pop(client)
+        charges = self._books.models[plan.model].charges
+        self._books.ledger.awaited -= max(charges[layer] for layer in plan.order)
+
+    def _admit(self, event: Plan, client: Client, model: ModelState, reserve: int) -> None:
+        self._books.ledger.set_reserve(client.id, reserve)
+        self.drop_plan(client)
+        client.plan = PlanState(
+            model.id,
+            event.order,
+            cyclic=event.cyclic,
+            lookahead=event.lookahead,
+            at_ns=self._books.now,
+        )
+        model.plans[client.id] = client.plan
+        for layer in client.plan.layers():
+            model.users[layer] += 1
+        self._books.policy.plans_changed(model)
+        nbytes = reserve * self._books.config.granule_bytes
+        self._books.actions.append(Admit(client.id, event.request, nbytes))
+        self._books.tell("admit", None, "client {} on model '{}', {} bytes reserved", client.id,
+            model.name, nbytes,
+        )  # fmt: skip
+
+    def drop_plan(self, client: Client) -> None:
+        if client.plan is None:
+            return
+        model = self._books.models[client.plan.model]
+        del model.plans[client.id]
+        for layer in client.plan.layers():
+            model.users[layer] -= 1
+        client.plan = None
+        self._books.policy.plans_changed(model)
+
+    def admits(self, event: Acquire, client: Client, model: ModelState) -> bool:
+        """Whether the admission rule allows the request; answers it where not."""
+        key = event.key
+        charge = model.charges[key.layer]
+        account = self._books.ledger[client.id]
+        extra = self._books.ledger.extra(client.id, key, charge)
+        if self._books.ledger.admits(client.id, extra=extra):
+            if client.plan is None and charge > account.reserve and not account.held:
+                self._books.ledger.set_reserve(client.id, charge)
+            return True
+        if event.ahead:
+            self._books.count["later"] += 1
+            self._books.actions.append(Later(client.id, event.request))
+            self._books.tell("later", key, "client {} holds {} granules, {} more are not free of "
+                "other clients' reserves", client.id, account.held, extra,
+            )  # fmt: skip
+        elif not account.held:
+            self._answers.refuse_too_small(event, model, key.layer, client)
+        else:
+            granule = self._books.config.granule_bytes
+            self._answers.refuse(
+                event,
+                "lease_limit",
+                f"client {client.id} holds {account.held * granule} bytes in "
+                f"{len(client.leases)} leases and {len(client.requests)} requests, asks for "
+                f"{extra * granule} more, its reserve is {account.reserve * granule} and "
+                f"{max(self._books.ledger.available, 0) * granule} are available: release first",
+            )
+        return False

@@ -1,0 +1,68 @@
+"""Answers to clients: what ends a request, and what it changes in the books."""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING
+
+from tierd.core.model import Acquire, Grant, Plan, Refuse
+
+if TYPE_CHECKING:
+    from tierd.core.books import Books, Client, Request
+    from tierd.core.residency import ModelState, Slot
+
+
+class Answers:
+    """Grants and refuses."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+
+    def grant(self, request: Request, client: Client, slot: Slot) -> None:
+        lease = self._books.next_lease
+        self._books.next_lease += 1
+        client.leases[lease] = slot
+        slot.leases += 1
+        waited_ns = 0 if request.since_ns is None else self._books.now - request.since_ns
+        client.stall_ns += waited_ns
+        client.granted += 1
+        self._books.count["grants"] += 1
+        self._books.count["stall_ns"] += waited_ns
+        place = slot.place
+        self._books.actions.append(
+            Grant(
+                client.id, request.request, lease, request.key, slot.id, slot.generation,
+                slot.arena, place.offset, place.nbytes, waited_ns,
+            )
+        )  # fmt: skip
+        self._books.tell("grant", request.key, "client {} after {} ns", client.id, waited_ns)
+
+    def refuse(self, request: Plan | Acquire | Request, code: str, text: str) -> None:
+        self._books.count["refusals"] += 1
+        self._books.actions.append(Refuse(request.client, request.request, code, text))
+        key = None if isinstance(request, Plan) else request.key
+        self._books.tell("refuse", key, "client {}: {}: {}", request.client, code, text)
+
+    def refuse_too_small(
+        self, event: Plan | Acquire, model: ModelState, layer: int, client: Client
+    ) -> None:
+        granule = self._books.config.granule_bytes
+        free = self._books.ledger.available + self._books.ledger[client.id].committed
+        self.refuse(
+            event,
+            "budget_too_small",
+            f"layer {layer} of model '{model.name}' needs {model.charges[layer] * granule} bytes; "
+            f"{max(free, 0) * granule} of the budget of {self._books.memory.budget * granule} are "
+            f"available ({len(self._books.clients) - 1} other clients, "
+            f"{self._books.ledger.quarantined * granule} bytes in quarantine)",
+        )
+
+    def close(self, request: Request) -> None:
+        """The request has its answer, or nobody wants one any more."""
+        request.open = False
+        client = self._books.clients[request.client]
+        del client.requests[request.number]
+        self._books.ledger.let_go(client.id, request.key)
+
+    def enqueue(self, request: Request) -> None:
+        heapq.heappush(self._books.queue, (request.deadline_ns, request.number, request))

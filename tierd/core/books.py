@@ -1,0 +1,96 @@
+"""Everything that the machine knows, in one place; it decides nothing.
+
+The modules that decide (`admission`, `fetching`, `restart`, `machine`) write here; `invariants`
+and `snapshot` read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tierd.core.errors import IllegalEvent
+from tierd.core.leases import Ledger
+from tierd.core.memory import Memory
+from tierd.core.policy import Policy
+from tierd.core.residency import ModelState, Slot, SlotNumbers
+from tierd.core.story import Story
+
+if TYPE_CHECKING:
+    from tierd.core.model import Action, CoreConfig, LayerKey, Plan
+    from tierd.core.plans import PlanState
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """An accepted acquire that waits for its layer."""
+
+    client: int
+    request: int
+    key: LayerKey
+    since_ns: int | None  #: when the client began to stall for it; None while it has other work
+    deadline_ns: int  #: when it is needed: requests are served in this order
+    number: int  #: by arrival
+    open: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """A connected client. `granted`: leases that it was ever given."""
+
+    id: int
+    plan: PlanState | None = None
+    leases: dict[int, Slot] = field(default_factory=dict)
+    requests: dict[int, Request] = field(default_factory=dict)  #: by order of arrival
+    stall_ns: int = 0
+    granted: int = 0
+
+
+class Books:
+    """The state of one machine."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        budget = config.budget_bytes // config.granule_bytes
+        self.memory = Memory(budget, config.granule_bytes, config.small_layer_bytes)
+        self.ledger = Ledger(budget)
+        self.models: dict[int, ModelState] = {}
+        self.removed: set[int] = set()
+        self.clients: dict[int, Client] = {}
+        self.policy = Policy(self.memory, self.ledger, self.models)
+        self.story = Story(config.story_length)
+        self.slots: dict[int, Slot] = {}
+        self.numbers = SlotNumbers()
+        self.holders: dict[int, list[Slot]] = {}
+        self.next_generation = config.first_generation
+        self.next_lease = config.first_lease
+        self.in_flight: dict[int, Slot] = {}  #: claimed or reading, in order of their claim
+        self.waiting: dict[LayerKey, list[Request]] = {}
+        self.queue: list[tuple[int, int, Request]] = []  #: heap by deadline, then arrival
+        self.arrivals = 0
+        self.plans: dict[int, Plan] = {}  #: by client: plans that wait until others hold less
+        self.now = 0
+        self.actions: list[Action] = []
+        self.count = Counter[str]()
+
+    def tell(self, what: str, key: LayerKey | None, reason: str, *values: object) -> None:
+        """Records a decision (`story`)."""
+        self.story.tell(self.now, what, key, reason, *values)
+
+    def served(self, model: int) -> ModelState | str:
+        """The model, or the code of the refusal."""
+        if model in self.removed:
+            return "model_removed"
+        return self.models.get(model, "not_found")
+
+    def client(self, client: int) -> Client:
+        """The client; IllegalEvent if it is not connected."""
+        found = self.clients.get(client)
+        if found is None:
+            raise self.illegal(f"client {client} is not connected")
+        return found
+
+    def illegal(self, text: str, key: LayerKey | None = None) -> IllegalEvent:
+        """The error to raise, with the end of the story about `key`, or of all."""
+        return IllegalEvent(text, self.story.about(key)[-20:])

@@ -1,0 +1,77 @@
+"""What must always be true of the books; costs O(everything)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from tierd.core.errors import InvariantBroken
+from tierd.core.residency import SlotState
+
+if TYPE_CHECKING:
+    from tierd.core.books import Books
+
+
+def check_books(books: Books) -> None:
+    """Raises InvariantBroken where the books contradict each other; costs O(everything)."""
+    memory = books.memory
+    over = memory.over_budget or books.ledger.quarantined > memory.budget
+    if memory.warm > memory.budget and not (over or memory.discarding):
+        raise InvariantBroken(f"{memory.warm} warm granules, the budget is {memory.budget}")
+    memory.check([(slot.place, slot.claim is None) for slot in books.slots.values()])
+    books.ledger.check(over_budget=over)
+    _check_slots(books)
+    _check_clients(books)
+
+
+def _check_slots(books: Books) -> None:
+    leases = Counter(id(s) for client in books.clients.values() for s in client.leases.values())
+    for slot in books.slots.values():
+        if slot.leases != leases[id(slot)]:
+            raise InvariantBroken(f"slot {slot.id} counts {slot.leases} leases")
+        in_flight = slot.state is not SlotState.RESIDENT
+        if in_flight != (slot.id in books.in_flight) or (in_flight and slot.leases):
+            raise InvariantBroken(f"slot {slot.id} is {slot.state.value}, but is not")
+        if (slot.claim is not None) != (slot.state is SlotState.CLAIMED):
+            raise InvariantBroken(f"slot {slot.id} is {slot.state.value} with a claim")
+        if slot.key is None and not slot.holders:
+            raise InvariantBroken(f"slot {slot.id} holds nothing for nobody")
+        if slot.key is not None:
+            model = books.models[slot.key.model]
+            if model.slots[slot.key.layer] is not slot:
+                raise InvariantBroken(f"slot {slot.id} is not where its layer is")
+            if slot.evictable and model.removed:
+                raise InvariantBroken(f"slot {slot.id} holds a layer that nobody can ask for")
+    if len(books.in_flight) > books.config.reads_in_flight:
+        raise InvariantBroken(f"{len(books.in_flight)} reads in flight")
+    quarantined = sum(s.place.range.granules for s in books.slots.values() if s.holders)
+    if quarantined != books.ledger.quarantined:
+        raise InvariantBroken(f"{quarantined} granules in quarantine")
+    for model in books.models.values():
+        if model.missing != model.slots.count(None):
+            raise InvariantBroken(f"model {model.id} misses {model.missing} layers")
+
+
+def _check_clients(books: Books) -> None:
+    awaited = sum(
+        max(books.models[plan.model].charges[layer] for layer in plan.order)
+        for plan in books.plans.values()
+    )
+    if awaited != books.ledger.awaited:
+        raise InvariantBroken(f"{awaited} granules awaited, booked {books.ledger.awaited}")
+    waiting = [request for requests in books.waiting.values() for request in requests]
+    mine = [request for c in books.clients.values() for request in c.requests.values()]
+    if {id(r) for r in waiting} != {id(r) for r in mine} or not all(r.open for r in waiting):
+        raise InvariantBroken("a request waits for a layer without its client, or not at all")
+    for client in books.clients.values():
+        held = Counter(s.key for s in client.leases.values())
+        held.update(request.key for request in client.requests.values())
+        if held != books.ledger[client.id].layers:
+            raise InvariantBroken(f"client {client.id} is charged for other layers than it has")
+    queued = {id(request) for _, _, request in books.queue}
+    for request in waiting:
+        slot = books.models[request.key.model].slots[request.key.layer]
+        if slot is None and id(request) not in queued:
+            raise InvariantBroken(f"client {request.client} waits and is not queued")
+        if slot is not None and slot.state is SlotState.RESIDENT:
+            raise InvariantBroken(f"client {request.client} waits for a resident layer")

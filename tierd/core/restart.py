@@ -1,0 +1,81 @@
+"""A warm restart: slots that the previous daemon left behind, and who still reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tierd.core.residency import Slot, SlotNumbers, SlotState
+
+if TYPE_CHECKING:
+    from tierd.core.books import Books
+    from tierd.core.fetching import Fetcher
+    from tierd.core.model import Adopted, AdoptedSlot, HolderGone
+
+
+class Restart:
+    """Adopts slots, keeps quarantine."""
+
+    def __init__(self, books: Books, fetcher: Fetcher) -> None:
+        self._books = books
+        self._fetcher = fetcher
+
+    def adopt_all(self, event: Adopted) -> None:
+        if self._books.slots or self._books.clients:
+            raise self._books.illegal("slots can be adopted only before anything else happens")
+        unknown = next((s for s in event.slots if not self._books.memory.has_arena(s.arena)), None)
+        if unknown is not None:
+            raise self._books.illegal(
+                f"slot {unknown.slot} lies in arena {unknown.arena}: no such arena"
+            )
+        places = [(s.arena, s.offset, s.nbytes) for s in event.slots]
+        clash = self._books.memory.clash(places)
+        if clash is not None or len({s.slot for s in event.slots}) < len(event.slots):
+            raise self._books.illegal(f"slots cannot be adopted: {clash or 'one is there twice'}")
+        for found in event.slots:
+            self._adopt(found)
+        self._books.numbers = SlotNumbers(tuple(self._books.slots))
+        generations = [found.generation + 1 for found in event.slots]
+        self._books.next_generation = max([self._books.next_generation, *generations])
+        while self._books.memory.free < 0:
+            victims = self._books.policy.victims(1, None, self._books.now)
+            if victims is None:
+                break
+            for victim in victims:
+                self._fetcher.evict(victim.slot, "the budget is smaller than before the restart")
+
+    def _adopt(self, found: AdoptedSlot) -> None:
+        place = self._books.memory.adopt(found.arena, found.offset, found.nbytes)
+        model = None if found.key is None else self._books.models.get(found.key.model)
+        key = found.key
+        if (
+            key is None
+            or model is None
+            or model.arena != found.arena
+            or not 0 <= key.layer < len(model.slots)
+            or model.layer_bytes[key.layer] != found.nbytes
+            or model.slots[key.layer] is not None
+        ):
+            key = model = None
+        slot = Slot(found.slot, found.generation, key, found.arena, place, SlotState.RESIDENT)
+        self._books.slots[slot.id] = slot
+        if model is not None:
+            model.put(slot)
+            self._books.policy.resident(slot)
+        for holder in found.holders:
+            slot.holders[holder] = None
+            self._books.holders.setdefault(holder, []).append(slot)
+        if slot.holders:
+            self._books.ledger.quarantined += place.range.granules
+        what = "resident" if key is not None else "not served"
+        self._books.tell("adopt", key, "slot {}: {}, held by {} processes", slot.id, what,
+            len(slot.holders),
+        )  # fmt: skip
+        self._fetcher.no_longer_used(slot)
+
+    def holder_gone(self, event: HolderGone) -> None:
+        for slot in self._books.holders.pop(event.holder, ()):
+            del slot.holders[event.holder]
+            if not slot.holders:
+                self._books.ledger.quarantined -= slot.place.range.granules
+                self._books.policy.resident(slot)
+                self._fetcher.no_longer_used(slot)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -196,6 +197,38 @@ def test_a_refused_thread_gets_its_layer_when_another_leaves() -> None:
     leases.leave(0)
     assert got.wait(10)
     thread.join()
+    assert opened.held == []
+
+
+def test_nobody_asks_ahead_while_a_thread_waits_for_room() -> None:
+    opened = FakeOpened(room=1)
+    leases = leases_of(opened, (0, 1))
+    leases.enter(0)
+    thread = threading.Thread(target=run_pass, args=(leases, (5,)))
+    thread.start()
+    while not leases._starved:
+        time.sleep(0.001)
+    asked = opened.log.count(("ahead", 1))
+    leases.enter(0)
+    assert opened.log.count(("ahead", 1)) == asked
+    leases.leave(0)
+    leases.leave(0)
+    thread.join(20)
+    assert not thread.is_alive()
+    assert opened.held == []
+
+
+def test_a_layer_kept_for_later_makes_room_for_a_thread_that_waits() -> None:
+    opened = FakeOpened(room=1)
+    leases = leases_of(opened, (0,))  # 0 follows itself
+    leases.enter(0)
+    thread = threading.Thread(target=run_pass, args=(leases, (5,)))
+    thread.start()
+    while not leases._starved:
+        time.sleep(0.001)
+    leases.leave(0)
+    thread.join(20)
+    assert not thread.is_alive()
     assert opened.held == []
 
 

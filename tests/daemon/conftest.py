@@ -239,11 +239,9 @@ class RunningDaemon:
             if self.process.poll() is not None:
                 pytest.fail(f"tierd ended with {self.process.returncode}:\n{self.log_text()}")
             try:
-                client = RawClient(self.socket)
+                self.status()
             except OSError:
                 return False
-            client.call("status")
-            client.close()
             return True
 
         wait_until(answers, "the daemon answers")

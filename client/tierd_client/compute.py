@@ -124,11 +124,13 @@ def _product(
     x: torch.Tensor, weight: PackedTensor, dense: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """One `F.linear`, with the expanded matrix or else the arena's bytes in place."""
-    with torch.no_grad():
-        if dense is not None:
-            return functional.linear(x, dense, bias)
-        # The view has no name of its own here: a traceback would keep it beyond the lease.
-        return functional.linear(x, _like_parameter(_view(weight)), bias)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _product(x, weight, dense, bias)
+    if dense is not None:
+        return functional.linear(x, dense, bias)
+    # The view has no name of its own here: a traceback would keep it beyond the lease.
+    return functional.linear(x, _like_parameter(_view(weight)), bias)
 
 
 def _view(weight: PackedTensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING
 
 from tierd_client import fork
-from tierd_client.errors import ClientClosed, LeaseLimit
+from tierd_client.errors import ClientClosed, LeaseLimit, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 #: A thread that waits for another one to leave a layer gives up after this long.
 LIMIT_WAIT_S = 120.0
+#: How long what was given back may still count: the grant of a cancelled request goes back as its
+#: reply is read, a release may be sent behind another thread's request. And how often to ask again.
+CANCEL_S = 10.0
+RELEASE_S = 1.0
+RETRY_S = 0.002
 
 
 @dataclass(slots=True)
@@ -77,6 +82,9 @@ class LayerLeases:
         self._held: dict[int, _Held] = {}
         self._pending: dict[int, PendingLease] = {}
         self._asked_by: dict[int, int] = {}  # layer asked for ahead and not entered yet: thread
+        self._released = 0  # leases given back so far
+        self._leaving = 0  # leases taken out of `_held` whose release is not sent yet
+        self._settled_at = 0.0  # when all that was given back has surely reached the daemon
         self._asking: int | None = None  # layer that the holder of the turn is acquiring
         self._starved = False  # the holder of the turn was refused: nobody asks ahead
         self._counters = LeasingCounters()
@@ -132,9 +140,21 @@ class LayerLeases:
             ended = not held.users and (not held.kept or self._starved or self._closed)
             if ended:
                 del self._held[layer]
-                self._left.notify_all()
+                self._leaving += 1
         if ended:
-            held.lease.release()
+            self._release([held.lease])
+
+    def _release(self, leases: list[Lease]) -> None:
+        """Give back leases that were taken out of `_held` and added to `_leaving`."""
+        try:
+            for lease in leases:
+                lease.release()
+        finally:
+            with self._left:
+                self._leaving -= len(leases)
+                self._released += len(leases)
+                self._settled_at = max(self._settled_at, monotonic() + RELEASE_S)
+                self._left.notify_all()
 
     def current(self, layer: int) -> Lease | None:
         """The lease of `layer` if this thread is inside it."""
@@ -176,6 +196,7 @@ class LayerLeases:
     def _wait_lease(self, layer: int, pending: PendingLease | None) -> Lease:
         deadline = monotonic() + LIMIT_WAIT_S
         while True:
+            released = self._released
             try:
                 return self.opened.acquire(layer) if pending is None else pending.resolve()
             except LeaseLimit:
@@ -183,18 +204,26 @@ class LayerLeases:
                 with self._left:
                     self._starved = True
                     requests, idle = self._take_idle()
-                    if not requests and not idle:
-                        # What is left is computed with. Another thread will leave; this one cannot.
-                        mine = sum(self._place.inside.values())
-                        others = sum(held.users for held in self._held.values()) - mine
-                        if not others or not self._left.wait(deadline - monotonic()):
-                            raise
-                for lease in idle:
-                    lease.release()
+                    stuck = not requests and not idle and self._released == released
+                    if stuck and not self._wait_room(released, deadline):
+                        raise
+                if idle:
+                    self._release(idle)
                 for request in requests:
                     # Not cancelled: that gives back the grant only when it comes.
-                    with suppress(LeaseLimit):
+                    with suppress(Refused):
                         request.resolve().release()
+
+    def _wait_room(self, released: int, deadline: float) -> bool:
+        """Wait until more leases than `released` were given back; False when none will be."""
+        # What is left is computed with. Another thread will leave; this one cannot.
+        mine = sum(self._place.inside.values())
+        others = sum(held.users for held in self._held.values()) - mine + self._leaving
+        if others:
+            left = deadline - monotonic()
+            return self._left.wait_for(lambda: self._released != released, left)
+        self._left.wait(RETRY_S)
+        return monotonic() < self._settled_at
 
     def _take_idle(self) -> tuple[list[PendingLease], list[Lease]]:
         """Take out all that was only asked for ahead: requests, and leases that nobody is in."""
@@ -202,6 +231,7 @@ class LayerLeases:
         requests = list(self._pending.values())
         self._pending.clear()
         idle = [layer for layer, held in self._held.items() if not held.users]
+        self._leaving += len(idle)
         return requests, [self._held.pop(layer).lease for layer in idle]
 
     # ---------------------------------------------------------------------------------------- ahead
@@ -229,18 +259,20 @@ class LayerLeases:
                 del self._asked_by[wrong]
                 if wrong in self._pending:
                     self._pending.pop(wrong).cancel()
+                    self._settled_at = monotonic() + CANCEL_S
                 elif wrong in self._held:
                     self._held[wrong].kept = False
                     if not self._held[wrong].users:
-                        idle.append(self._held.pop(wrong))
+                        idle.append(self._held.pop(wrong).lease)
+                        self._leaving += 1
             self._asked_by[layer] = me
             held = self._held.get(layer)
             if held is not None:
                 held.kept = True
             elif layer not in self._pending and layer != self._asking:
                 self._pending[layer] = self.opened.acquire_ahead(layer)
-        for held in idle:
-            held.lease.release()
+        if idle:
+            self._release(idle)
 
     # ----------------------------------------------------------------------------------------- plan
 
@@ -275,8 +307,8 @@ class LayerLeases:
             requests, idle = self._take_idle()
         for request in requests:
             request.cancel()
-        for lease in idle:
-            lease.release()
+        if idle:
+            self._release(idle)
 
     def counters(self) -> LeasingCounters:
         """A copy of the sums."""

@@ -32,6 +32,7 @@ from transformers import (
 from tierd_client.client import Client
 from tierd_client.errors import DaemonNotRunning
 from tierd_client.load import load_model, load_tokenizer
+from tierd_layouts.container import open_pack
 from tierd_tools.pack import pack
 from tierd_tools.unpack import unpack
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SEEDS = range(24)
+GRANULE_BYTES = 2 << 20
 TRAINED = Path(__file__).resolve().parents[3] / "shared" / "models"
 TRAINED_MODELS = ("stdlib-llama-12m", "stdlib-opt-12m")
 
@@ -377,14 +379,16 @@ class Trained:
 def trained_model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Trained]:
-    """Served with a budget of about half the pack, so that layers are read again and again."""
+    """Served with hardly more than one layer's memory: layers are read again and again."""
     source = trained(request.param)
     folder = tmp_path_factory.mktemp("trained")
     pack(source, folder / "packs" / source.name, prune="magnitude", sparsity=0.5)
     unpack(folder / "packs" / source.name, folder / "reference")
     reference = in_memory(folder / "reference")
     text = (TRAINED / "dev.txt").read_text()[:4000]
-    with daemon_of(folder / "packs", "10MiB") as socket:
+    largest = max(layer.nbytes for layer in open_pack(folder / "packs" / source.name).layers)
+    granules = -(-largest // GRANULE_BYTES) + 1  # a layer may start inside one
+    with daemon_of(folder / "packs", str(granules * GRANULE_BYTES)) as socket:
         yield Trained(source.name, reference, socket, text)
 
 
@@ -394,7 +398,9 @@ def tokens_of(trained_model: Trained, count: int) -> torch.Tensor:
     return ids[:, :count]
 
 
-def test_a_trained_model_writes_the_same_text_from_half_its_memory(trained_model: Trained) -> None:
+def test_a_trained_model_writes_the_same_text_from_one_layers_memory(
+    trained_model: Trained,
+) -> None:
     ids = tokens_of(trained_model, 48)
     model: Any = load_model(trained_model.name, compute="dense", socket=trained_model.socket)
     settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
@@ -408,6 +414,33 @@ def test_a_trained_model_writes_the_same_text_from_half_its_memory(trained_model
         status = client.ask("status")
     assert status["scheduler"]["evictions"] > 0, "the budget held everything: nothing was shown"
     assert status["dram"]["peak_bytes"] <= status["dram"]["budget_bytes"]
+
+
+def test_threads_of_a_trained_model_share_what_its_client_was_granted(
+    trained_model: Trained,
+) -> None:
+    # Out of step they want more layers than the daemon reserved: it refuses, and one waits.
+    ids = tokens_of(trained_model, 60)
+    model: Any = load_model(trained_model.name, compute="dense", socket=trained_model.socket)
+    parts = [ids[:, :7], ids[:, 7:20], ids[:, 20:60]]
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    got: dict[int, torch.Tensor] = {}
+
+    def run(number: int) -> None:
+        mask = torch.ones_like(parts[number])
+        got[number] = model.generate(parts[number], attention_mask=mask, **settings)
+
+    with model.tierd:
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert not any(thread.is_alive() for thread in threads)
+    for number, part in enumerate(parts):
+        mask = torch.ones_like(part)
+        expected = trained_model.reference.generate(part, attention_mask=mask, **settings)
+        assert torch.equal(got[number], expected)
 
 
 def capture(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:

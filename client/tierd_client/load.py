@@ -36,9 +36,10 @@ def load_model(
 ) -> PreTrainedModel:
     """The model served as `name_or_pack`, or the pack in that directory, in evaluation mode.
 
-    compute: "dense" gives the bits of the in-memory model; "fused" multiplies a few tokens straight
-    from the packed form, in float32 with one rounding. socket: see `Client`. The model has
-    `model.tierd`, with `.statistics()` and `.close()`.
+    compute: "dense" gives the bits of the in-memory model (under torch.no_grad, as `generate` runs
+    it); "fused" multiplies a few tokens straight from the packed form, in float32 with one
+    rounding. socket: see `Client`. The model has `model.tierd`, with `.statistics()` and
+    `.close()`. Norms and biases stay on the meta device until their layer is first used.
     Raises UnsupportedModel with the list of what stands in the way, ModelNotFound, PackInvalid,
     BudgetTooSmall, DaemonGone, PrivateDaemonFailed; ValueError for another `compute`.
     """

@@ -43,6 +43,7 @@ from tierd.sizes import format_size
 from tierd.slots import Slots
 from tierd.statistics import Statistics
 from tierd.watchdog import Watchdog
+from tierd_layouts import wire
 
 if TYPE_CHECKING:
     from tierd.config import Config
@@ -292,7 +293,10 @@ class Daemon:
             raise
         except Exception:
             log.exception("%s: fault while answering %.80r", session, op)
-            session.connection.close("tierd failed while answering")
+            session.refuse(
+                request, wire.ErrorCode.INTERNAL, f"tierd failed on {op[:80]!r}: see its log"
+            )
+            session.connection.close_after_sending("tierd failed while answering")
 
     def greet(self, session: Session, held: list[int]) -> None:
         """A client said hello. Raises TooManyClients."""

@@ -15,7 +15,7 @@ import struct
 import threading
 import weakref
 from collections import deque
-from time import monotonic
+from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 from tierd_client import fork
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 RECEIVE_BYTES = 64 << 10
 #: Longest sleep in one system call; deadlines are checked at least this often.
 SLICE_S = 0.5
+#: How long a reader looks for an answer before it lets the processor sleep.
+POLL_NS = 60_000
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
@@ -250,7 +252,7 @@ class Connection:
     def _receive(self) -> None:
         """Read once and deliver. The caller is the one reader."""
         try:
-            if not self._inbox:
+            if not self._inbox and not self._poll_briefly():
                 # One call from the socket into the inbox: a signal's exception comes before or
                 # after it, never between, so what was read is never lost.
                 self._inbox.extend(map(self._socket.recvmsg, *_RECEIVE_ARGUMENTS))
@@ -264,6 +266,18 @@ class Connection:
         except BaseException:
             self._end(ClientClosed, f"reading from {self.path} was interrupted")
             raise
+
+    def _poll_briefly(self) -> bool:
+        """Whether something came at once. An answer about a resident layer takes the daemon tens
+        of microseconds; a processor that fell asleep meanwhile needs about as long to wake up."""
+        until = perf_counter_ns() + POLL_NS
+        while perf_counter_ns() < until:
+            try:
+                self._inbox.extend(map(self._socket.recvmsg, *_POLL_ARGUMENTS))
+            except BlockingIOError:
+                continue
+            return True
+        return False
 
     def _deliver(
         self, data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int, _: object
@@ -364,6 +378,7 @@ _RECEIVE_ARGUMENTS = (
     (socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize),),
     (int(socket.MSG_CMSG_CLOEXEC),),
 )
+_POLL_ARGUMENTS = (*_RECEIVE_ARGUMENTS[:2], (int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT),))
 
 
 def leases_of_the_dead(path: str) -> list[int]:

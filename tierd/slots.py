@@ -91,16 +91,7 @@ class Slots:
 
     def resident(self, slot: int) -> None:
         """The slot's bytes are verified and will not change."""
-        entry = self.table.slot(slot)
-        self.table.set_slot(
-            slot,
-            generation=entry.generation,
-            arena=entry.arena,
-            offset=entry.offset,
-            nbytes=entry.nbytes,
-            state=SlotState.RESIDENT,
-            key=entry.key,
-        )
+        self.table.mark_resident(slot)
 
     def clear(self, slot: int) -> None:
         self.table.clear_slot(slot)

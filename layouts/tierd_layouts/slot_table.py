@@ -262,6 +262,13 @@ class SlotTable:
             fields["generation"][slot] = generation
         fields["state"][slot] = state
 
+    def mark_resident(self, slot: int) -> None:
+        """The bytes of a FILLING slot are verified. Raises SlotInvalid for any other."""
+        state = int(self._slot["state"][slot])
+        if state != SlotState.FILLING:
+            raise SlotInvalid(f"slot {slot}: state {state}, only a FILLING one becomes RESIDENT")
+        self._slot["state"][slot] = SlotState.RESIDENT
+
     def clear_slot(self, slot: int) -> None:
         """Frees `slot`. Its leases must be cleared before."""
         self._slot["state"][slot] = SlotState.FREE

@@ -356,3 +356,17 @@ def test_a_writer_cannot_store_what_a_reader_would_refuse() -> None:
         fill(table, 0, 5, key=b"abc")
     with pytest.raises(LeaseInvalid, match="use clear_lease"):
         hold(table, 1, 0, 1, 4)
+
+
+def test_only_a_filling_slot_becomes_resident() -> None:
+    table = SlotTable.create(bytearray(table_bytes(4, 4)), slot_count=4, lease_count=4, epoch=1)
+    with pytest.raises(SlotInvalid, match="state 0"):
+        table.mark_resident(2)
+    table.set_slot(
+        2, generation=5, arena=0, offset=0, nbytes=4096, state=SlotState.FILLING, key=b"k" * 16
+    )
+    table.mark_resident(2)
+    assert table.slot(2).state is SlotState.RESIDENT
+    assert table.generation(2) == 5
+    with pytest.raises(SlotInvalid, match="state 2"):
+        table.mark_resident(2)

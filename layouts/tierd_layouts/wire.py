@@ -32,6 +32,7 @@ SOCKET_VARIABLE = "TIERD_SOCKET"
 MAX_SOCKET_PATH_BYTES = 107  #: sun_path has 108 with its NUL
 
 _LENGTH = struct.Struct("!I")
+_TEXT_ONLY = frozenset((str,))
 SMALL_FRAME_BYTES = 256
 _SMALL_LIMITS = {
     "max_array_len": SMALL_FRAME_BYTES,
@@ -132,9 +133,7 @@ class FrameDecoder:
             raise StopIteration
         begin = self._begin + _LENGTH.size
         self._begin = begin + nbytes
-        with memoryview(self._buffer) as view:
-            body = bytes(view[begin : begin + nbytes])
-        return self._decode(body)
+        return self._decode(bytes(self._buffer[begin : begin + nbytes]))
 
     def _decode(self, body: bytes) -> Message:
         try:
@@ -155,7 +154,7 @@ class FrameDecoder:
         except (ValueError, RecursionError, msgpack.OutOfData) as error:
             text = str(error) or type(error).__name__
             raise MalformedFrame(f"frame of {len(body)} bytes: {text[:200]}") from error
-        if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
+        if type(message) is not dict or not _TEXT_ONLY.issuperset(map(type, message)):
             raise MalformedFrame(f"frame of {len(body)} bytes is not a map with text keys")
         return message
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from tierd_client.names import Stored
     from tierd_client.tensors import PackedTensor
 
-#: Fused multiplication up to this many rows of x; above, one expansion and a dense product win.
-FUSED_ROWS = 32
+#: Fused multiplication up to this many rows of x; above, one expansion and a dense product win
+#: (`make bench ONLY=kernels` has the rows around it).
+FUSED_ROWS = 16
 ALIGNMENT = 64  # a cache line; what torch's own CPU allocator gives
 
 

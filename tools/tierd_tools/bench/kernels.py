@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SHAPES = ((4096, 4096), (11008, 4096))
 SPARSITY = 0.5
+#: Around the number of tokens up to which the client multiplies fused.
+CROSSOVER_TOKENS = (8, 16, 32)
 #: The dense set is at least this large: 8 times a 32 MiB last-level cache.
 SET_BYTES = 256 << 20
 
@@ -63,6 +65,8 @@ def _rows() -> Iterator[Row]:
             torch.set_num_threads(threads)
             yield _fused(matrices, rows, cols, threads)
             yield _expand(matrices, rows, cols, threads)
+        for tokens in CROSSOVER_TOKENS:
+            yield _crossover(matrices, rows, cols, tokens, threads)
 
 
 def _fused(matrices: list[Matrix], rows: int, cols: int, threads: int) -> Row:
@@ -107,6 +111,34 @@ def _expand(matrices: list[Matrix], rows: int, cols: int, threads: int) -> Row:
     dense_bytes = len(matrices) * rows * cols * 2
     return Row(
         row=f"expand raw {rows}x{cols}, {threads} threads, against a copy of the dense bytes",
+        ours=dense_bytes / seconds["ours"] / 1e9,
+        theirs=dense_bytes / seconds["theirs"] / 1e9,
+        unit="dense GB/s",
+    )
+
+
+def _crossover(matrices: list[Matrix], rows: int, cols: int, tokens: int, threads: int) -> Row:
+    x = torch.randn(tokens, cols).to(torch.bfloat16)
+    bits = x.view(torch.uint16).numpy()
+    out = np.empty((tokens, rows), np.float32)
+    scratch = torch.empty(rows, cols, dtype=torch.bfloat16)
+    scratch_bits = scratch.view(torch.uint16).numpy()
+
+    def ours() -> None:
+        for m in matrices:
+            tierd_kernels.linear(
+                m.bitmap, m.offsets, m.values, bits, out, dtype="BF16", threads=threads
+            )
+
+    def theirs() -> None:
+        for m in matrices:
+            tierd_kernels.expand(m.bitmap, m.offsets, m.values, scratch_bits, threads=threads)
+            F.linear(x, scratch)
+
+    seconds = interleaved({"ours": ours, "theirs": theirs}, rounds=5)
+    dense_bytes = len(matrices) * rows * cols * 2
+    return Row(
+        row=f"fused raw {rows}x{cols}, {tokens} tokens, against expanding first",
         ours=dense_bytes / seconds["ours"] / 1e9,
         theirs=dense_bytes / seconds["theirs"] / 1e9,
         unit="dense GB/s",

@@ -5,6 +5,7 @@ Nothing is decided here. Every action is written to the slot table before it tak
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import logging
 import time
@@ -22,6 +23,7 @@ from tierd.core.model import (
     ReadDone,
     ReadFailed,
     Refuse,
+    Tick,
 )
 from tierd.errors import ReadError
 from tierd.io.ssd import ReaderPool, ReadJob, ReadResult
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from tierd.slots import Slots
 
 log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0  # while a decision of the core is a matter of time
 
 
 class Engine:
@@ -62,7 +66,8 @@ class Engine:
         self._sessions = sessions
         self._events: collections.deque[Event] = collections.deque()
         self._deciding = False
-        self._held: list[Read] | None = None
+        self._held: list[tuple[Read, Pack]] | None = None
+        self._tick: asyncio.TimerHandle | None = None
         self._stopped = False
 
     @staticmethod
@@ -83,11 +88,20 @@ class Engine:
                     self._execute(action)
         finally:
             self._deciding = False
+        if self._tick is None and self.machine.waits_for_time:
+            loop = asyncio.get_running_loop()
+            self._tick = loop.call_later(TICK_SECONDS, self._time_passed)
+
+    def _time_passed(self) -> None:
+        self._tick = None
+        self.submit(Tick(self.now()))
 
     def stop(self) -> None:
         """Decide nothing more, and leave the slot table as it is: whoever holds a lease may read
         on, and the next daemon will respect it."""
         self._stopped = True
+        if self._tick is not None:
+            self._tick.cancel()
 
     def hold_reads(self) -> None:
         """Start no read before `resume_reads`: a read takes memory."""
@@ -95,8 +109,8 @@ class Engine:
 
     def resume_reads(self) -> None:
         held, self._held = self._held or [], None
-        for read in held:
-            self._read(read)
+        for read, pack in held:
+            self._start_read(read, pack)
 
     def _execute(self, action: Action) -> None:
         match action:
@@ -137,10 +151,14 @@ class Engine:
         self._arenas.discard(arena, offset, nbytes, done)
 
     def _read(self, read: Read) -> None:
-        if self._held is not None:
-            self._held.append(read)
-            return
         pack = self._registry.by_model[read.key.model]
+        pack.reads += 1  # from here on, though it may wait: the pack must not be closed meanwhile
+        if self._held is not None:
+            self._held.append((read, pack))
+        else:
+            self._start_read(read, pack)
+
+    def _start_read(self, read: Read, pack: Pack) -> None:
         layer = pack.index.layers[read.key.layer]
         self.slots.filling(
             read.slot,
@@ -151,7 +169,6 @@ class Engine:
             key=pack.keys[read.key.layer],
         )
         log.debug("reading %s %s into slot %d (%s)", pack.name, layer.name, read.slot, read.reason)
-        pack.reads += 1
         self.reads += 1
         target = self._arenas.by_id[read.arena].buffer(read.offset, read.nbytes)
         job = ReadJob.of_layer(pack.name, layer, pack.index.shards, pack.shards, target)

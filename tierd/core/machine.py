@@ -107,6 +107,11 @@ class TierMachine:
             case Tick():
                 pass
 
+    @property
+    def waits_for_time(self) -> bool:
+        """Whether something is decided by time alone: then send a `Tick` now and then."""
+        return bool(self._books.plans)
+
     def story(self, key: LayerKey | None = None) -> list[Decision]:
         """The recorded decisions about a layer, or all; `str()` of each is a sentence."""
         return self._books.story.about(key)

@@ -213,6 +213,7 @@ class Daemon:
             budget_bytes=budget,
             granule_bytes=pages.page_bytes,
             reads_in_flight=self.config.reads_in_flight,
+            slot_limit=self.slots.table.slot_count,
             first_generation=self.slots.table.next_generation,
             first_lease=self.slots.table.next_lease,
         )

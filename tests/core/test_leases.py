@@ -10,7 +10,7 @@ from tierd.core.model import LayerKey
 
 
 def ledger_of(budget: int, *reserves: int) -> Ledger:
-    ledger = Ledger(budget)
+    ledger = Ledger(budget, slot_limit=1000)
     for client, reserve in enumerate(reserves):
         ledger.open(client)
         ledger.set_reserve(client, reserve)

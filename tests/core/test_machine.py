@@ -47,9 +47,12 @@ def machine_of(
     reads_in_flight: int = 1,
     span: int = 1024,
     clients: int = 2,
+    slot_limit: int = 1 << 30,
 ) -> TierMachine:
     """A machine with one arena, models of these layer sizes (in granules), and clients 1, 2, ..."""
-    machine = TierMachine(CoreConfig(granules * G, reads_in_flight=reads_in_flight))
+    machine = TierMachine(
+        CoreConfig(granules * G, reads_in_flight=reads_in_flight, slot_limit=slot_limit)
+    )
     warm = granules if warm is None else warm
     machine.handle(ArenaAdded(0, 0, span * G, warm * G))
     for number, layers in enumerate(models):
@@ -559,3 +562,60 @@ def test_an_illegal_event_tells_the_story_of_its_layer() -> None:
         "resident",
         "grant",
     ]
+
+
+def test_slots_run_out_before_memory_does_and_what_nobody_reads_makes_room() -> None:
+    machine = machine_of(8, (1, 1, 1), slot_limit=2)
+    for layer in (0, 1):
+        feed(machine, Acquire(0, 1, layer, key(layer)), ReadDone(1, layer))
+    feed(machine, Release(2, 1, 1))
+    assert feed(machine, Acquire(3, 1, 3, key(2))) == [
+        Evict(0, 1, key(0)),
+        Read(0, 3, key(2), 0, 2 * G, G, "demand"),
+    ]
+
+
+def test_a_lease_beyond_the_slots_is_refused_and_taken_ahead_comes_later() -> None:
+    machine = machine_of(8, (1, 1, 1), slot_limit=2)
+    feed(machine, Plan(0, 2, 1, 0, (2,)), ReadDone(0, 0))  # reserves a slot
+    feed(machine, Acquire(1, 1, 1, key(0)), ReadDone(2, 1))
+    assert feed(machine, Acquire(3, 1, 2, key(1), ahead=True)) == [Later(1, 2)]
+    (refusal,) = feed(machine, Acquire(4, 1, 3, key(1)))
+    assert isinstance(refusal, Refuse)
+    assert refusal.code == "lease_limit"
+    assert "of 2 slots" in refusal.text
+    assert feed(machine, Acquire(5, 2, 2, key(2)))  # within its reserve
+
+
+def test_a_plan_for_which_no_slot_is_left_is_refused() -> None:
+    machine = machine_of(8, (1, 1, 1), slot_limit=1)
+    feed(machine, Plan(0, 1, 1, 0, (0,)))
+    (refusal,) = feed(machine, Plan(1, 2, 1, 0, (1,)))
+    assert isinstance(refusal, Refuse)
+    assert refusal.code == "lease_limit"
+
+
+def test_nothing_is_fetched_ahead_into_a_slot_that_does_not_exist() -> None:
+    machine = machine_of(8, (1, 1, 1, 1), slot_limit=2, reads_in_flight=4)
+    actions = feed(machine, Plan(0, 1, 1, 0, (0, 1, 2, 3)))
+    assert [action.key.layer for action in actions if isinstance(action, Read)] == [0, 1]
+    feed(machine, ReadDone(1, 0), ReadDone(1, 1))
+
+
+def test_small_layers_that_share_granules_with_leases_still_give_up_their_slots() -> None:
+    """One slot number is needed, not a whole granule."""
+    machine = TierMachine(CoreConfig(8 * G, reads_in_flight=1, slot_limit=2))
+    feed(machine, ArenaAdded(0, 0, 64 * G), ModelAdded(0, 0, "m", 0, (4096,) * 3))
+    feed(machine, ClientJoined(0, 1))
+    for layer in (0, 1):
+        feed(machine, Acquire(0, 1, layer, key(layer)), ReadDone(1, layer))
+    feed(machine, Release(2, 1, 2))
+    actions = feed(machine, Acquire(3, 1, 3, key(2)))
+    assert [type(action) for action in actions] == [Evict, Read]
+
+
+def test_slots_beyond_the_limit_cannot_be_adopted() -> None:
+    machine = TierMachine(CoreConfig(8 * G, slot_limit=2))
+    machine.handle(ArenaAdded(0, 0, 64 * G))
+    with pytest.raises(IllegalEvent, match="the limit is 2 slots"):
+        machine.handle(Adopted(0, (AdoptedSlot(2, 0, 0, G, 1, None, (7,)),)))

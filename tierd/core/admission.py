@@ -126,6 +126,8 @@ class Admission:
             )  # fmt: skip
         elif not account.held:
             self._answers.refuse_too_small(event, model, key.layer, client)
+        elif not self._books.ledger.available_slots:
+            self._answers.refuse_slot(event, model, key.layer)
         else:
             granule = self._books.config.granule_bytes
             self._answers.refuse(

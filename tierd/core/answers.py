@@ -46,6 +46,9 @@ class Answers:
     def refuse_too_small(
         self, event: Plan | Acquire, model: ModelState, layer: int, client: Client
     ) -> None:
+        if not self._books.ledger.available_slots and not self._books.ledger[client.id].slots:
+            self.refuse_slot(event, model, layer)
+            return
         granule = self._books.config.granule_bytes
         free = self._books.ledger.available + self._books.ledger[client.id].committed
         self.refuse(
@@ -55,6 +58,16 @@ class Answers:
             f"{max(free, 0) * granule} of the budget of {self._books.memory.budget * granule} are "
             f"available ({len(self._books.clients) - 1} other clients, "
             f"{self._books.ledger.quarantined * granule} bytes in quarantine)",
+        )
+
+    def refuse_slot(self, event: Plan | Acquire, model: ModelState, layer: int) -> None:
+        ledger = self._books.ledger
+        self.refuse(
+            event,
+            "lease_limit",
+            f"layer {layer} of model '{model.name}' needs a slot; of {ledger.slot_limit} slots "
+            f"clients hold or have reserved {ledger.committed_slots}, and "
+            f"{ledger.quarantined_slots} are in quarantine: release first",
         )
 
     def close(self, request: Request) -> None:

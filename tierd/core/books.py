@@ -54,14 +54,14 @@ class Books:
         self.config = config
         budget = config.budget_bytes // config.granule_bytes
         self.memory = Memory(budget, config.granule_bytes, config.small_layer_bytes)
-        self.ledger = Ledger(budget)
+        self.ledger = Ledger(budget, config.slot_limit)
         self.models: dict[int, ModelState] = {}
         self.removed: set[int] = set()
         self.clients: dict[int, Client] = {}
         self.policy = Policy(self.memory, self.ledger, self.models)
         self.story = Story(config.story_length)
         self.slots: dict[int, Slot] = {}
-        self.numbers = SlotNumbers()
+        self.numbers = SlotNumbers(config.slot_limit)
         self.holders: dict[int, list[Slot]] = {}
         self.next_generation = config.first_generation
         self.next_lease = config.first_lease

@@ -88,7 +88,9 @@ class Fetcher:
             key = candidate.key
             model = self._books.models[key.model]
             due = candidate.due if candidate.may_evict else -NEVER
-            if not candidate.may_evict and model.charges[key.layer] > self._books.memory.free:
+            if not candidate.may_evict and (
+                model.charges[key.layer] > self._books.memory.free or self._books.numbers.exhausted
+            ):
                 continue
             claim = self._claim(model, key.layer, due)
             if claim is not None:
@@ -99,6 +101,11 @@ class Fetcher:
     def _claim(self, model: ModelState, layer: int, due: int | None) -> Claim | None:
         """Room for a layer, evicting what is due later than `due` (None: whatever must go)."""
         nbytes = model.layer_bytes[layer]
+        spare = None
+        if self._books.numbers.exhausted:
+            spare = self._books.policy.victim(due, self._books.now)
+            if spare is None:
+                return None
         claim = self._books.memory.claim(model.arena, nbytes)
         shortfall = model.charges[layer] - self._books.memory.free
         if claim is None and shortfall > 0:
@@ -112,6 +119,8 @@ class Fetcher:
             if victims is not None:
                 self._evict_all(victims, model.keys[layer])
                 claim = self._books.memory.claim(model.arena, nbytes)
+        if claim is not None and spare is not None and self._books.numbers.exhausted:
+            self._evict_all([spare], model.keys[layer])
         return claim
 
     def _evict_all(self, victims: list[Victim], wanted: LayerKey) -> None:

@@ -45,6 +45,11 @@ def _check_slots(books: Books) -> None:
     if len(books.in_flight) > books.config.reads_in_flight:
         raise InvariantBroken(f"{len(books.in_flight)} reads in flight")
     quarantined = sum(s.place.range.granules for s in books.slots.values() if s.holders)
+    held = sum(1 for slot in books.slots.values() if slot.holders)
+    if held != books.ledger.quarantined_slots or any(
+        number >= books.config.slot_limit for number in books.slots
+    ):
+        raise InvariantBroken(f"{held} slots in quarantine, or a slot beyond the limit")
     if quarantined != books.ledger.quarantined:
         raise InvariantBroken(f"{quarantined} granules in quarantine")
     for model in books.models.values():

@@ -7,7 +7,11 @@ client would raise what the other is charged with. The rule, in granules:
 
     sum over clients of max(Q_c, h_c)  +  quarantined  <=  budget
 
-It holds after every accepted request, so all accepted requests fit beside all leases at once, and
+and the same in slots, of which a reserve is one and every layer that is held another:
+
+    sum over clients of max(Q_c > 0, layers held)  +  quarantined slots  <=  slot limit
+
+Both hold after every accepted request, so all accepted requests fit beside all leases at once, and
 none of them waits for a release (the proof is in README.md).
 """
 
@@ -36,15 +40,22 @@ class Account:
     def committed(self) -> int:
         return max(self.reserve, self.held)
 
+    @property
+    def slots(self) -> int:
+        return len(self.layers) or int(self.reserve > 0)
+
 
 class Ledger:
     """The accounts of all clients under one budget."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, slot_limit: int) -> None:
         self.budget = budget
+        self.slot_limit = slot_limit
         self.quarantined = 0
+        self.quarantined_slots = 0
         self.awaited = 0  #: reserves of plans that wait until others hold less
         self.committed = 0  #: sum of `Account.committed`
+        self.committed_slots = 0  #: sum of `Account.slots`
         self._accounts: dict[int, Account] = {}
 
     def __getitem__(self, client: int) -> Account:
@@ -55,11 +66,18 @@ class Ledger:
         """Granules that nobody has reserved or holds."""
         return self.budget - self.quarantined - self.committed
 
+    @property
+    def available_slots(self) -> int:
+        """Slots that nobody has reserved or holds."""
+        return self.slot_limit - self.quarantined_slots - self.committed_slots
+
     def open(self, client: int) -> None:
         self._accounts[client] = Account()
 
     def close(self, client: int) -> None:
-        self.committed -= self._accounts.pop(client).committed
+        account = self._accounts.pop(client)
+        self.committed -= account.committed
+        self.committed_slots -= account.slots
 
     def extra(self, client: int, key: LayerKey, charge: int) -> int:
         """How much `client` would hold more with this layer."""
@@ -74,37 +92,53 @@ class Ledger:
         wanted = max(account.reserve if reserve is None else reserve, account.held + extra)
         more = wanted - account.committed
         kept_back = self.awaited if reserve is None and wanted > account.reserve else 0
-        return more <= 0 or more <= self.available - kept_back
+        if 0 < more > self.available - kept_back:
+            return False
+        new_layers = len(account.layers) + (extra > 0)
+        more_slots = (new_layers or int(wanted > 0)) - account.slots
+        return more_slots <= 0 or more_slots <= self.available_slots
 
     def admits_once_released(self, client: int, reserve: int) -> bool:
         """Whether the rule would hold with this reserve if nobody held more than its own."""
-        others = sum(a.reserve for number, a in self._accounts.items() if number != client)
-        mine = max(reserve, self._accounts[client].held)
-        return others + mine + self.quarantined <= self.budget
+        others = [a.reserve for number, a in self._accounts.items() if number != client]
+        mine = self._accounts[client]
+        slots = sum(other > 0 for other in others) + max(1, len(mine.layers))
+        return (
+            sum(others) + max(reserve, mine.held) + self.quarantined <= self.budget
+            and slots + self.quarantined_slots <= self.slot_limit
+        )
 
     def set_reserve(self, client: int, reserve: int) -> None:
         account = self._accounts[client]
         self.committed -= account.committed
+        self.committed_slots -= account.slots
         account.reserve = reserve
         self.committed += account.committed
+        self.committed_slots += account.slots
 
     def hold(self, client: int, key: LayerKey, charge: int) -> None:
         account = self._accounts[client]
-        account.layers[key] += 1
-        if account.layers[key] == 1:
+        if key in account.layers:
+            account.layers[key] += 1
+        else:
             self.committed -= account.committed
+            self.committed_slots -= account.slots
+            account.layers[key] = 1
             account.charges[key] = charge
             account.held += charge
             self.committed += account.committed
+            self.committed_slots += account.slots
 
     def let_go(self, client: int, key: LayerKey) -> None:
         account = self._accounts[client]
         account.layers[key] -= 1
         if not account.layers[key]:
-            del account.layers[key]
             self.committed -= account.committed
+            self.committed_slots -= account.slots
+            del account.layers[key]
             account.held -= account.charges.pop(key)
             self.committed += account.committed
+            self.committed_slots += account.slots
 
     def check(self, *, over_budget: bool) -> None:
         for client, account in self._accounts.items():
@@ -122,4 +156,12 @@ class Ledger:
             raise InvariantBroken(
                 f"{committed} granules committed and {self.quarantined} quarantined "
                 f"exceed the budget of {self.budget}"
+            )
+        slots = sum(account.slots for account in self._accounts.values())
+        if slots != self.committed_slots:
+            raise InvariantBroken(f"{slots} slots committed, booked {self.committed_slots}")
+        if self.available_slots < 0:
+            raise InvariantBroken(
+                f"{slots} slots committed and {self.quarantined_slots} quarantined exceed "
+                f"the limit of {self.slot_limit}"
             )

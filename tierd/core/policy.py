@@ -101,6 +101,13 @@ class Policy:
             chosen[victim.slot.id] = victim
         return list(chosen.values())
 
+    def victim(self, needed_due: int | None, now_ns: int) -> Victim | None:
+        """One resident to evict for its slot number alone; `needed_due` as in `victims`."""
+        victim = self._furthest({}, now_ns)
+        if victim is None or (needed_due is not None and victim.due <= needed_due):
+            return None
+        return self._passing_instead(victim, {}, needed_due, now_ns)
+
     def _furthest(self, chosen: dict[int, Victim], now_ns: int) -> Victim | None:
         """The evictable slot with the furthest next use; shared granules go last."""
         for slot in self._unplanned.values():

@@ -50,9 +50,14 @@ class Slot:
 class SlotNumbers:
     """Hands out the lowest free slot number, so that the slot table stays dense."""
 
-    def __init__(self, used: Sequence[int] = ()) -> None:
+    def __init__(self, limit: int, used: Sequence[int] = ()) -> None:
+        self._limit = limit
         self._next = max(used, default=-1) + 1
         self._returned = sorted(set(range(self._next)) - set(used))
+
+    @property
+    def exhausted(self) -> bool:
+        return not self._returned and self._next >= self._limit
 
     def take(self) -> int:
         if self._returned:

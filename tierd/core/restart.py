@@ -31,9 +31,12 @@ class Restart:
         clash = self._books.memory.clash(places)
         if clash is not None or len({s.slot for s in event.slots}) < len(event.slots):
             raise self._books.illegal(f"slots cannot be adopted: {clash or 'one is there twice'}")
+        limit = self._books.config.slot_limit
+        if any(found.slot >= limit for found in event.slots):
+            raise self._books.illegal(f"slots cannot be adopted: the limit is {limit} slots")
         for found in event.slots:
             self._adopt(found)
-        self._books.numbers = SlotNumbers(tuple(self._books.slots))
+        self._books.numbers = SlotNumbers(self._books.config.slot_limit, tuple(self._books.slots))
         generations = [found.generation + 1 for found in event.slots]
         self._books.next_generation = max([self._books.next_generation, *generations])
         while self._books.memory.free < 0:
@@ -66,6 +69,7 @@ class Restart:
             self._books.holders.setdefault(holder, []).append(slot)
         if slot.holders:
             self._books.ledger.quarantined += place.range.granules
+            self._books.ledger.quarantined_slots += 1
         what = "resident" if key is not None else "not served"
         self._books.tell("adopt", key, "slot {}: {}, held by {} processes", slot.id, what,
             len(slot.holders),
@@ -77,5 +81,6 @@ class Restart:
             del slot.holders[event.holder]
             if not slot.holders:
                 self._books.ledger.quarantined -= slot.place.range.granules
+                self._books.ledger.quarantined_slots -= 1
                 self._books.policy.resident(slot)
                 self._fetcher.no_longer_used(slot)

@@ -125,6 +125,9 @@ class VirtualClient:
             if action.code == "lease_limit":
                 if self.profile.hoards_after is not None:
                     return  # it had its chance; from now on it is silent
+                if not self.leases and not self.asked and self.profile.planless:
+                    self.leave()  # it has no reserve, and others may never release
+                    return
                 self._release_all()
             self.after(1_000_000, lambda: self._retry(key))
 

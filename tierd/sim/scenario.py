@@ -49,6 +49,7 @@ class Scenario:
     device: Device = field(default_factory=Device)
     adopted: tuple[AdoptedSlot, ...] = ()
     holders_ns: int = 20_000_000  #: when the holders of adopted slots are gone
+    slot_limit: int = 1 << 30  #: slots that may exist at once
 
     @property
     def arena_spans(self) -> tuple[int, ...]:
@@ -94,7 +95,14 @@ def drawn(seed: int, *, clients: int | None = None, steps: int | None = None) ->
         device,
         adopted,
         rng.choice([0, 20_000_000, 200_000_000]),
+        _slot_limit(rng, count, adopted),
     )
+
+
+def _slot_limit(rng: random.Random, clients: int, adopted: tuple[AdoptedSlot, ...]) -> int:
+    """Often as few slots as there are clients and adopted slots, or a few more."""
+    least = max((slot.slot + 1 for slot in adopted), default=0) + clients
+    return rng.choice([1 << 30, least, least + rng.randint(1, 6)])
 
 
 def _model(rng: random.Random, number: int, granule: int, arenas: int) -> Model:

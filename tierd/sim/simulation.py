@@ -92,6 +92,7 @@ class Simulation:
                 granule_bytes=scenario.granule_bytes,
                 small_layer_bytes=scenario.granule_bytes,
                 reads_in_flight=scenario.reads_in_flight,
+                slot_limit=scenario.slot_limit,
                 story_length=2_000,
                 first_generation=max(generations, default=0) + 1,
             )

@@ -33,6 +33,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@mkdir -p build
 	@$(BIN)/python -m nanobind.stubgen -q -m tierd_kernels._cpu -o build/_cpu.pyi && \
 	    diff -u kernels/tierd_kernels/_cpu.pyi build/_cpu.pyi
 
@@ -43,7 +44,7 @@ test: check pytest
 	$(MAKE) demo SIZE=small
 
 demo: $(STAMP)
-	$(BIN)/python -m tierd_tools.demo --size $(SIZE) $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python -m tierd_tools.demo --size $(SIZE) $(if $(MODEL),--model '$(MODEL)')
 
 bench: $(STAMP)
 	$(BIN)/python -m tierd_tools.bench $(ONLY)

@@ -46,7 +46,12 @@ def serve(
             yield Serving(socket, process.pid)
         finally:
             process.terminate()
-            process.wait(timeout=READY_SECONDS)
+            try:
+                process.wait(timeout=READY_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], socket: str) -> None:

@@ -1,6 +1,7 @@
 """`make demo`: write or take a model, prune and pack it, and compare under one memory cap.
 
-Exit code 1 when a `compute="dense"` row generates other tokens than the in-memory pruned model.
+Exit code 1 when a `compute="dense"` row generates other tokens than the in-memory pruned model, or
+when a daemon held more than its DRAM budget.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def prepare(arguments: argparse.Namespace) -> rows.Setting:
         print(f"writing a random Llama to {model_dir}", flush=True)
         random_model.write(model_dir, SIZES[arguments.size])
     else:
-        model_dir = arguments.model
+        model_dir = arguments.model.resolve()
     pack_dir = work_dir / f"{model_dir.name}-50"
     pruned_dir = work_dir / f"{model_dir.name}-50-unpacked"
     watch = progress.for_stream(sys.stderr)
@@ -134,6 +135,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     result = run(parser().parse_args())
+    budget = result["dram_budget_bytes"]
+    over = [
+        row["name"]
+        for row in [*result["rows"], *result["throttled"]["rows"]]
+        if row["dram_peak_bytes"] is not None and row["dram_peak_bytes"] > budget
+    ]
+    if over:
+        print(f"rows above the DRAM budget of {budget} bytes: {', '.join(over)}")
     wrong = [
         row["name"]
         for row in result["rows"]
@@ -141,7 +150,7 @@ def main() -> int:
     ]
     if wrong:
         print(f"rows with other tokens than the in-memory model: {', '.join(wrong)}")
-    return 1 if wrong else 0
+    return 1 if wrong or over else 0
 
 
 if __name__ == "__main__":

@@ -34,10 +34,11 @@ class MemoryCap:
     def __init__(self, name: str, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._folder, self._version = _create(name)
-        limit = "memory.limit_in_bytes" if self._version == 1 else "memory.max"
-        (self._folder / limit).write_text(str(limit_bytes))
-        if self._version == 2:
-            (self._folder / "memory.swap.max").write_text("0")
+        try:
+            _limit(self._folder, self._version, limit_bytes)
+        except OSError as error:
+            self._folder.rmdir()
+            raise CapUnavailable(f"{self._folder} takes no limit: {error}") from error
         self._peak_memory = self._peak_cache = 0
         self._stop = threading.Event()
         self._sampler = threading.Thread(target=self._sample, name="memory-cap", daemon=True)
@@ -78,6 +79,14 @@ class MemoryCap:
             shmem = stat["total_shmem"]
             return stat["total_rss"] + shmem, stat["total_cache"] - shmem
         return stat["anon"] + stat["shmem"], stat["file"] - stat["shmem"]
+
+
+def _limit(folder: Path, version: int, limit_bytes: int) -> None:
+    limit = "memory.limit_in_bytes" if version == 1 else "memory.max"
+    (folder / limit).write_text(str(limit_bytes))
+    swap = folder / "memory.swap.max"
+    if version == 2 and swap.exists():  # absent where the kernel does not account swap
+        swap.write_text("0")
 
 
 def _create(name: str) -> tuple[Path, int]:

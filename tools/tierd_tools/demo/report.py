@@ -46,7 +46,7 @@ def print_table(setting: Setting, rows: list[Row], title: str) -> None:
     table = Table(title=title)
     for heading in (
         *("row", "compute", "clients", "s/token", "tokens/s", "SSD MiB/token", "stall"),
-        *("peak MiB", "page cache MiB", "bound by", "tokens equal"),
+        *("DRAM peak MiB", "peak MiB", "page cache MiB", "bound by", "tokens equal"),
     ):
         right = heading not in ("row", "compute", "bound by", "tokens equal")
         table.add_column(heading, justify="right" if right else "left")
@@ -62,6 +62,7 @@ def print_table(setting: Setting, rows: list[Row], title: str) -> None:
             f"{row.tokens_per_second:.2f}",
             _mib(row.ssd_bytes_per_token),
             "-" if row.stall_share is None else f"{row.stall_share:.0%}",
+            _mib(row.dram_peak_bytes),
             _mib(row.peak_memory_bytes),
             _mib(row.page_cache_bytes),
             row.binding_stage,

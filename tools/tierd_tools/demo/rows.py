@@ -9,11 +9,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tierd_tools.demo import ssd_counter
 from tierd_tools.demo.memory_cap import MemoryCap, Peak
+from tierd_tools.diagnostics import ask
 from tierd_tools.serving import serve
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Row:
     page_cache_bytes: int | None
     binding_stage: str
     tokens_equal: bool
+    dram_peak_bytes: int | None = None  #: the daemon's own count, to be held against its budget
     first_difference: int | None = None
     reference_gap: float | None = None
     tokens: list[list[int]] = field(default_factory=list)
@@ -128,7 +130,9 @@ def run_tierd(
         )
         commands = [group.command(argv) for _ in range(clients)]
         results = run_workers(commands, setting.work_dir / f"tierd-{clients}.log")
-    return summarise(setting, f"tierd-{clients}", compute, group, results, [reference])
+        dram_peak_bytes = ask(served.socket, "status")["dram"]["peak_bytes"]
+    row = summarise(setting, f"tierd-{clients}", compute, group, results, [reference])
+    return replace(row, dram_peak_bytes=dram_peak_bytes)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -53,19 +53,18 @@ def prompt_ids(vocabulary: int, tokens: int) -> torch.Tensor:
 def load_accelerate(args: argparse.Namespace) -> Any:
     """Accelerate's disk offload: what fits the same DRAM budget stays, the rest is loaded from
     disk before each module's forward and dropped after it."""
-    import torch
     from accelerate import infer_auto_device_map, init_empty_weights, load_checkpoint_and_dispatch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(args.model)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     model.tie_weights()
     device_map = infer_auto_device_map(
         model,
         max_memory={"cpu": args.dram_bytes, "disk": 1 << 50},
         no_split_module_classes=list(model._no_split_modules or []),
-        dtype=torch.bfloat16,
+        dtype=config.dtype,
     )
     return load_checkpoint_and_dispatch(
         model,
@@ -73,16 +72,15 @@ def load_accelerate(args: argparse.Namespace) -> Any:
         device_map=device_map,
         offload_folder=args.offload,
         offload_buffers=False,
-        dtype=torch.bfloat16,
+        dtype=config.dtype,
         force_hooks=True,
     )
 
 
 def load_memory(args: argparse.Namespace) -> Any:
-    import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
 
 
 def load_tierd(args: argparse.Namespace) -> Any:
@@ -95,7 +93,7 @@ LOADERS = {"accelerate": load_accelerate, "memory": load_memory, "tierd": load_t
 
 
 def generate(model: Any, args: argparse.Namespace) -> dict[str, object]:
-    """16 greedy tokens; with `--gaps` also the distance of the two best logits at each of them."""
+    """Greedy tokens; with `--gaps` also the distance of the two best logits at each of them."""
     import torch
 
     clock = TokenClock(Path(args.stat) if args.stat else None)

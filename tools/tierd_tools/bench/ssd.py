@@ -1,8 +1,7 @@
 """Do the daemon's readers, which verify every block, read as fast as fio?
 
 Both sides read one file sequentially with O_DIRECT, blocks of 4 MiB and the same number of threads:
-fio into its own buffers, the readers into an arena of the daemon, with xxh3 of every block. The
-share of time that checksums take is measured by a third side, fio's reads with ours unverified.
+fio into its own buffers, the readers into an arena of the daemon, with xxh3 of every block.
 """
 
 from __future__ import annotations

@@ -84,6 +84,21 @@ def test_a_daemon_answers_as_a_table_and_as_json(
     assert isinstance(json.loads(capsys.readouterr().out), dict)
 
 
+def test_a_reload_that_meets_a_broken_pack_fails_and_says_which(
+    packs: Path, socket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = packs / "broken"
+    broken.mkdir()
+    (broken / "tierd.json").write_text("{")
+    try:
+        assert tierctl.main(["reload", "--socket", socket]) == 1
+        assert "failed broken" in capsys.readouterr().out
+    finally:
+        (broken / "tierd.json").unlink()
+        broken.rmdir()
+    assert tierctl.main(["reload", "--socket", socket]) == 0
+
+
 def test_layers_lists_every_layer_of_a_model(
     socket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

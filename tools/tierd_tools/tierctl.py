@@ -104,6 +104,11 @@ def _ask(arguments: argparse.Namespace) -> render.Reply:
     return ask(arguments.socket, arguments.command, **fields)
 
 
+def _failed(result: Any) -> bool:
+    """Whether a reload met packs that it could not load; everything else raises."""
+    return isinstance(result, dict) and bool(result.get("failed"))
+
+
 def _show(arguments: argparse.Namespace, result: Any) -> None:
     if arguments.json:
         plain = result if isinstance(result, dict) else dataclasses.asdict(result)
@@ -117,8 +122,10 @@ def _show(arguments: argparse.Namespace, result: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
-        _show(arguments, arguments.run(arguments))
+        result = arguments.run(arguments)
+        _show(arguments, result)
         sys.stdout.flush()
+        return FAILURE if _failed(result) else 0
     except BadSetting as error:
         print(f"tierctl: {error}", file=sys.stderr)
         return USAGE
@@ -131,7 +138,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tierctl: interrupted; a pack run resumes where it stopped", file=sys.stderr)
         return FAILURE
-    return 0
 
 
 if __name__ == "__main__":

@@ -69,11 +69,6 @@ class Connection:
         self._loop.add_reader(self._sock.fileno(), self._readable)
         self._loop.add_reader(self.pidfd, self._died)
 
-    @property
-    def drained(self) -> bool:
-        """Nothing that was sent waits for the peer to read it."""
-        return not self._queue
-
     def peer_lives(self) -> bool:
         """Whether the process behind the pidfd still runs."""
         poll = select.poll()

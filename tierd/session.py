@@ -157,7 +157,6 @@ class Session:
                 request,
                 {
                     "model_id": pack.model,
-                    "index": "tierd.json",
                     "files": list(pack.files),
                     "arena": {"arena": arena.arena_id, "span_bytes": arena.span_bytes},
                     "table": {"bytes": slots.nbytes},

@@ -192,11 +192,6 @@ def resolve_socket(
     return _check_socket_path(candidates[-1])
 
 
-def default_socket_path(*, for_listening: bool = False) -> str:
-    """Returns what `resolve_socket` chooses when nobody said anything."""
-    return resolve_socket(None, for_listening=for_listening)
-
-
 def _check_socket_path(path: str) -> str:
     nbytes = len(os.fsencode(path))
     if nbytes > MAX_SOCKET_PATH_BYTES or "\0" in path:

@@ -238,7 +238,7 @@ class FakeDaemon:
             fields = {"version": self.version, "capabilities": ["x"], "pid": os.getpid()}
             fields |= {"daemon_version": "fake", "epoch": self.epoch}
         elif op == "open":
-            fields = {"model_id": 9, "index": "tierd.json", "files": list(FILES)}
+            fields = {"model_id": 9, "files": list(FILES)}
             fields |= {"arena": {"arena": 3, "span_bytes": self.span}}
             fields |= {"table": {"bytes": table_bytes(16, 64)}}
             fds = [os.open(self.pack.folder / name, os.O_RDONLY) for name in FILES]

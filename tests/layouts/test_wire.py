@@ -247,4 +247,4 @@ def test_a_path_that_no_socket_can_have_is_refused(path: str) -> None:
 
 def test_the_default_is_the_rule_without_an_explicit_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "TIERD_SOCKET", "/from/the/environment")
-    assert wire.default_socket_path() == "/from/the/environment"
+    assert wire.resolve_socket(None, for_listening=False) == "/from/the/environment"

@@ -62,6 +62,26 @@ def arithmetic(leases: Any, mode: str = "dense", nbytes: int = 4096) -> Arithmet
     return Arithmetic(leases, Compute(mode), nbytes)
 
 
+@pytest.mark.parametrize("rows", [1, 100])
+def test_dense_is_one_linear_on_the_whole_matrix(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted below torch's own functional, so that no cut into pieces goes unseen."""
+    weight = FakeWeight(torch.randn(5, 6), packed=True)
+    seen: list[tuple[int, ...]] = []
+
+    def linear(x: torch.Tensor, matrix: torch.Tensor, bias: Any) -> torch.Tensor:
+        seen.append(tuple(matrix.shape))
+        return torch._C._nn.linear(x, matrix, bias)
+
+    monkeypatch.setattr(functional, "linear", linear)
+    leases = FakeLeases(weight)
+    with torch.no_grad():
+        arithmetic(leases).linear(STORED, torch.randn(2, rows, 6), None)
+    assert seen == [(5, 6)]
+    assert weight.fused_rows == []
+
+
 @pytest.mark.parametrize("mode", ["dense", "fused"])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("bias", [True, False])

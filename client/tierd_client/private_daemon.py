@@ -91,19 +91,21 @@ class PrivateDaemon:
 
 
 def start(
-    pack: str | os.PathLike[str], dram: str = "auto", *, timeout: float = START_TIMEOUT_S
+    pack: str | os.PathLike[str], dram: str | None = None, *, timeout: float = START_TIMEOUT_S
 ) -> PrivateDaemon:
     """Start a daemon that serves the pack in directory `pack`, and wait until it does.
 
-    dram: its budget, as `tierd --dram` takes it ("4GiB", "auto"). Raises PrivateDaemonFailed with
-    what the daemon wrote to stderr.
+    dram: its budget, as `tierd --dram` takes it ("4GiB", "auto"); None leaves it to $TIERD_DRAM,
+    else half of what is free. Raises PrivateDaemonFailed with what the daemon wrote to stderr.
     """
     folder = _short_folder()
     # Lives as long as the daemon; a pipe would need a thread that reads it.
     log = tempfile.TemporaryFile()  # noqa: SIM115
     # -P: the launcher's folder, full of this package's modules, must not be searched for imports.
     command = [sys.executable, "-P", str(LAUNCHER), str(os.getpid())]
-    command += ["--pack", os.fspath(pack), "--dram", dram]
+    command += ["--pack", os.fspath(pack)]
+    if dram is not None:
+        command += ["--dram", dram]
     command += ["--socket", os.path.join(folder, SOCKET_NAME)]
     try:
         process = subprocess.Popen(

@@ -38,7 +38,7 @@ from tierd.models import Models, scan_for
 from tierd.recovery import Orphans
 from tierd.registry import Registry
 from tierd.server import Listener
-from tierd.session import MAX_OUTSTANDING, Session
+from tierd.session import Session
 from tierd.sizes import format_size
 from tierd.slots import Slots
 from tierd.statistics import Statistics
@@ -70,6 +70,7 @@ class Daemon:
         self.stopping = False
         self.registry = Registry()
         self.sessions: dict[int, Session] = {}  #: those that said hello
+        self.outstanding = 0  #: requests of all sessions that the core has not answered
         self.statistics = Statistics(self)
         self.pool: ReaderPool
         self.slots: Slots
@@ -323,6 +324,7 @@ class Daemon:
         del self.sessions[session.client]
         if self.stopping:
             return
+        session.forget_outstanding()
         for lease in session.leases:
             self.slots.end(lease)
         self.orphans.client_gone(session.client)
@@ -337,7 +339,7 @@ class Daemon:
 
     def lease_possible(self) -> bool:
         """Whether the slot table has room for one more lease beside all that may be granted."""
-        return self.slots.free_leases > len(self.sessions) * MAX_OUTSTANDING
+        return self.slots.free_leases > self.outstanding
 
     def release(self, session: Session, lease: int) -> None:
         self.slots.end(lease)

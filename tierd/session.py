@@ -244,11 +244,21 @@ class Session:
         if len(self._outstanding) >= MAX_OUTSTANDING:
             raise BadRequest(f"{MAX_OUTSTANDING} requests wait already, which is the limit")
         self._outstanding[request] = pack
+        self._daemon.outstanding += 1
+
+    def _answered(self, request: int) -> None:
+        del self._outstanding[request]
+        self._daemon.outstanding -= 1
+
+    def forget_outstanding(self) -> None:
+        """Nobody will answer what still waits."""
+        self._daemon.outstanding -= len(self._outstanding)
+        self._outstanding.clear()
 
     # ------------------------------------------------------------------------------- from the core
 
     def lease_granted(self, grant: Grant) -> None:
-        del self._outstanding[grant.request]
+        self._answered(grant.request)
         self.leases[grant.lease] = grant.key
         self.granted += 1
         self.reply(
@@ -265,15 +275,15 @@ class Session:
         )
 
     def told_later(self, later: Later) -> None:
-        del self._outstanding[later.request]
+        self._answered(later.request)
         self.reply(later.request, {"later": True})
 
     def plan_admitted(self, admit: Admit) -> None:
-        del self._outstanding[admit.request]
+        self._answered(admit.request)
         self.reply(admit.request, {"minimum_bytes": admit.minimum_bytes})
 
     def refused(self, refusal: Refuse) -> None:
-        del self._outstanding[refusal.request]
+        self._answered(refusal.request)
         log.info("%s is refused: %s: %s", self, refusal.code, refusal.text)
         self.refuse(refusal.request, refusal.code, refusal.text)
 
@@ -281,7 +291,7 @@ class Session:
         """Answer everything that still waits, and close when the answers were sent."""
         for request in list(self._outstanding):
             self.refuse(request, ShuttingDown.code, "tierd is shutting down")
-        self._outstanding.clear()
+        self.forget_outstanding()
         self.connection.close_after_sending("tierd is shutting down")
 
     # ------------------------------------------------------------------------------- to the socket

@@ -273,3 +273,16 @@ def test_a_request_id_that_waits_cannot_be_used_again(
         opened.client.receive(77)
     assert caught.value.code == "bad_request"
     assert opened.client.receive(77)["bytes"] == 8 << 20
+
+
+def test_many_clients_that_hold_nothing_take_no_room_in_the_slot_table(
+    start_daemon: Callable[..., RunningDaemon], connect: Connect, models: Path
+) -> None:
+    """What each of 300 clients could ask for at once is more than the table has entries."""
+    write_pack(models / "tiny", 2, LAYER_BYTES)
+    daemon = start_daemon("--models", models, "--dram", "4MiB", "--max-clients", "400")
+    for _ in range(300):
+        connect(daemon)
+    opened = connect(daemon).open("tiny")
+    lease = opened.acquire(1)["lease"]
+    opened.client.call("release", leases=[lease])

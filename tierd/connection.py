@@ -84,7 +84,7 @@ class Connection:
         sent = 0
         if not self._queue:
             sent = self._transmit(frame, fds)
-            if sent == len(frame):
+            if sent == len(frame) or self._last_words:  # all is sent, or the peer is gone
                 return
             self._loop.add_writer(self._sock.fileno(), self._writable)
         rest = memoryview(frame)[sent:]

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from tierd import pack as packs
 from tierd.errors import ModelNotFound, PackInvalid
+from tierd_layouts.errors import NameRefused
 from tierd_layouts.index import INDEX_FILE
+from tierd_layouts.names import check_model_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,7 +53,7 @@ def scan(models: Sequence[Path], single: Sequence[Path], served: Mapping[str, Id
     for root in models:
         try:
             entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-            shown = [path for path in entries if path.joinpath(INDEX_FILE).exists()]
+            shown = [path for path in entries if _may_be_pack(path)]
         except OSError as error:
             found.unreadable[root] = str(error)
             continue
@@ -74,15 +76,28 @@ def scan(models: Sequence[Path], single: Sequence[Path], served: Mapping[str, Id
     return found
 
 
+def _may_be_pack(path: Path) -> bool:
+    """Whether it has an index. A directory that we may not look into could be a pack if its name
+    allows it: loading it says what is wrong. Others, `lost+found` for one, are none."""
+    try:
+        return path.joinpath(INDEX_FILE).exists()
+    except OSError:
+        try:
+            check_model_name(path.name)
+        except NameRefused:
+            return False
+        return True
+
+
 def _place(
     found: Scan, places: dict[str, tuple[Path, Path]], name: str, path: Path, root: Path
 ) -> None:
-    if name in places:
+    if name not in places:
+        places[name] = (path, root)
+    elif path.resolve() != places[name][0].resolve():  # else: only shown twice
         found.failed.setdefault(
             name, f"two packs have the name {name!r}: {places[name][0]} is served, {path} is not"
         )
-    else:
-        places[name] = (path, root)
 
 
 class Registry:

@@ -99,6 +99,25 @@ def test_the_same_name_twice_is_reported_and_the_first_is_served(
     assert "two packs have the name 'twin'" in changes.failed[0][1]
 
 
+def test_a_pack_that_two_settings_show_is_one_pack(registry: Registry, models: Path) -> None:
+    pack = write_pack(models / "shown")
+    changes = look(registry, [models], [pack.path])
+    assert [pack.name for pack in changes.added] == ["shown"]
+    assert changes.failed == []
+
+
+def test_an_entry_that_cannot_be_looked_into_does_not_hide_the_packs_beside_it(
+    registry: Registry, models: Path
+) -> None:
+    write_pack(models / "good")
+    for name in ("lost+found", "locked"):  # a link that no stat gets through, root's neither
+        (models / name).symlink_to("x" * 300)
+    changes = look(registry, [models])
+    assert [pack.name for pack in changes.added] == ["good"]
+    assert str(models) not in dict(changes.failed)
+    assert "lost+found" not in dict(changes.failed)
+
+
 def test_an_unchanged_pack_is_not_opened_again(registry: Registry, models: Path) -> None:
     write_pack(models / "same")
     look(registry, [models])

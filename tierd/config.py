@@ -58,11 +58,17 @@ class Config:
         ]
 
     def check_paths(self) -> None:
-        """Raise ConfigError unless every directory of packs, and every pack, is there."""
+        """Raise ConfigError unless every directory of packs, and every pack, is one."""
         for key in ("models", "packs"):
             for path in self._value(key):
                 if not path.is_dir():
                     raise ConfigError(f"{key}: {str(path)!r} is not a directory{self._from(key)}")
+        for path in self.models:
+            if (path / INDEX_FILE).is_file():
+                raise ConfigError(
+                    f"models: {str(path)!r} is itself a pack: give it with --pack, or the "
+                    f"directory above it{self._from('models')}"
+                )
         for path in self.packs:
             if not (path / INDEX_FILE).is_file():
                 raise ConfigError(

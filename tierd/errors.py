@@ -5,6 +5,7 @@ TierdError                      code internal
     BudgetTooLarge     MemoryError      refused at start, before the first page: exit 1
     ArenaError         OSError          no memory could be obtained
     SocketInUse        OSError          another daemon answers on the socket
+    SocketUnusable     OSError          no socket can be made at the path
     ReadError          OSError          read_failed
         ChecksumMismatch                checksum_mismatch
         ReadCancelled                   shutting_down
@@ -57,6 +58,10 @@ class ArenaError(TierdError, OSError):
 
 class SocketInUse(TierdError, OSError):
     """Another process answers on the socket that this daemon was told to use."""
+
+
+class SocketUnusable(TierdError, OSError):
+    """No socket can be made at the path that was chosen. Names it and what the system says."""
 
 
 class ReadError(TierdError, OSError):

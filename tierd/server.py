@@ -11,7 +11,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from tierd.connection import Connection
-from tierd.errors import SocketInUse
+from tierd.errors import SocketInUse, SocketUnusable
 from tierd_layouts import wire
 
 if TYPE_CHECKING:
@@ -44,9 +44,17 @@ class Listener:
 
     @classmethod
     def bind(cls, path: str, mode: int) -> Listener:
-        """Raises SocketInUse naming the path when another daemon has it, OSError (with the path as
-        its `filename`) when it cannot be made."""
-        lock_fd = _lock(path)
+        """Raises SocketInUse naming the path when another daemon has it, SocketUnusable when it
+        cannot be made."""
+        try:
+            lock_fd = _lock(path)
+        except FileNotFoundError as error:
+            where = os.path.dirname(path) or "."
+            raise SocketUnusable(f"the socket {path}: {error.strerror}: {where}") from error
+        except OSError as error:
+            if isinstance(error, SocketInUse):
+                raise
+            raise SocketUnusable(f"the socket {path}: {error.strerror}: {path}.lock") from error
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             _remove_stale(path)
@@ -61,7 +69,7 @@ class Listener:
             sock.close()
             _unlock(path, lock_fd)
             if isinstance(error, OSError) and not isinstance(error, SocketInUse):
-                raise OSError(error.errno, error.strerror, path) from error
+                raise SocketUnusable(f"the socket {path}: {error.strerror}") from error
             raise
         return cls(sock, path, lock_fd)
 

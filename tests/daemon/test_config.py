@@ -234,4 +234,7 @@ def test_directories_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"packs: '{tmp_path}' is not a pack: it has no tierd"):
         load(["--pack", str(tmp_path), "--socket", "/s"], {}).check_paths()
     (tmp_path / "tierd.json").touch()
-    load(["--pack", str(tmp_path), "--models", str(tmp_path), "--socket", "/s"], {}).check_paths()
+    arguments = ["--pack", str(tmp_path), "--models", str(tmp_path.parent), "--socket", "/s"]
+    load(arguments, {}).check_paths()
+    with pytest.raises(ConfigError, match=f"models: '{tmp_path}' is itself a pack: .*--pack"):
+        load(["--models", str(tmp_path), "--socket", "/s"], {}).check_paths()

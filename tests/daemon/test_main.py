@@ -45,6 +45,17 @@ def test_a_missing_directory_of_packs_is_a_usage_error_that_names_it(tmp_path: P
     assert "nowhere" in done.stderr
 
 
+def test_a_pack_given_as_a_directory_of_packs_is_a_usage_error_that_says_how(
+    models: Path, tmp_path: Path
+) -> None:
+    pack = write_pack(models / "one")
+    done = tierd("--models", pack.path, "--socket", tmp_path / "s", "--check-config")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{str(pack.path)!r} is itself a pack" in done.stderr
+    assert "--pack" in done.stderr
+
+
 def test_check_config_prints_every_value_with_its_source_and_serves_nothing(
     models: Path, tmp_path: Path
 ) -> None:
@@ -73,7 +84,19 @@ def test_a_socket_in_a_missing_directory_is_a_failure_that_names_it(
     path = tmp_path / "gone" / "tierd.sock"
     done = tierd("--models", models, "--dram", "16MiB", "--socket", path)
     assert done.returncode == 1
-    assert str(path) in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert last == f"tierd: the socket {path}: No such file or directory: {path.parent}"
+
+
+def test_a_socket_where_another_file_is_fails_and_keeps_the_file(
+    models: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "notes"
+    path.write_text("mine")
+    done = tierd("--models", models, "--dram", "16MiB", "--socket", path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"tierd: the socket {path}: exists and is no socket"
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -47,6 +47,16 @@ def test_elements_and_samples_come_as_unsigned_bits(tmp_path: Path, checkpoints:
     assert tensor.sample_bits(1 << 20).tolist() == list(range(600))
 
 
+@pytest.mark.parametrize("text", ["", '{"a": ', "[1]", "\x00"])
+def test_a_config_that_is_not_a_json_object_is_refused_before_anything_is_packed(
+    tmp_path: Path, checkpoints: Any, text: str
+) -> None:
+    folder = checkpoints.write(tmp_path / "m", TENSORS)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Checkpoint.open(folder)
+
+
 def test_control_files_are_those_that_are_no_weights(tmp_path: Path, checkpoints: Any) -> None:
     folder = checkpoints.write(tmp_path / "m", TENSORS, shards=2)
     for name in ("merges.txt", "spiece.model", "chat_template.jinja", "vocab.json", "README.md"):

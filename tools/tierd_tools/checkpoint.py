@@ -117,6 +117,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} is a tierd pack already ({PACK_INDEX}); unpack it first")
         if "config.json" not in files:
             raise CheckpointMissing(f"{path} has no config.json: not a Hugging Face model folder")
+        _check_config(path / "config.json")
         weight_map = _weight_map(path, files)
         tensors: dict[str, SourceTensor] = {}
         metadata: dict[str, str] = {}
@@ -175,6 +176,18 @@ def _plain_files(path: Path) -> frozenset[str]:
         raise CheckpointError(f"{path} is not a directory") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def _check_config(path: Path) -> None:
+    """No model can be built from a pack whose config.json is not a JSON object."""
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, not a JSON object")
 
 
 def _weight_map(path: Path, files: frozenset[str]) -> dict[str, str]:

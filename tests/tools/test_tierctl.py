@@ -63,6 +63,29 @@ def test_a_sparsity_outside_its_range_is_usage(
     assert sparsity.rstrip("0").rstrip(".") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("path", ["", "/tmp/" + "s" * 103])
+def test_a_socket_that_cannot_be_a_path_is_usage_as_it_is_for_the_daemon(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tierctl.main(["status", "--socket", path]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert repr(path) in text
+
+
+@pytest.mark.parametrize("command", ["status", "pack"])
+def test_an_interrupt_promises_to_resume_only_where_that_is_so(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tierctl, "_ask", interrupted)
+    monkeypatch.setattr(tierctl, "_pack", interrupted)
+    assert tierctl.main(["pack", "m", "p"] if command == "pack" else [command]) == 1
+    assert ("resumes" in capsys.readouterr().err) == (command == "pack")
+
+
 def test_a_failure_exits_with_1_and_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

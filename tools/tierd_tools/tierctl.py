@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tierd_layouts.errors import FormatError
+from tierd_layouts.errors import FormatError, SocketPathTooLong
 from tierd_tools import render
 from tierd_tools.diagnostics import ask
 from tierd_tools.errors import BadSetting, ToolError
@@ -100,6 +100,8 @@ def _unpack(arguments: argparse.Namespace) -> Any:
 
 
 def _ask(arguments: argparse.Namespace) -> render.Reply:
+    if arguments.socket == "":  # `--socket "$UNSET"` must not end at another daemon
+        raise BadSetting("--socket '' is no path")
     fields = {"model": arguments.model} if arguments.command == "layers" else {}
     return ask(arguments.socket, arguments.command, **fields)
 
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _show(arguments, result)
         sys.stdout.flush()
         return FAILURE if _failed(result) else 0
-    except BadSetting as error:
+    except (BadSetting, SocketPathTooLong) as error:
         print(f"tierctl: {error}", file=sys.stderr)
         return USAGE
     except BrokenPipeError:  # `tierctl ... | head`: nobody wants the rest
@@ -136,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tierctl: {error}", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
-        print("tierctl: interrupted; a pack run resumes where it stopped", file=sys.stderr)
+        resumes = "; a pack run resumes where it stopped" if arguments.command == "pack" else ""
+        print(f"tierctl: interrupted{resumes}", file=sys.stderr)
         return FAILURE
 
 

@@ -43,6 +43,8 @@ def load_model(
     Raises UnsupportedModel with the list of what stands in the way, ModelNotFound, PackInvalid,
     BudgetTooSmall, DaemonGone, PrivateDaemonFailed; ValueError for another `compute`.
     """
+    if compute not in list(Compute):
+        raise ValueError(f"compute {compute!r} is unknown: {', '.join(Compute)}")
     mode = Compute(compute)
     source = open_source(name_or_pack, socket)
     try:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from tierd_layouts import container
+from tierd_layouts.errors import FormatError
 from tierd_tools import pack, progress, random_model, unpack
 from tierd_tools.demo import report, rows
 from tierd_tools.demo.memory_cap import CapUnavailable, MemoryCap
+from tierd_tools.errors import ToolError
 
 SIZES = {"full": random_model.FULL, "small": random_model.SMALL}
 #: Reading takes this many times the compute of one client in the throttled rows.
@@ -34,8 +37,10 @@ def prepare(arguments: argparse.Namespace) -> rows.Setting:
         random_model.write(model_dir, SIZES[arguments.size])
     else:
         model_dir = arguments.model.resolve()
-    pack_dir = work_dir / f"{model_dir.name}-50"
-    pruned_dir = work_dir / f"{model_dir.name}-50-unpacked"
+    # A folder may have any name, a model that is served may not.
+    name = re.sub(r"[^A-Za-z0-9]+", "-", model_dir.name).strip("-")[:80] or "model"
+    pack_dir = work_dir / f"{name}-50"
+    pruned_dir = work_dir / f"{name}-50-unpacked"
     watch = progress.for_stream(sys.stderr)
     pack.pack(model_dir, pack_dir, prune="magnitude", sparsity=0.5, progress=watch)
     shutil.rmtree(pruned_dir, ignore_errors=True)
@@ -134,7 +139,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    result = run(parser().parse_args())
+    try:
+        result = run(parser().parse_args())
+    except (ToolError, FormatError, rows.WorkerFailed) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
     budget = result["dram_budget_bytes"]
     over = [
         row["name"]

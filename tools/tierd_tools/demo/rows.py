@@ -25,6 +25,8 @@ MIB = 1 << 20
 #: What torch and transformers take in a process before any weight, granted to each model process.
 RUNTIME_BYTES = 350 * MIB
 READY_SECONDS = 240
+#: Share of the time; what clients wait below it is the round trips and the jitter of the reads.
+BOUND_STALL = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +252,11 @@ def summarise(
     has_device = ssd_counter.stat_file(setting.work_dir) is not None
     stall = None
     if name != "accelerate":
-        busy_ns = sum(result["at_ns"][-1] - result["began_ns"] for result in results)
-        stall = sum(result["waited_ns"] for result in results) / busy_ns
+        passed_ns, waited_ns = (
+            sum(result[key][-1] - result[key][0] for result in results)
+            for key in ("at_ns", "waited_ns")
+        )
+        stall = waited_ns / passed_ns
     tokens, reference_gaps = references[0]
     different = [
         position
@@ -282,8 +287,9 @@ def summarise(
 
 
 def binding_stage(stall_share: float | None) -> str:
-    """Which stage the row waits for: a client that waits for layers more than it computes is bound
-    by the SSD. Accelerate does not overlap its stages: both count in full."""
+    """Which stage the row waits for. tierd reads while it computes, so a token takes as long as the
+    longer of the two, and clients wait for layers only where that is the reading. Accelerate does
+    not overlap its stages: all count in full."""
     if stall_share is None:
         return "ssd + copy + compute, one after the other"
-    return "ssd" if stall_share > 0.5 else "compute"
+    return "ssd" if stall_share > BOUND_STALL else "compute"

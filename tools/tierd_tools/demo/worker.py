@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 
 
 class TokenClock:
-    """A `generate` streamer that notes when each token came and what the device had read."""
+    """A `generate` streamer that notes when each token came, what the device had read, and how long
+    the model had waited for layers."""
 
-    def __init__(self, stat: Path | None) -> None:
+    def __init__(self, stat: Path | None, model: Any) -> None:
         self._stat = stat
+        self._model = model
         self._prompt_seen = False
         self.tokens: list[int] = []
         self.at_ns: list[int] = []
         self.ssd_bytes: list[int] = []
+        self.waited_ns: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         if not self._prompt_seen:  # transformers hands over the prompt first
@@ -36,6 +39,7 @@ class TokenClock:
             return
         self.at_ns.append(time.monotonic_ns())
         self.ssd_bytes.append(ssd_counter.read_bytes(self._stat) if self._stat else 0)
+        self.waited_ns.append(_waited_ns(self._model))
         self.tokens.extend(int(token) for token in value.flatten())
 
     def end(self) -> None:
@@ -96,9 +100,8 @@ def generate(model: Any, args: argparse.Namespace) -> dict[str, object]:
     """Greedy tokens; with `--gaps` also the distance of the two best logits at each of them."""
     import torch
 
-    clock = TokenClock(Path(args.stat) if args.stat else None)
+    clock = TokenClock(Path(args.stat) if args.stat else None, model)
     ids = prompt_ids(model.config.vocab_size, args.prompt_tokens)
-    waited_ns, began_ns = _waited_ns(model), time.monotonic_ns()
     with torch.inference_mode():
         out = model.generate(
             ids,
@@ -113,10 +116,9 @@ def generate(model: Any, args: argparse.Namespace) -> dict[str, object]:
         )
     result: dict[str, object] = {
         "tokens": clock.tokens,
-        "began_ns": began_ns,
         "at_ns": clock.at_ns,
         "ssd_bytes": clock.ssd_bytes,
-        "waited_ns": _waited_ns(model) - waited_ns,
+        "waited_ns": clock.waited_ns,
     }
     if args.gaps:
         best = [torch.topk(step[0].float(), 2).values for step in out.logits]

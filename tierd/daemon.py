@@ -230,6 +230,9 @@ class Daemon:
         text = f"{len(self.registry.served)} models, DRAM budget {budget}"
         sdnotify.notify(f"READY=1\nMAINPID={self.pid}\nSTATUS={text}", environ=os.environ)
         log.info("ready after %.3f s: %s", seconds, text)
+        if not self.registry.served:
+            places = ", ".join(str(path) for path in (*self.config.models, *self.config.packs))
+            log.warning("nothing is served yet: no sound pack in %s; see `tierctl reload`", places)
         Watchdog(loop, self.engine, self.pool, self.config.readers).start()
         # Modules and indices live as long as the daemon: no collection has to walk them again.
         gc.freeze()

@@ -66,6 +66,14 @@ def test_check_config_prints_every_value_with_its_source_and_serves_nothing(
     assert not (tmp_path / "s").exists()
 
 
+def test_a_daemon_without_a_pack_starts_and_says_where_it_looked(
+    start_daemon: Callable[..., RunningDaemon], models: Path
+) -> None:
+    daemon = start_daemon("--models", models, "--dram", "16MiB")
+    wait_until(lambda: "nothing is served yet" in daemon.log_text(), "the warning")
+    assert f"no sound pack in {models};" in daemon.log_text()
+
+
 def test_a_budget_above_what_is_free_is_refused_with_both_numbers(
     models: Path, tmp_path: Path
 ) -> None:

@@ -155,6 +155,12 @@ class Connection:
                     return
         except FormatError as error:
             self.reject(f"sent what is no frame: {error}")
+            return
+        # A peer that closes with replies unread is an error of the socket. uvloop tells of it once
+        # and watches no longer, although what was received before it came first.
+        failed = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if failed:
+            self.close(f"cannot be read: {os.strerror(failed)}")
 
     def _writable(self) -> None:
         while self._queue:

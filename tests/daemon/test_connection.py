@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import select
+import signal
 import socket
 from typing import TYPE_CHECKING, Any, cast
 
+from tests.daemon.conftest import wait_until, write_pack
 from tierd.connection import Connection
+from tierd_layouts.wire import encode
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.daemon.conftest import RawClient, RunningDaemon
 
 
 class Loop:
@@ -53,3 +61,21 @@ def test_an_answer_to_a_peer_that_is_gone_waits_for_nothing() -> None:
     close(*arguments)
     assert connection.closed
     assert "cannot be written" in owner.reason
+
+
+def test_a_peer_that_closes_with_replies_unread_and_requests_underway_holds_nothing(
+    start_daemon: Callable[..., RunningDaemon], connect: Callable[..., RawClient], models: Path
+) -> None:
+    """Such a close is an error of the socket, of which uvloop tells once, with data before it."""
+    write_pack(models / "tiny", 2)
+    daemon = start_daemon("--models", models, "--dram", "4MiB")
+    client = connect(daemon)
+    client.open("tiny").acquire(0)
+    client.send("status")
+    select.select([client.sock], [], [])  # the reply is there, and stays unread
+    daemon.process.send_signal(signal.SIGSTOP)
+    client.sock.sendall(encode({"id": 0, "op": "release", "leases": []}))  # has no reply
+    client.sock.close()
+    daemon.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: daemon.status()["clients"] == 0, "the client is gone", 5)
+    assert daemon.status()["dram"]["leased_bytes"] == 0

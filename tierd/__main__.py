@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.check_config:
         for row in config.effective():
             print(f"{row['key']} = {row['value']!r}  # {row['source']}")
+        print("# The budget is compared with free memory, and the socket made, when tierd starts.")
         return 0
     logging.basicConfig(
         stream=sys.stderr,

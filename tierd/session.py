@@ -25,6 +25,7 @@ from tierd.errors import (
 )
 from tierd.io.process import start_time
 from tierd_layouts import wire
+from tierd_layouts.errors import FrameTooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 MAX_OUTSTANDING = 256  # plans and acquires that wait for the core
 MAX_LEASES = 1024  # held at once
 MAX_LOOKAHEAD = MAX_LEASES
+MAX_PLAN_USES = (
+    16  # of each layer, on average: the core walks a plan while layers of it are missing
+)
 MAX_REQUEST_ID = (1 << 63) - 1
 MAX_NAME = 256
 
@@ -179,8 +183,12 @@ class Session:
         if type(cyclic) is not bool:
             raise BadRequest(f"plan: cyclic is {cyclic!r:.40}, expected true or false")
         lookahead = _number(message, "lookahead", 0, MAX_LOOKAHEAD, default=1)
-        if not order:
-            raise BadRequest("plan: order is empty")
+        longest = MAX_PLAN_USES * len(pack.keys)
+        if not 0 < len(order) <= longest:
+            raise BadRequest(
+                f"plan: the order has {len(order)} layers, expected 1 to {longest} "
+                f"({MAX_PLAN_USES} times those of model {pack.name!r})"
+            )
         self._wait_for_core(request, pack)
         self._daemon.engine.submit(
             Plan(
@@ -297,8 +305,12 @@ class Session:
     # ------------------------------------------------------------------------------- to the socket
 
     def reply(self, request: int, fields: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        if request:
+        if not request:
+            return
+        try:
             self.connection.send({"id": request, "ok": True, **fields}, fds)
+        except FrameTooLarge as error:
+            self.refuse(request, wire.ErrorCode.INTERNAL, f"the answer is too long: {error}")
 
     def refuse(self, request: int, code: str, text: str) -> None:
         if request:

@@ -8,9 +8,17 @@ import threading
 from typing import TYPE_CHECKING, Any, Self
 
 from tierd_client.connection import Connection, leases_of_the_dead
-from tierd_client.errors import LeaseLost, ProtocolBroken, VersionMismatch, ViewStillAlive
+from tierd_client.errors import (
+    LeaseLost,
+    ModelNotFound,
+    ProtocolBroken,
+    VersionMismatch,
+    ViewStillAlive,
+)
 from tierd_client.opened import OpenedModel
 from tierd_client.statistics import ClientStatistics, Counters
+from tierd_layouts.errors import NameRefused
+from tierd_layouts.names import check_model_name
 from tierd_layouts.wire import PROTOCOL_VERSION, resolve_socket
 
 if TYPE_CHECKING:
@@ -61,6 +69,10 @@ class Client:
         Raises ModelNotFound, AccessDenied, PackInvalid, DaemonGone.
         """
         self._connection.check()
+        try:
+            check_model_name(model)
+        except NameRefused as error:
+            raise ModelNotFound(f"no model can have that name: {error}", "not_found") from error
         with self._opening:
             opened = self._opened.get(model)
             if opened is None or opened.closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from contextlib import contextmanager
@@ -52,9 +53,16 @@ def pack_directory(name_or_pack: str | os.PathLike[str]) -> Path | None:
     Raises PackInvalid for a path that is no pack: a model name has no separator in it.
     """
     path = Path(name_or_pack)
-    if (path / INDEX_FILE).is_file():
-        return path.resolve()
     text = os.fspath(name_or_pack)
+    try:
+        if (path / INDEX_FILE).is_file():
+            return path.resolve()
+    except ValueError:  # characters that no path can have: refused as a name
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise
     if path.is_dir() or os.sep in text or isinstance(name_or_pack, os.PathLike):
         raise PackInvalid(f"{text}: no pack there, it has no {INDEX_FILE}", "pack_invalid")
     return None

@@ -115,6 +115,15 @@ def test_what_is_not_there_is_named_by_the_daemon(client: Client) -> None:
         opened.connection.call("acquire", model_id=opened.model_id, layer=99, ahead=False)
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "..", "nul\0", "\ud800", "x" * 5000])
+def test_a_name_that_no_model_can_have_is_not_found_and_costs_nothing(
+    client: Client, name: str
+) -> None:
+    with pytest.raises(ModelNotFound, match="no model can have that name"):
+        client.open(name)
+    assert client.open("tiny").name == "tiny"
+
+
 def test_threads_share_one_client_and_one_arena(client: Client, pack: TinyPack) -> None:
     client.open("tiny").plan(LAYERS)
     wrong: list[object] = []

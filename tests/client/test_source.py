@@ -35,6 +35,11 @@ def test_a_path_without_an_index_is_refused_and_not_taken_for_a_name(
         pack_directory(kind(tmp_path / "llama"))
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "nul\0", "\ud800"])
+def test_what_no_path_can_be_is_taken_for_a_name(name: str) -> None:
+    assert pack_directory(name) is None
+
+
 def test_a_damaged_index_is_named_before_anything_is_started(tmp_path: Path) -> None:
     folder = make_pack(tmp_path / "llama")
     with pytest.raises(PackInvalid, match=str(folder)):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -16,6 +17,8 @@ from tests.daemon.conftest import (
     wait_until,
     write_pack,
 )
+from tierd.session import Session
+from tierd_layouts import wire
 from tierd_layouts.index import PackIndex
 from tierd_layouts.slot_table import SlotState
 from tierd_layouts.wire import encode
@@ -222,6 +225,7 @@ def test_more_than_the_budget_ahead_is_answered_later_and_refused_when_demanded(
         ("acquire", {"layer": "0"}, "bad_request"),
         ("acquire", {"layer": 0, "ahead": 1}, "bad_request"),
         ("plan", {"order": []}, "bad_request"),
+        ("plan", {"order": [0] * (16 * LAYERS + 1)}, "bad_request"),
         ("plan", {"order": [0, LAYERS]}, "bad_request"),
         ("plan", {"order": [0], "lookahead": -1}, "bad_request"),
         ("plan", {"order": [0], "cyclic": "yes"}, "bad_request"),
@@ -286,3 +290,19 @@ def test_many_clients_that_hold_nothing_take_no_room_in_the_slot_table(
     opened = connect(daemon).open("tiny")
     lease = opened.acquire(1)["lease"]
     opened.client.call("release", leases=[lease])
+
+
+def test_an_answer_that_no_frame_can_hold_becomes_an_error() -> None:
+    sent: list[dict[str, Any]] = []
+
+    def send(message: dict[str, Any], fds: object = ()) -> None:
+        wire.encode(message)
+        sent.append(message)
+
+    connection = SimpleNamespace(send=send, peer=SimpleNamespace(pid=1))
+    session = Session(cast("Any", None), cast("Any", connection), client=1)
+    session.reply(7, {"layers": ["x" * 1024] * 5000})
+    (reply,) = sent
+    assert reply["id"] == 7
+    assert reply["error"]["code"] == "internal"
+    assert str(wire.MAX_REPLY_BYTES) in reply["error"]["text"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tierd_layouts.errors import FormatError, SocketPathTooLong
+from tierd_layouts.names import check_model_name
 from tierd_tools import render
 from tierd_tools.diagnostics import ask
 from tierd_tools.errors import BadSetting, ToolError
@@ -102,7 +103,7 @@ def _unpack(arguments: argparse.Namespace) -> Any:
 def _ask(arguments: argparse.Namespace) -> render.Reply:
     if arguments.socket == "":  # `--socket "$UNSET"` must not end at another daemon
         raise BadSetting("--socket '' is no path")
-    fields = {"model": arguments.model} if arguments.command == "layers" else {}
+    fields = {"model": check_model_name(arguments.model)} if arguments.command == "layers" else {}
     return ask(arguments.socket, arguments.command, **fields)
 
 

@@ -31,7 +31,7 @@ def run() -> list[Row]:
                 invert=True,
             )
         )
-    return [*judged, *_bytes(result, rows), *_throughput(result)]
+    return [*judged, *_bytes(result, rows), *_throughput(result, uncapped)]
 
 
 def _bytes(result: dict[str, Any], rows: dict[tuple[str, str], dict[str, Any]]) -> list[Row]:
@@ -52,7 +52,7 @@ def _bytes(result: dict[str, Any], rows: dict[tuple[str, str], dict[str, Any]]) 
     ]
 
 
-def _throughput(result: dict[str, Any]) -> list[Row]:
+def _throughput(result: dict[str, Any], uncapped: str | None) -> list[Row]:
     slow = result["throttled"]
     one, two = slow["rows"]
     fast = [row for row in result["rows"] if row["compute"] == "fused"]
@@ -63,6 +63,7 @@ def _throughput(result: dict[str, Any]) -> list[Row]:
             theirs=one["tokens_per_second"],
             unit="tokens/s",
             at_least=1.3,
+            not_applicable=uncapped,
         ),
         Row(
             row="two clients against one, SSD not throttled",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 
 
-def as_json(setting: Setting, rows: list[Row], throttled: dict[str, Any]) -> dict[str, Any]:
+def as_json(setting: Setting, rows: list[Row], throttled: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "cap_bytes": setting.cap_bytes,
         "cap_enforced": setting.cap_enforced,

@@ -6,10 +6,11 @@ Only form is judged here; whether the numbers can be true is `index_rules`.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from tierd_layouts import strict_json
 from tierd_layouts.errors import (
     FieldInvalid,
     FieldMissing,
@@ -246,25 +247,8 @@ def _write_tensor(tensor: Tensor) -> dict[str, Any]:
 
 
 def _parse(text: bytes, where: str) -> dict[str, Any]:
-    def refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"member {excerpt(twice)} appears twice")
-        return found
-
-    def refuse_number(literal: str) -> NoReturn:
-        # Fractions have more than one text, so the canonical form would not be unique.
-        raise ValueError(f"number {literal[:40]} is not an integer")
-
     try:
-        value = json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=refuse_duplicates,
-            parse_float=refuse_number,
-            parse_constant=refuse_number,
-        )
+        value = strict_json.parse(text)
     except (ValueError, RecursionError) as error:  # both Unicode and JSON errors are ValueErrors
         raise IndexNotJson(f"{where}: not an index: {str(error)[:200]}") from error
     if not isinstance(value, dict):

@@ -12,8 +12,9 @@ import os
 import struct
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from tierd_layouts import strict_json
 from tierd_layouts.dtypes import ITEM_BYTES
 from tierd_layouts.errors import (
     DataHoles,
@@ -156,22 +157,8 @@ def _read_exactly(fd: int, nbytes: int, offset: int, where: str) -> bytes:
 
 
 def _parse_json(text: bytes, where: str) -> dict[str, object]:
-    def refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name appears twice")
-        return found
-
-    def refuse_number(literal: str) -> NoReturn:
-        raise ValueError(f"number {literal[:40]} is not an integer")
-
     try:
-        members = json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=refuse_duplicates,
-            parse_float=refuse_number,
-            parse_constant=refuse_number,
-        )
+        members = strict_json.parse(text)
     except (ValueError, RecursionError) as error:
         raise HeaderNotJson(f"{where}: the header is not JSON: {str(error)[:200]}") from error
     # The crate demands `{` as the first byte, so that a file is never also something else.

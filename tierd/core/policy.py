@@ -89,7 +89,7 @@ class Policy:
         chosen: dict[int, Victim] = {}
         gone: dict[tuple[int, int], int] = {}
         while shortfall > 0:
-            victim = self._furthest(chosen, now_ns)
+            victim = self._furthest(chosen)
             if victim is None or (needed_due is not None and victim.due <= needed_due):
                 return None
             victim = self._passing_instead(victim, chosen, needed_due, now_ns)
@@ -103,12 +103,12 @@ class Policy:
 
     def victim(self, needed_due: int | None, now_ns: int) -> Victim | None:
         """One resident to evict for its slot number alone; `needed_due` as in `victims`."""
-        victim = self._furthest({}, now_ns)
+        victim = self._furthest({})
         if victim is None or (needed_due is not None and victim.due <= needed_due):
             return None
         return self._passing_instead(victim, {}, needed_due, now_ns)
 
-    def _furthest(self, chosen: dict[int, Victim], now_ns: int) -> Victim | None:
+    def _furthest(self, chosen: dict[int, Victim]) -> Victim | None:
         """The evictable slot with the furthest next use; shared granules go last."""
         for slot in self._unplanned.values():
             if slot.evictable and slot.id not in chosen:

@@ -99,7 +99,7 @@ def snapshot_of(books: Books) -> Snapshot:
         Counters(**books.count),
         tuple(_client_snapshot(books, client) for client in books.clients.values()),
         {
-            model.id: tuple(_layer_snapshot(books, model, i) for i in range(len(model.slots)))
+            model.id: tuple(_layer_snapshot(model, i) for i in range(len(model.slots)))
             for model in books.models.values()
         },
     )  # fmt: skip
@@ -122,7 +122,7 @@ def _client_snapshot(books: Books, client: Client) -> ClientSnapshot:
     )
 
 
-def _layer_snapshot(books: Books, model: ModelState, layer: int) -> LayerSnapshot:
+def _layer_snapshot(model: ModelState, layer: int) -> LayerSnapshot:
     slot = model.slots[layer]
     distances = [plan.distance(layer) for plan in model.plans.values()]
     next_use = min((steps for steps in distances if steps is not None), default=None)

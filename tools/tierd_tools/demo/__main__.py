@@ -99,7 +99,7 @@ def throttled(
         rows.run_tierd(setting, clients, "fused", reference, ssd_bandwidth=bandwidth)
         for clients in (1, 2)
     ]
-    report.print_table(setting, pair, f"SSD throttled to {bandwidth / 1e6:.0f} MB/s")
+    report.print_table(pair, f"SSD throttled to {bandwidth / 1e6:.0f} MB/s")
     unthrottled = [row for row in table if row.compute == "fused"]
     return {
         "ssd_bandwidth": bandwidth,
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     table, slow = compare(setting, with_throttled=arguments.size == "full")
     capped = "" if setting.cap_enforced else " (cap NOT enforced)"
     cap = f"{setting.cap_bytes >> 20} MiB + 350 MiB per model process{capped}"
-    report.print_table(setting, table, f"cap {cap}, DRAM {setting.dram_budget_bytes >> 20} MiB")
+    report.print_table(table, f"cap {cap}, DRAM {setting.dram_budget_bytes >> 20} MiB")
     result = report.as_json(setting, table, slow)
     report.write_json(arguments.json, result)
     accelerate, fused = table[0], next(r for r in table if r.compute == "fused")

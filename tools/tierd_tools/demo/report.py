@@ -42,7 +42,7 @@ def _mib(nbytes: int | None) -> str:
     return "-" if nbytes is None else f"{nbytes / MIB:,.0f}"
 
 
-def print_table(setting: Setting, rows: list[Row], title: str) -> None:
+def print_table(rows: list[Row], title: str) -> None:
     table = Table(title=title)
     for heading in (
         *("row", "compute", "clients", "s/token", "tokens/s", "SSD MiB/token", "stall"),

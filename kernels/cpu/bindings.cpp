@@ -60,6 +60,8 @@ Packed packed(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t
            std::to_string(tiles * kTile) + " and " + std::to_string(tiles + 1));
   }
   Packed m{};
+  m.codec = Codec::kRaw;
+  m.dtype = sizeof(Element) == 4 ? Dtype::kF32 : Dtype::kBF16;
   m.bitmap = bitmap.data();
   m.offsets = offsets.data();
   m.values = reinterpret_cast<const uint8_t*>(values.data());
@@ -96,7 +98,7 @@ class Faults {
       case Fault::kRunPastEnd:
         refuse(where + ": " + run + " pass the end of values, which has " +
                std::to_string(m.values_bytes) + " bytes");
-      case Fault::kPopcount:
+      case Fault::kRunLength:
         refuse(where + ": " + run + " do not fit the number of set bits in its bitmap");
       default:
         refuse(where + ": bitmap has bits outside the matrix of " + std::to_string(m.rows) +
@@ -148,12 +150,7 @@ void expand(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 
           Job& j = *static_cast<Job*>(context);
           Element* to = j.out + uint64_t{index} * kTile * j.m.cols;
           uint64_t tile = 0;
-          Fault fault;
-          if constexpr (sizeof(Element) == 2) {
-            fault = j.kernels.expand16(j.m, j.first + index, to, j.m.cols, j.streaming, &tile);
-          } else {
-            fault = j.kernels.expand32(j.m, j.first + index, to, j.m.cols, j.streaming, &tile);
-          }
+          const Fault fault = j.kernels.expand(j.m, j.first + index, to, j.m.cols, j.streaming, &tile);
           j.faults.report(fault, tile);
         },
         &job);
@@ -183,7 +180,6 @@ void linear(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 
   struct Job {
     const Kernels& kernels;
     Packed m;
-    Dtype dtype;
     const float* prepared;
     uint32_t tokens;
     float* out;
@@ -196,12 +192,11 @@ void linear(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 
     refuse("x has " + std::to_string(x.shape(0)) + " tokens and out " +
            std::to_string(out.shape(0)));
   }
-  const Dtype dtype = sizeof(Element) == 4 ? Dtype::kF32 : f16 ? Dtype::kF16 : Dtype::kBF16;
   Job job{kernels, packed<Element>(bitmap, offsets, values, tiles_over(rows), cols),
-          dtype,   nullptr,
-          0,       nullptr,
-          {}};
+          nullptr, 0,
+          nullptr, {}};
   job.m.rows = rows;
+  if (f16) job.m.dtype = Dtype::kF16;
   const uint64_t columns = uint64_t{job.m.tile_cols} * kTile;
   {
     nb::gil_scoped_release released;
@@ -213,7 +208,7 @@ void linear(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 
       job.prepared = prepared;
       for (uint32_t token = 0; token < job.tokens; token += kTokenBlock) {
         const uint32_t tokens = job.tokens - token < kTokenBlock ? job.tokens - token : kTokenBlock;
-        kernels.prepare(dtype, x.data() + (first + token) * cols, tokens, cols,
+        kernels.prepare(job.m, x.data() + (first + token) * cols, tokens,
                         prepared + token * columns);
       }
       parallel_for(
@@ -225,7 +220,7 @@ void linear(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 
               const uint32_t left = j.tokens - token;
               uint64_t tile = 0;
               const Fault fault = j.kernels.linear(
-                  j.m, j.dtype, tile_row, j.prepared + token * columns,
+                  j.m, tile_row, j.prepared + token * columns,
                   left < kTokenBlock ? left : kTokenBlock, j.out + uint64_t{token} * j.m.rows,
                   j.m.rows, &tile);
               j.faults.report(fault, tile);

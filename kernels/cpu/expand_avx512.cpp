@@ -76,8 +76,9 @@ void expand_tiles(const uint64_t* words, const uint8_t* const* runs, typename Ro
 }
 
 template <bool streaming, typename Row>
-Fault expand(const Packed& m, uint32_t tile_row, typename Row::Element* out, uint64_t stride,
-             uint64_t* tile) {
+Fault expand_rows(const Packed& m, uint32_t tile_row, void* rows_out, uint64_t stride,
+                  uint64_t* tile) {
+  typename Row::Element* out = static_cast<typename Row::Element*>(rows_out);
   RunCopy copies[kTogether];
   const uint8_t* runs[kTogether];
   const uint32_t rows = rows_of(m, tile_row);
@@ -114,16 +115,15 @@ Fault expand(const Packed& m, uint32_t tile_row, typename Row::Element* out, uin
 
 }  // namespace
 
-Fault expand16(const Packed& m, uint32_t tile_row, uint16_t* out, uint64_t stride, bool streaming,
-               uint64_t* tile) {
-  return streaming ? expand<true, Row16>(m, tile_row, out, stride, tile)
-                   : expand<false, Row16>(m, tile_row, out, stride, tile);
-}
-
-Fault expand32(const Packed& m, uint32_t tile_row, uint32_t* out, uint64_t stride, bool streaming,
-               uint64_t* tile) {
-  return streaming ? expand<true, Row32>(m, tile_row, out, stride, tile)
-                   : expand<false, Row32>(m, tile_row, out, stride, tile);
+Fault expand(const Packed& m, uint32_t tile_row, void* out, uint64_t stride, bool streaming,
+             uint64_t* tile) {
+  if (m.codec != Codec::kRaw) return kPlain.expand(m, tile_row, out, stride, streaming, tile);
+  if (m.item_bytes == 2) {
+    return streaming ? expand_rows<true, Row16>(m, tile_row, out, stride, tile)
+                     : expand_rows<false, Row16>(m, tile_row, out, stride, tile);
+  }
+  return streaming ? expand_rows<true, Row32>(m, tile_row, out, stride, tile)
+                   : expand_rows<false, Row32>(m, tile_row, out, stride, tile);
 }
 
 }  // namespace avx512

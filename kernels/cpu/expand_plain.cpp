@@ -6,7 +6,7 @@ namespace plain {
 namespace {
 
 template <typename Element>
-Fault expand(const Packed& m, uint32_t tile_row, Element* out, uint64_t stride, uint64_t* tile) {
+Fault expand_elements(const Packed& m, uint32_t tile_row, Element* out, uint64_t stride, uint64_t* tile) {
   const uint32_t rows = rows_of(m, tile_row);
   for (uint32_t tile_col = 0; tile_col < m.tile_cols; ++tile_col) {
     const uint64_t number = uint64_t{tile_row} * m.tile_cols + tile_col;
@@ -26,14 +26,10 @@ Fault expand(const Packed& m, uint32_t tile_row, Element* out, uint64_t stride, 
 
 }  // namespace
 
-Fault expand16(const Packed& m, uint32_t tile_row, uint16_t* out, uint64_t stride,
-               bool, uint64_t* tile) {
-  return expand(m, tile_row, out, stride, tile);
-}
-
-Fault expand32(const Packed& m, uint32_t tile_row, uint32_t* out, uint64_t stride,
-               bool, uint64_t* tile) {
-  return expand(m, tile_row, out, stride, tile);
+Fault expand(const Packed& m, uint32_t tile_row, void* out, uint64_t stride, bool, uint64_t* tile) {
+  return m.item_bytes == 2
+             ? expand_elements(m, tile_row, static_cast<uint16_t*>(out), stride, tile)
+             : expand_elements(m, tile_row, static_cast<uint32_t*>(out), stride, tile);
 }
 
 }  // namespace plain

@@ -134,9 +134,12 @@ Fault product(const Packed& m, uint32_t tile_row, const float* prepared, uint32_
   return Fault::kNone;
 }
 
-Fault linear(const Packed& m, Dtype dtype, uint32_t tile_row, const float* prepared,
-             uint32_t tokens, float* out, uint64_t stride, uint64_t* tile) {
-  switch (dtype) {
+Fault linear(const Packed& m, uint32_t tile_row, const float* prepared, uint32_t tokens,
+             float* out, uint64_t stride, uint64_t* tile) {
+  if (m.codec != Codec::kRaw) {
+    return kPlain.linear(m, tile_row, prepared, tokens, out, stride, tile);
+  }
+  switch (m.dtype) {
     case Dtype::kBF16:
       return product<Dtype::kBF16>(m, tile_row, prepared, tokens, out, stride, tile);
     case Dtype::kF16:
@@ -146,7 +149,10 @@ Fault linear(const Packed& m, Dtype dtype, uint32_t tile_row, const float* prepa
   }
 }
 
-void prepare(Dtype dtype, const void* x, uint32_t tokens, uint32_t cols, float* prepared) {
+void prepare(const Packed& m, const void* x, uint32_t tokens, float* prepared) {
+  if (m.codec != Codec::kRaw) return kPlain.prepare(m, x, tokens, prepared);
+  const Dtype dtype = m.dtype;
+  const uint32_t cols = m.cols;
   const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (uint32_t first = 0; first < cols; first += kTile) {
     const uint32_t left = cols - first;
@@ -182,8 +188,7 @@ void prepare(Dtype dtype, const void* x, uint32_t tokens, uint32_t cols, float* 
 }  // namespace avx512
 
 extern const Kernels kAvx512 = {
-    "avx512",          avx512_supported, avx512::expand16,
-    avx512::expand32, avx512::prepare,  avx512::linear,
+    "avx512", avx512_supported, avx512::expand, avx512::prepare, avx512::linear,
 };
 
 }  // namespace tierd

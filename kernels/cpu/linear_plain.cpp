@@ -38,8 +38,10 @@ inline float to_float(Dtype dtype, const uint8_t* bits) {
   return dtype == Dtype::kBF16 ? from_bf16(half) : from_f16(half);
 }
 
-void prepare(Dtype dtype, const void* x, uint32_t tokens, uint32_t cols, float* prepared) {
-  const size_t item = dtype == Dtype::kF32 ? 4 : 2;
+void prepare(const Packed& m, const void* x, uint32_t tokens, float* prepared) {
+  const Dtype dtype = m.dtype;
+  const uint32_t cols = m.cols;
+  const size_t item = m.item_bytes;
   const uint8_t* bytes = static_cast<const uint8_t*>(x);
   for (uint32_t first = 0; first < cols; first += kTile) {
     for (uint32_t token = 0; token < tokens; ++token, prepared += kTile) {
@@ -53,8 +55,9 @@ void prepare(Dtype dtype, const void* x, uint32_t tokens, uint32_t cols, float* 
 }
 
 // Every zero of the tile is multiplied too: 0 * inf and 0 * NaN are NaN, as in the dense product.
-Fault linear(const Packed& m, Dtype dtype, uint32_t tile_row, const float* prepared,
-             uint32_t tokens, float* out, uint64_t stride, uint64_t* tile) {
+Fault linear(const Packed& m, uint32_t tile_row, const float* prepared, uint32_t tokens,
+             float* out, uint64_t stride, uint64_t* tile) {
+  const Dtype dtype = m.dtype;
   float sums[kTile][kTokenBlock][kLanes];
   float weights[kTile];
   const uint32_t rows = rows_of(m, tile_row);
@@ -99,7 +102,7 @@ Fault linear(const Packed& m, Dtype dtype, uint32_t tile_row, const float* prepa
 }  // namespace plain
 
 extern const Kernels kPlain = {
-    "plain", plain_supported, plain::expand16, plain::expand32, plain::prepare, plain::linear,
+    "plain", plain_supported, plain::expand, plain::prepare, plain::linear,
 };
 
 }  // namespace tierd

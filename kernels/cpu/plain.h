@@ -8,10 +8,8 @@
 namespace tierd {
 namespace plain {
 
-Fault expand16(const Packed&, uint32_t tile_row, uint16_t* out, uint64_t stride,
-               bool streaming, uint64_t* tile);
-Fault expand32(const Packed&, uint32_t tile_row, uint32_t* out, uint64_t stride,
-               bool streaming, uint64_t* tile);
+Fault expand(const Packed&, uint32_t tile_row, void* out, uint64_t stride, bool streaming,
+             uint64_t* tile);
 
 namespace {
 

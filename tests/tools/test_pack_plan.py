@@ -79,6 +79,8 @@ def test_a_shard_ends_before_it_gets_too_large(
         (True, "model.layers.0.mlp.up_proj.weight", "BF16", (4, 4)),
         (True, "transformer.h.11.attn.c_attn.weight", "F32", (2, 4)),
         (True, "model.layers.0.mlp.experts.3.w1.weight", "F16", (4, 4)),
+        (False, "model.layers.0.mlp.gate.weight", "BF16", (4, 4)),
+        (False, "model.layers.0.block_sparse_moe.router.layer.weight", "BF16", (4, 4)),
         (False, "model.layers.0.mlp.up_proj.bias", "BF16", (4, 4)),
         (False, "model.layers.0.mlp.up_proj.weight", "BF16", (16,)),
         (False, "model.layers.0.mlp.experts.weight", "BF16", (1, 4, 4)),

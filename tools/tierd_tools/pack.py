@@ -42,7 +42,7 @@ from tierd_tools.pack_staging import (
     size_text,
 )
 from tierd_tools.progress import Progress, SilentProgress
-from tierd_tools.prune import check_sparsity
+from tierd_tools.sparsity import check_sparsity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,6 +15,7 @@ import xxhash
 
 from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
 from tierd_layouts.names import layer_of
+from tierd_tools.sparsity import is_linear, is_numbered, is_router
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -27,8 +28,6 @@ SHARD_BYTES = 512 << 20
 
 _EMBEDDING = ("embed", "wte", "wpe")
 _HEADS = frozenset(("lm_head", "embed_out", "output", "head", "score", "classifier"))
-#: 2-D `.weight`s inside numbered layers that are no linear layers (T5's biases, for example)
-_NOT_LINEAR = ("embed", "relative_attention_bias", "norm")
 _SAMPLE_BYTES = 64 << 10
 
 
@@ -86,12 +85,6 @@ def plan(checkpoint: Checkpoint, sparsity: float | None) -> PackPlan:
     )
 
 
-def is_numbered(layer: str) -> bool:
-    """Whether `layer` is one of a row of equal ones: `model.layers.3`, not `lm_head`."""
-    segment = layer.rpartition(".")[2]
-    return segment.isascii() and segment.isdigit()
-
-
 def may_be_raw(tensor: SourceTensor) -> bool:
     """Whether codec `raw` can hold the tensor and it is read through by a matmul."""
     return (
@@ -102,10 +95,8 @@ def may_be_raw(tensor: SourceTensor) -> bool:
 
 
 def is_prunable(tensor: SourceTensor) -> bool:
-    """Whether pruning may touch the tensor: the weight of a linear layer in a numbered layer."""
-    module, _, leaf = tensor.name.rpartition(".")
-    name = module.rpartition(".")[2].lower()
-    return may_be_raw(tensor) and leaf == "weight" and not any(word in name for word in _NOT_LINEAR)
+    """Whether pruning touches the tensor unasked: linear, in a numbered layer, no router."""
+    return may_be_raw(tensor) and is_linear(tensor.name) and not is_router(tensor.name)
 
 
 def _planned(tensor: SourceTensor, sparsity: float | None) -> PlannedTensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tierd_tools.errors import BadSetting
+from tierd_tools.sparsity import check_sparsity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,12 +55,6 @@ def magnitude(bits: Bits, dtype: str, sparsity: float) -> Bits:
         return bits
     threshold, ties = _threshold(flat, infinity, zeros, wanted)
     return _cut(flat, threshold, ties).reshape(bits.shape)
-
-
-def check_sparsity(sparsity: float) -> None:
-    """Raise BadSetting unless 0 <= sparsity < 1 (so NaN and infinity are refused too)."""
-    if not 0.0 <= sparsity < 1.0:
-        raise BadSetting(f"sparsity {sparsity} is outside [0, 1)")
 
 
 def _threshold(flat: Bits, infinity: int, zeros: int, wanted: int) -> tuple[int, int]:

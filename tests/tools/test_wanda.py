@@ -25,11 +25,12 @@ def bits_type(dtype: str) -> type[np.uint16] | type[np.uint32]:
 
 def numbers(bits: Bits, dtype: str) -> np.ndarray[Any, Any]:
     """float64 of every element, by a way of its own."""
-    if dtype == "BF16":
-        wide = np.zeros((*bits.shape, 2), np.uint16)
-        wide[..., 1] = bits
-        return np.asarray(wide.view(np.float32)[..., 0], np.float64)
-    return np.asarray(bits.view(FLOATS[dtype]), np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        if dtype == "BF16":
+            wide = np.zeros((*bits.shape, 2), np.uint16)
+            wide[..., 1] = bits
+            return np.asarray(wide.view(np.float32)[..., 0], np.float64)
+        return np.asarray(bits.view(FLOATS[dtype]), np.float64)
 
 
 def bits_of(values: np.ndarray[Any, Any], dtype: str) -> Bits:

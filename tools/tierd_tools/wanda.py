@@ -63,8 +63,8 @@ def _keys(step: Bits, dtype: str, norms: NDArray[np.float64]) -> NDArray[np.int6
 
     The bits of IEEE numbers that are not negative have the order of the numbers.
     """
-    values = np.abs(_floats(step, dtype)).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinity * 0
+    with np.errstate(invalid="ignore"):  # a signalling NaN, and infinity * 0
+        values = np.abs(_floats(step, dtype)).astype(np.float64)
         scores = values * norms
     keys: NDArray[np.int64] = scores.view(np.int64)
     special = ~np.isfinite(values)

@@ -58,6 +58,24 @@ class ValuesWrong(TileError):
     """The values are not uint16 or uint32, or not as long as the last offset says."""
 
 
+class HeadsWrong(TileError):
+    """The heads are not uint32[tiles], or one has too many planes, a window beyond 255, more
+    escapes than elements, or is not 0 for an empty tile."""
+
+
+class EscapesWrong(TileError):
+    """An escape is of no element, out of order, inside the window, or beside a code."""
+
+
+class ScalesWrong(TileError):
+    """The scales are not uint16[tile_rows * groups * 64], or one is negative, not finite, too large
+    for finite weights, or not zero for a row outside the shape."""
+
+
+class LevelRefused(TileError):
+    """An int8 of -128 or an int4 of -8: the levels are symmetric."""
+
+
 class BitsOutsideShape(TileError):
     """A bit is set for a row or column that the matrix does not have."""
 
@@ -188,6 +206,10 @@ class BadShape(IndexInvalid):
 
 class BadTile(IndexInvalid):
     """A tile shape that does not belong to the codec."""
+
+
+class BadGroup(IndexInvalid):
+    """A group that is not a positive multiple of 64 columns, or of a codec without scales."""
 
 
 class SliceRefused(IndexInvalid):

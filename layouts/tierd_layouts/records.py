@@ -44,8 +44,9 @@ class Array:
 class Tensor:
     """A named weight. `shape` and `dtype` are those of the weight, whatever the codec stores.
 
-    nnz: elements that are stored: those with non-zero bits for `raw`, all for `dense`.
+    nnz: elements that are stored: those with a bit in the bitmap, all where there is none.
     source, slice: the checkpoint's parameter and the part of it (None = all of it).
+    group: columns that share a scale, for codecs that have scales.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Tensor:
     arrays: Mapping[str, Array]
     source: str
     slice: tuple[int, ...] | None = None
+    group: int | None = None
 
     @property
     def dense_bytes(self) -> int:

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import xxhash
 
 from tierd_layouts.errors import DuplicateName
 from tierd_layouts.names import PADDING_PREFIX, check_file_name
-from tierd_layouts.records import BLOCK_BYTES, INDEX_FILE, Extent, Layer, Shard
+from tierd_layouts.records import (
+    BLOCK_BYTES,
+    INDEX_FILE,
+    PAGE_BYTES,
+    Extent,
+    Layer,
+    Shard,
+)
 from tierd_layouts.safetensors_file import Entry, build_header
 from tierd_layouts.stored import stored_arrays
 
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 
     from tierd_layouts.index import PackIndex
     from tierd_layouts.layer_builder import EncodedLayer
+    from tierd_layouts.records import Tensor
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -45,15 +53,18 @@ def write_shard(
     """
     path = Path(path)
     check_file_name(path.name)
-    header = build_header(_entries(layers), {"format": "pt"})
+    header = shard_header(layers)
     records: list[Layer] = []
 
     def write(file: BinaryIO) -> None:
         file.write(header)
         position = len(header)
         for layer in layers:
-            hashes = _write_hashed(file, layer.pieces())
-            extent = Extent(shard_index, position, layer.nbytes, hashes)
+            hasher = BlockHasher()
+            for piece in layer.pieces():
+                file.write(piece)
+                hasher.update(piece)
+            extent = Extent(shard_index, position, layer.nbytes, hasher.finish())
             records.append(Layer(layer.name, layer.nbytes, (extent,), layer.tensors))
             position += layer.nbytes
 
@@ -68,7 +79,55 @@ def write_index(pack_dir: str | os.PathLike[str], index: PackIndex) -> None:
     _write_atomically(Path(pack_dir) / INDEX_FILE, lambda file: file.write(text))
 
 
-def _entries(layers: Sequence[EncodedLayer]) -> dict[str, Entry]:
+def shard_header(layers: Iterable[_Placed], *, alignment: int = PAGE_BYTES) -> bytes:
+    """Returns the header of a shard that holds `layers`, one after the other, and nothing else.
+
+    It is padded to a multiple of `alignment`, itself a multiple of 4096.
+    Raises DuplicateName, HeaderTooLarge.
+    """
+    return build_header(_entries(layers), {"format": "pt"}, alignment=alignment)
+
+
+class BlockHasher:
+    """The xxh3_64 of every 4 MiB block of an extent, from its bytes in order."""
+
+    def __init__(self) -> None:
+        self._hashes: list[int] = []
+        self._hasher = xxhash.xxh3_64()
+        self._room = BLOCK_BYTES
+
+    def update(self, piece: memoryview) -> None:
+        """Takes the next bytes; `piece` is one of bytes."""
+        begin = 0
+        while begin < piece.nbytes:
+            part = piece[begin : begin + self._room]
+            self._hasher.update(part)
+            begin += part.nbytes
+            self._room -= part.nbytes
+            if self._room == 0:
+                self._hashes.append(self._hasher.intdigest())
+                self._hasher.reset()
+                self._room = BLOCK_BYTES
+
+    def finish(self) -> tuple[int, ...]:
+        """Returns the hashes, the last of a short block where there is one."""
+        if self._room < BLOCK_BYTES:
+            self._hashes.append(self._hasher.intdigest())
+            self._room = BLOCK_BYTES
+        return tuple(self._hashes)
+
+
+class _Placed(Protocol):
+    """A layer whose arrays have their places: an EncodedLayer, or the index's Layer."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+def _entries(layers: Iterable[_Placed]) -> dict[str, Entry]:
     """Returns the header's entries: every array, and padding where safetensors allows no holes."""
     entries: dict[str, Entry] = {}
     base = 0
@@ -92,28 +151,6 @@ def _entries(layers: Sequence[EncodedLayer]) -> dict[str, Entry]:
         base += layer.nbytes
         pad(position, base)
     return entries
-
-
-def _write_hashed(file: BinaryIO, pieces: Iterable[memoryview]) -> tuple[int, ...]:
-    """Writes pieces and returns the xxh3_64 of every 4 MiB block of them."""
-    hashes: list[int] = []
-    hasher = xxhash.xxh3_64()
-    room = BLOCK_BYTES
-    for piece in pieces:
-        file.write(piece)
-        begin = 0
-        while begin < piece.nbytes:
-            part = piece[begin : begin + room]
-            hasher.update(part)
-            begin += part.nbytes
-            room -= part.nbytes
-            if room == 0:
-                hashes.append(hasher.intdigest())
-                hasher.reset()
-                room = BLOCK_BYTES
-    if room < BLOCK_BYTES:
-        hashes.append(hasher.intdigest())
-    return tuple(hashes)
 
 
 def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

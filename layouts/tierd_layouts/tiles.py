@@ -1,88 +1,48 @@
-"""The tile layout: a matrix as bitmap, offsets and packed non-zeros. This is the specification.
+"""Codec `raw`: a matrix as bitmap, offsets and the packed bits of its non-zeros.
 
-A matrix is cut into 64 x 64 tiles in row-major order. Every kernel is tested against `decode`.
-All work is done in pieces of a few MiB, so that a matrix of any size needs no large temporaries.
-Source: FORMAT.md, section "Tile layout".
+This is the specification: every kernel is tested against `decode`. All work is done in pieces of a
+few MiB, so that a matrix of any size needs no large temporaries.
+Source: FORMAT.md, section "raw".
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from tierd_layouts.errors import (
-    BadMatrix,
-    BitmapWrong,
-    BitsOutsideShape,
-    GapNotZero,
-    OffsetsWrong,
-    ValuesWrong,
-    ZeroStored,
+from tierd_layouts import runs
+from tierd_layouts.errors import BadMatrix, GapNotZero, ValuesWrong, ZeroStored
+from tierd_layouts.runs import RUN_ALIGNMENT
+from tierd_layouts.tile_grid import (
+    TILE,
+    TILE_ELEMENTS,
+    BitsArray,
+    TileGrid,
+    U32Array,
+    U64Array,
+    check_bitmap,
+    check_nnz,
+    kept_counts,
+    make_bitmap,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from tierd_layouts.tile_grid import BoolArray, CountArray
 
-TILE = 64
-TILE_ELEMENTS = TILE * TILE
-RUN_ALIGNMENT = 16  #: every tile's run of values starts on it, and offsets count in it
-MAX_RUN_UNITS = (1 << 32) - 1  #: offsets are uint32
-#: 512 tiles are 4 MiB of 16-bit elements: temporaries stay near the processor's caches.
-_PIECE_TILES = 512
-
-U16Array = npt.NDArray[np.uint16]
-U32Array = npt.NDArray[np.uint32]
-U64Array = npt.NDArray[np.uint64]
-BitsArray = U16Array | U32Array
-
-
-@dataclass(frozen=True, slots=True)
-class TileGrid:
-    """The tiles of a matrix `[rows, cols]`."""
-
-    rows: int
-    cols: int
-
-    def __post_init__(self) -> None:
-        if self.rows < 0 or self.cols < 0:
-            raise BadMatrix(f"shape [{self.rows}, {self.cols}] has a dimension below 0")
-
-    @property
-    def tile_rows(self) -> int:
-        return -(-self.rows // TILE)
-
-    @property
-    def tile_cols(self) -> int:
-        return -(-self.cols // TILE)
-
-    @property
-    def tiles(self) -> int:
-        return self.tile_rows * self.tile_cols
-
-    @property
-    def bitmap_words(self) -> int:
-        """uint64 words: one for each row of each tile."""
-        return self.tiles * TILE
-
-    @property
-    def offset_count(self) -> int:
-        """uint32 offsets: one for each tile, and the end."""
-        return self.tiles + 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Tiles `[first, end)`: whole tile rows, or a part of one, so that they are consecutive."""
-
-    first: int
-    end: int
-    rows: slice
-    cols: slice
-    tile_rows: int
-    tile_cols: int
+__all__ = [
+    "RUN_ALIGNMENT",
+    "TILE",
+    "TILE_ELEMENTS",
+    "BitsArray",
+    "TileGrid",
+    "U32Array",
+    "U64Array",
+    "decode",
+    "encode",
+    "max_values_bytes",
+    "validate",
+]
 
 
 def encode(matrix_bits: BitsArray) -> tuple[U64Array, U32Array, BitsArray]:
@@ -95,26 +55,14 @@ def encode(matrix_bits: BitsArray) -> tuple[U64Array, U32Array, BitsArray]:
     """
     item_bytes = _check_matrix(matrix_bits)
     grid = TileGrid(*matrix_bits.shape)
-    bitmap = np.empty(grid.bitmap_words, np.uint64)
-    for piece in _pieces(grid):
-        mask = _gather(matrix_bits, piece) != 0
-        packed = np.packbits(mask, axis=-1, bitorder="little")
-        bitmap[piece.first * TILE : piece.end * TILE] = packed.reshape(-1).view("<u8")
-    counts = _popcounts(bitmap)
-    units = _run_units(counts, item_bytes)
-    ends = np.cumsum(units)
-    if ends.size and int(ends[-1]) > MAX_RUN_UNITS:
-        raise BadMatrix(
-            f"{int(ends[-1]) * RUN_ALIGNMENT} bytes of values, offsets address "
-            f"{MAX_RUN_UNITS * RUN_ALIGNMENT}: split the matrix"
-        )
-    offsets = np.zeros(grid.offset_count, np.uint32)
-    offsets[1:] = ends
+    bitmap = make_bitmap(matrix_bits, grid)
+    counts = kept_counts(bitmap, grid)
+    offsets = runs.make_offsets(counts * item_bytes)
     per_unit = RUN_ALIGNMENT // item_bytes
     values = np.empty(int(offsets[-1]) * per_unit, matrix_bits.dtype)
-    for piece in _pieces(grid):
-        tiles = _gather(matrix_bits, piece).reshape(-1, TILE_ELEMENTS)
-        padded, mask = _with_gaps(tiles, tiles != 0, counts[piece.first : piece.end], per_unit)
+    for piece in grid.pieces():
+        tiles = piece.gather(matrix_bits).reshape(-1, TILE_ELEMENTS)
+        padded, mask = _with_gaps(tiles, tiles != 0, counts[piece.tiles], per_unit)
         begin, end = int(offsets[piece.first]), int(offsets[piece.end])
         values[begin * per_unit : end * per_unit] = padded[mask]
     return bitmap, offsets, values
@@ -131,25 +79,16 @@ def decode(
     counts = _check_structure(bitmap, offsets, values, grid)
     per_unit = RUN_ALIGNMENT // values.dtype.itemsize
     matrix = np.empty((rows, cols), values.dtype)
-    for piece in _pieces(grid):
-        words = np.ascontiguousarray(bitmap[piece.first * TILE : piece.end * TILE], dtype="<u8")
-        bits = np.unpackbits(words.view(np.uint8), bitorder="little").view(np.bool_)
+    for piece in grid.pieces():
         padded, mask = _with_gaps(
             np.zeros((piece.end - piece.first, TILE_ELEMENTS), values.dtype),
-            bits.reshape(-1, TILE_ELEMENTS),
-            counts[piece.first : piece.end],
+            piece.kept(bitmap),
+            counts[piece.tiles],
             per_unit,
         )
         begin, end = int(offsets[piece.first]), int(offsets[piece.end])
         padded[mask] = values[begin * per_unit : end * per_unit]
-        band = (
-            padded[:, :TILE_ELEMENTS]
-            .reshape(piece.tile_rows, piece.tile_cols, TILE, TILE)
-            .transpose(0, 2, 1, 3)
-            .reshape(piece.tile_rows * TILE, piece.tile_cols * TILE)
-        )
-        target = matrix[piece.rows, piece.cols]
-        target[...] = band[: target.shape[0], : target.shape[1]]
+        piece.scatter(padded[:, :TILE_ELEMENTS], matrix)
     return matrix
 
 
@@ -162,29 +101,27 @@ def validate(
     """
     grid = TileGrid(rows, cols)
     counts = _check_structure(bitmap, offsets, values, grid)
-    total = int(counts.sum())
-    if total != nnz:
-        raise BitmapWrong(f"bitmap has {total} bits set, nnz is {nnz}")
+    check_nnz(counts, nnz)
     per_unit = RUN_ALIGNMENT // values.dtype.itemsize
-    for piece in _pieces(grid):
+    for piece in grid.pieces():
         begin, end = int(offsets[piece.first]), int(offsets[piece.end])
-        runs = values[begin * per_unit : end * per_unit]
-        piece_counts = counts[piece.first : piece.end]
-        units = _run_units(piece_counts, values.dtype.itemsize)
+        stored = values[begin * per_unit : end * per_unit]
+        piece_counts = counts[piece.tiles]
+        units = runs.units(piece_counts * values.dtype.itemsize)
         # Where each tile's values end and its gap begins, in elements of this piece.
         run_ends = np.cumsum(units) * per_unit
         gaps = units * per_unit - piece_counts
-        in_gap = np.zeros(runs.size + 1, np.int8)
+        in_gap = np.zeros(stored.size + 1, np.int8)
         np.add.at(in_gap, run_ends - gaps, 1)
         np.add.at(in_gap, run_ends, -1)
         is_gap = np.cumsum(in_gap[:-1], dtype=np.int8).astype(np.bool_)
-        wrong = np.flatnonzero((runs == 0) != is_gap)
+        wrong = np.flatnonzero((stored == 0) != is_gap)
         if wrong.size:
             place = int(wrong[0])
             tile = piece.first + int(np.searchsorted(run_ends, place, side="right"))
             where = f"tile {tile} of {grid.tiles}, element {begin * per_unit + place} of values"
             if is_gap[place]:
-                raise GapNotZero(f"{where}: {int(runs[place]):#x} in the gap after the run")
+                raise GapNotZero(f"{where}: {int(stored[place]):#x} in the gap after the run")
             raise ZeroStored(f"{where}: a bit is set for zero bits")
 
 
@@ -206,101 +143,25 @@ def _check_matrix(matrix_bits: BitsArray) -> int:
 
 def _check_structure(
     bitmap: U64Array, offsets: U32Array, values: BitsArray, grid: TileGrid
-) -> npt.NDArray[np.int64]:
+) -> CountArray:
     """Returns the popcount of every tile, once dtypes, lengths, offsets and edges agree."""
-    if bitmap.dtype != np.uint64 or bitmap.shape != (grid.bitmap_words,):
-        raise BitmapWrong(
-            f"bitmap is {bitmap.dtype}{list(bitmap.shape)}, [{grid.rows}, {grid.cols}] needs "
-            f"uint64[{grid.bitmap_words}]"
-        )
-    if offsets.dtype != np.uint32 or offsets.shape != (grid.offset_count,):
-        raise OffsetsWrong(
-            f"offsets are {offsets.dtype}{list(offsets.shape)}, [{grid.rows}, {grid.cols}] needs "
-            f"uint32[{grid.offset_count}]"
-        )
     if values.dtype not in (np.uint16, np.uint32) or values.ndim != 1:
         raise ValuesWrong(
             f"values are {values.dtype}{list(values.shape)}, needs uint16 or uint32 in 1 dimension"
         )
-    counts = _popcounts(bitmap)
-    if offsets[0] != 0:
-        raise OffsetsWrong(f"offsets begin with {int(offsets[0])}, needs 0")
-    found = np.diff(offsets.astype(np.int64))
-    needed = _run_units(counts, values.dtype.itemsize)
-    wrong = np.flatnonzero(found != needed)
-    if wrong.size:
-        tile = int(wrong[0])
-        raise OffsetsWrong(
-            f"tile {tile} of {grid.tiles}: offsets hold {int(found[tile])} units of "
-            f"{RUN_ALIGNMENT} bytes, its {int(counts[tile])} non-zeros need {int(needed[tile])}"
-        )
-    expected_bytes = int(offsets[-1]) * RUN_ALIGNMENT
-    if values.nbytes != expected_bytes:
-        raise ValuesWrong(f"values have {values.nbytes} bytes, offsets end at {expected_bytes}")
-    _check_edges(bitmap, grid)
+    check_bitmap(bitmap, grid)
+    counts = kept_counts(bitmap, grid)
+    runs.check_offsets_form(offsets, grid)
+    runs.check_offsets(offsets, counts * values.dtype.itemsize, values.nbytes)
     return counts
-
-
-def _check_edges(bitmap: U64Array, grid: TileGrid) -> None:
-    if not grid.tiles:
-        return
-    words = bitmap.reshape(grid.tile_rows, grid.tile_cols, TILE)
-    below = grid.rows % TILE
-    if below and words[-1, :, below:].any():
-        raise BitsOutsideShape(f"bits are set in rows at and after {grid.rows}")
-    beside = grid.cols % TILE
-    if beside and (words[:, -1, :] >> np.uint64(beside)).any():
-        raise BitsOutsideShape(f"bits are set in columns at and after {grid.cols}")
-
-
-def _popcounts(bitmap: U64Array) -> npt.NDArray[np.int64]:
-    rows = np.bitwise_count(bitmap).reshape(-1, TILE)
-    counts: npt.NDArray[np.int64] = rows.sum(axis=1, dtype=np.int64)
-    return counts
-
-
-def _run_units(counts: npt.NDArray[np.int64], item_bytes: int) -> npt.NDArray[np.int64]:
-    return (counts * item_bytes + (RUN_ALIGNMENT - 1)) // RUN_ALIGNMENT
-
-
-def _pieces(grid: TileGrid) -> Iterator[_Piece]:
-    if not grid.tiles:
-        return
-    tall = max(1, _PIECE_TILES // grid.tile_cols)
-    wide = min(grid.tile_cols, _PIECE_TILES)
-    for top in range(0, grid.tile_rows, tall):
-        bottom = min(top + tall, grid.tile_rows)
-        for left in range(0, grid.tile_cols, wide):
-            right = min(left + wide, grid.tile_cols)
-            first = top * grid.tile_cols + left
-            yield _Piece(
-                first=first,
-                end=first + (bottom - top) * (right - left),
-                rows=slice(top * TILE, min(bottom * TILE, grid.rows)),
-                cols=slice(left * TILE, min(right * TILE, grid.cols)),
-                tile_rows=bottom - top,
-                tile_cols=right - left,
-            )
-
-
-def _gather(matrix_bits: BitsArray, piece: _Piece) -> BitsArray:
-    """Returns the piece's tiles, [tiles, 64, 64]; edge tiles are filled up with zeros."""
-    part = matrix_bits[piece.rows, piece.cols]
-    height, width = piece.tile_rows * TILE, piece.tile_cols * TILE
-    if part.shape != (height, width):
-        whole = np.zeros((height, width), matrix_bits.dtype)
-        whole[: part.shape[0], : part.shape[1]] = part
-        part = whole
-    tiles = part.reshape(piece.tile_rows, TILE, piece.tile_cols, TILE).transpose(0, 2, 1, 3)
-    return tiles.reshape(-1, TILE, TILE)
 
 
 def _with_gaps(
     tiles: BitsArray,
-    mask: npt.NDArray[np.bool_],
-    counts: npt.NDArray[np.int64],
+    mask: BoolArray,
+    counts: CountArray,
     per_unit: int,
-) -> tuple[Any, npt.NDArray[np.bool_]]:
+) -> tuple[Any, BoolArray]:
     """Returns tiles and mask, each row extended by zeros that the mask selects as the run's gap.
 
     So one boolean index moves all runs of a piece with their gaps, in either direction.

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tierd_layouts import tiles
+from tierd_layouts import runs, tiles
 from tierd_layouts.errors import (
     BadMatrix,
     BitmapWrong,
@@ -187,7 +187,7 @@ def test_a_negative_shape_is_refused() -> None:
 def test_more_values_than_the_offsets_can_address_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tiles, "MAX_RUN_UNITS", 3)
+    monkeypatch.setattr(runs, "MAX_RUN_UNITS", 3)
     tiles.encode(np.ones((1, 24), np.uint16))
     with pytest.raises(BadMatrix, match="offsets address"):
         tiles.encode(np.ones((1, 25), np.uint16))

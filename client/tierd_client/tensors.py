@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tierd_client.errors import BadTensorArgument, PackedView, TensorCorrupt
 
@@ -12,11 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from tierd_client.lease import Lease
-    from tierd_kernels import Dtype
     from tierd_layouts.index import Tensor
-
-    #: bitmap, offsets, values
-    _Packed = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+    from tierd_layouts.packed_matrix import PackedMatrix
 
 #: safetensors' names of element types, and torch's.
 TORCH_NAMES = {
@@ -56,12 +53,12 @@ class PackedTensor:
     `shape` is [out_features, in_features] of a linear weight, as in the checkpoint.
     """
 
-    __slots__ = ("_arrays", "_lease", "_record", "_strides", "codec", "dtype", "name", "shape")
+    __slots__ = ("_lease", "_matrix", "_record", "_strides", "codec", "dtype", "name", "shape")
 
     def __init__(self, lease: Lease, record: Tensor) -> None:
         self._lease = lease
         self._record = record
-        self._arrays: _Packed | None = None
+        self._matrix: PackedMatrix | None = None
         self._strides: tuple[int, ...] | None = None
         self.name = record.name
         self.shape = record.shape
@@ -98,7 +95,7 @@ class PackedTensor:
         import tierd_kernels
 
         try:
-            tierd_kernels.expand(*self._packed_arrays(), _bits(out))
+            tierd_kernels.expand(self._packed_matrix(), _bits(out))
         except tierd_kernels.KernelError as error:
             raise self._corrupt(error) from error
         return out
@@ -174,8 +171,7 @@ class PackedTensor:
         out = torch.empty(tokens, rows, dtype=torch.float32)
         flat = x.detach().reshape(tokens, cols).contiguous()
         try:
-            dtype = cast("Dtype", self._record.dtype)
-            tierd_kernels.linear(*self._packed_arrays(), _bits(flat), out.numpy(), dtype=dtype)
+            tierd_kernels.linear(self._packed_matrix(), _bits(flat), out.numpy())
         except tierd_kernels.KernelError as error:
             raise self._corrupt(error) from error
         if bias is not None:
@@ -188,17 +184,22 @@ class PackedTensor:
 
     # --------------------------------------------------------------------------------------- checks
 
-    def _packed_arrays(self) -> _Packed:
-        """bitmap, offsets, values: read-only, in the arena."""
-        if self._arrays is None:
+    def _packed_matrix(self) -> PackedMatrix:
+        """Its arrays are read-only, in the arena."""
+        if self._matrix is None:
+            from tierd_layouts.packed_matrix import PackedMatrix
+
             stored, base = self._record.arrays, self._lease.offset
             value = "u2" if self.dtype.itemsize == 2 else "u4"
             bitmap, offsets, values = (
                 self._lease.mapping.array(kind, base + stored[part].offset, stored[part].nbytes)
                 for part, kind in (("bitmap", "u8"), ("offsets", "u4"), ("values", value))
             )
-            self._arrays = bitmap, offsets, values
-        return self._arrays
+            rows, cols = self.shape
+            self._matrix = PackedMatrix(
+                self.codec, self._record.dtype, rows, cols, bitmap, offsets, values
+            )
+        return self._matrix
 
     def _check_x(self, x: torch.Tensor) -> None:
         import torch

@@ -1,6 +1,7 @@
 // Python's door to the kernels: checks sizes, shares tile rows among threads, releases the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <atomic>
@@ -8,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 
 #include "kernels.h"
@@ -19,8 +21,12 @@ using namespace nb::literals;
 namespace tierd {
 namespace {
 
-template <typename Scalar, size_t Dims>
-using Array = nb::ndarray<Scalar, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
+template <typename Scalar>
+using Array = nb::ndarray<const Scalar, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <typename Scalar>
+using Optional = std::optional<Array<Scalar>>;
+template <typename Scalar>
+using Rows = nb::ndarray<Scalar, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // Tokens prepared at once: bounds the scratch to 128 bytes for each column.
 constexpr uint32_t kTokensPerPass = 32;
@@ -49,27 +55,75 @@ uint32_t checked_u32(size_t value, const char* what) {
 
 uint32_t tiles_over(uint32_t length) { return (length + kTile - 1) / kTile; }
 
-template <typename Element>
-Packed packed(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 1>& offsets,
-              const Array<const Element, 1>& values, uint32_t tile_rows, uint32_t cols) {
-  const uint32_t tile_cols = tiles_over(cols);
-  const uint64_t tiles = uint64_t{tile_rows} * tile_cols;
-  if (bitmap.size() != tiles * kTile || offsets.size() != tiles + 1) {
-    refuse("bitmap has " + std::to_string(bitmap.size()) + " words and offsets " +
-           std::to_string(offsets.size()) + " entries, " + std::to_string(tiles) + " tiles need " +
-           std::to_string(tiles * kTile) + " and " + std::to_string(tiles + 1));
-  }
+template <typename Array>
+void check_size(const char* name, const Array& array, uint64_t wanted, const std::string& why) {
+  if (array.size() == wanted) return;
+  refuse(std::string(name) + " has " + std::to_string(array.size()) + " entries, " + why + " need " +
+         std::to_string(wanted));
+}
+
+template <typename Scalar>
+const Scalar* present(const char* name, const Optional<Scalar>& array, uint64_t wanted,
+                      const std::string& why) {
+  if (!array) refuse(std::string(name) + " is missing");
+  check_size(name, *array, wanted, why);
+  return array->data();
+}
+
+Codec codec_named(const std::string& name) {
+  if (name == "raw") return Codec::kRaw;
+  if (name == "exponent-packed") return Codec::kExponent;
+  if (name == "int8") return Codec::kInt8;
+  if (name == "int4") return Codec::kInt4;
+  refuse("codec '" + name + "' is unknown");
+}
+
+Dtype dtype_named(const std::string& name) {
+  if (name == "BF16") return Dtype::kBF16;
+  if (name == "F16") return Dtype::kF16;
+  if (name == "F32") return Dtype::kF32;
+  refuse("dtype '" + name + "' is unknown");
+}
+
+Packed packed(const std::string& codec, const std::string& dtype, size_t rows, size_t cols,
+              size_t group, const Optional<uint64_t>& bitmap, const Array<uint32_t>& offsets,
+              const Array<uint8_t>& values, const Optional<uint32_t>& heads,
+              const Optional<uint16_t>& scales) {
   Packed m{};
-  m.codec = Codec::kRaw;
-  m.dtype = sizeof(Element) == 4 ? Dtype::kF32 : Dtype::kBF16;
-  m.bitmap = bitmap.data();
+  m.codec = codec_named(codec);
+  m.dtype = dtype_named(dtype);
+  m.item_bytes = m.dtype == Dtype::kF32 ? 4 : 2;
+  m.rows = checked_u32(rows, "rows");
+  m.cols = checked_u32(cols, "columns");
+  m.tile_cols = tiles_over(m.cols);
+  const uint32_t tile_rows = tiles_over(m.rows);
+  const uint64_t tiles = uint64_t{tile_rows} * m.tile_cols;
+  const std::string why = std::to_string(tiles) + " tiles";
+  if (bitmap || m.codec == Codec::kRaw) m.bitmap = present("bitmap", bitmap, tiles * kTile, why);
+  check_size("offsets", offsets, tiles + 1, why);
   m.offsets = offsets.data();
-  m.values = reinterpret_cast<const uint8_t*>(values.data());
-  m.values_bytes = values.size() * sizeof(Element);
-  m.item_bytes = sizeof(Element);
-  m.cols = cols;
-  m.tile_cols = tile_cols;
+  m.values = values.data();
+  m.values_bytes = values.size();
+  if (m.codec == Codec::kExponent) m.heads = present("heads", heads, tiles, why);
+  if (m.codec == Codec::kInt8 || m.codec == Codec::kInt4) {
+    const uint32_t columns = checked_u32(group, "columns of a group");
+    if (columns == 0 || columns % kTile != 0) {
+      refuse("group " + std::to_string(columns) + " is not a positive multiple of 64");
+    }
+    m.group_tiles = columns / kTile;
+    m.groups = (m.tile_cols + m.group_tiles - 1) / m.group_tiles;
+    m.scales = present("scales", scales, uint64_t{tile_rows} * m.groups * kTile,
+                       std::to_string(tile_rows) + " tile rows of " + std::to_string(m.groups) +
+                           " groups");
+  }
   return m;
+}
+
+template <typename Element>
+void check_element(const char* name, const Packed& m) {
+  if (sizeof(Element) == m.item_bytes) return;
+  refuse(std::string(name) + " has " + std::to_string(sizeof(Element)) +
+         "-byte elements, the matrix " + std::to_string(m.item_bytes));
 }
 
 // The lowest faulty tile that any thread met, with what is wrong with it.
@@ -99,7 +153,11 @@ class Faults {
         refuse(where + ": " + run + " pass the end of values, which has " +
                std::to_string(m.values_bytes) + " bytes");
       case Fault::kRunLength:
-        refuse(where + ": " + run + " do not fit the number of set bits in its bitmap");
+        refuse(where + ": " + run + " do not fit its record");
+      case Fault::kHead:
+        refuse(where + ": head " + std::to_string(m.heads[tile]) + " cannot be");
+      case Fault::kEscape:
+        refuse(where + ": escapes do not ascend within its elements");
       default:
         refuse(where + ": bitmap has bits outside the matrix of " + std::to_string(m.rows) +
                " rows and " + std::to_string(m.cols) + " columns");
@@ -111,22 +169,11 @@ class Faults {
 };
 
 template <typename Element>
-void expand(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 1>& offsets,
-            const Array<const Element, 1>& values, const Array<Element, 2>& out, size_t tile_rows,
-            size_t first, int threads, const std::string& kernel) {
-  const Kernels& kernels = kernels_named(kernel);
-  const uint32_t out_rows = checked_u32(out.shape(0), "rows");
-  const uint32_t cols = checked_u32(out.shape(1), "columns");
-  const uint32_t total = checked_u32(tile_rows, "tile rows");
-  const uint32_t count = tiles_over(out_rows);
-  if (first > total || count > total - first || total > UINT32_MAX / kTile) {
-    refuse("out holds tile rows " + std::to_string(first) + ".." + std::to_string(first + count) +
-           ", the matrix has " + std::to_string(total));
-  }
-  // Only the last tile row of the matrix may be cut short.
-  if (out_rows % kTile != 0 && first + count != total) {
-    refuse("out has " + std::to_string(out_rows) + " rows and ends inside the matrix");
-  }
+void expand(const std::string& codec, const std::string& dtype, size_t rows, size_t cols,
+            size_t group, const Optional<uint64_t>& bitmap, const Array<uint32_t>& offsets,
+            const Array<uint8_t>& values, const Optional<uint32_t>& heads,
+            const Optional<uint16_t>& scales, const Rows<Element>& out, size_t first, int threads,
+            const std::string& kernel) {
   struct Job {
     const Kernels& kernels;
     Packed m;
@@ -134,14 +181,27 @@ void expand(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 
     uint32_t first;
     bool streaming;
     Faults faults;
-  } job{kernels,   packed<Element>(bitmap, offsets, values, total, cols),
-        out.data(), static_cast<uint32_t>(first),
-        false,     {}};
-  const uint64_t row_bytes = uint64_t{cols} * sizeof(Element);
+  } job{kernels_named(kernel),
+        packed(codec, dtype, rows, cols, group, bitmap, offsets, values, heads, scales),
+        out.data(), 0, false, {}};
+  const Packed& m = job.m;
+  check_element<Element>("out", m);
+  const uint32_t total = tiles_over(m.rows);
+  const uint32_t out_rows = checked_u32(out.shape(0), "rows");
+  const uint32_t count = tiles_over(out_rows);
+  // Only the matrix's own last tile row may be cut short.
+  if (first > total || count > total - first || out.shape(1) != m.cols ||
+      (out_rows % kTile != 0 && first * kTile + out_rows != m.rows) ||
+      (out_rows != 0 && first * kTile + out_rows > m.rows)) {
+    refuse("out has " + std::to_string(out_rows) + " rows and " + std::to_string(out.shape(1)) +
+           " columns from tile row " + std::to_string(first) + " on, the matrix has " +
+           std::to_string(m.rows) + " and " + std::to_string(m.cols));
+  }
+  job.first = static_cast<uint32_t>(first);
+  const uint64_t row_bytes = uint64_t{m.cols} * m.item_bytes;
   job.streaming = out_rows * row_bytes >= kStreamBytes && row_bytes % 64 == 0 &&
-                  reinterpret_cast<uintptr_t>(out.data()) % 64 == 0;
-  job.m.rows = static_cast<uint32_t>(first) * kTile + out_rows;
-  if (cols == 0) return;
+                  reinterpret_cast<uintptr_t>(job.out) % 64 == 0;
+  if (m.cols == 0) return;
   {
     nb::gil_scoped_release released;
     parallel_for(
@@ -150,12 +210,12 @@ void expand(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 
           Job& j = *static_cast<Job*>(context);
           Element* to = j.out + uint64_t{index} * kTile * j.m.cols;
           uint64_t tile = 0;
-          const Fault fault = j.kernels.expand(j.m, j.first + index, to, j.m.cols, j.streaming, &tile);
-          j.faults.report(fault, tile);
+          j.faults.report(
+              j.kernels.expand(j.m, j.first + index, to, j.m.cols, j.streaming, &tile), tile);
         },
         &job);
   }
-  job.faults.raise(job.m);
+  job.faults.raise(m);
 }
 
 // Grows, and is kept by its thread: a product for one token would spend its time in malloc.
@@ -174,9 +234,11 @@ float* scratch(size_t floats) {
 }
 
 template <typename Element>
-void linear(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 1>& offsets,
-            const Array<const Element, 1>& values, const Array<const Element, 2>& x,
-            const Array<float, 2>& out, bool f16, int threads, const std::string& kernel) {
+void linear(const std::string& codec, const std::string& dtype, size_t rows, size_t cols,
+            size_t group, const Optional<uint64_t>& bitmap, const Array<uint32_t>& offsets,
+            const Array<uint8_t>& values, const Optional<uint32_t>& heads,
+            const Optional<uint16_t>& scales, const Rows<const Element>& x, const Rows<float>& out,
+            int threads, const std::string& kernel) {
   struct Job {
     const Kernels& kernels;
     Packed m;
@@ -184,35 +246,34 @@ void linear(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 
     uint32_t tokens;
     float* out;
     Faults faults;
-  };
-  const Kernels& kernels = kernels_named(kernel);
-  const uint32_t rows = checked_u32(out.shape(1), "rows");
-  const uint32_t cols = checked_u32(x.shape(1), "columns");
-  if (x.shape(0) != out.shape(0)) {
-    refuse("x has " + std::to_string(x.shape(0)) + " tokens and out " +
-           std::to_string(out.shape(0)));
+  } job{kernels_named(kernel),
+        packed(codec, dtype, rows, cols, group, bitmap, offsets, values, heads, scales),
+        nullptr, 0, nullptr, {}};
+  const Packed& m = job.m;
+  check_element<Element>("x", m);
+  const size_t tokens_in_all = x.shape(0);
+  if (x.shape(1) != m.cols || out.shape(1) != m.rows || out.shape(0) != tokens_in_all) {
+    refuse("x has " + std::to_string(tokens_in_all) + " tokens of " + std::to_string(x.shape(1)) +
+           " columns and out " + std::to_string(out.shape(0)) + " of " +
+           std::to_string(out.shape(1)) + " rows, the matrix has " + std::to_string(m.rows) +
+           " rows and " + std::to_string(m.cols) + " columns");
   }
-  Job job{kernels, packed<Element>(bitmap, offsets, values, tiles_over(rows), cols),
-          nullptr, 0,
-          nullptr, {}};
-  job.m.rows = rows;
-  if (f16) job.m.dtype = Dtype::kF16;
-  const uint64_t columns = uint64_t{job.m.tile_cols} * kTile;
+  const uint64_t columns = uint64_t{m.tile_cols} * kTile;
   {
     nb::gil_scoped_release released;
-    for (size_t first = 0; first < x.shape(0); first += kTokensPerPass) {
-      const size_t left = x.shape(0) - first;
+    for (size_t first = 0; first < tokens_in_all; first += kTokensPerPass) {
+      const size_t left = tokens_in_all - first;
       job.tokens = static_cast<uint32_t>(left < kTokensPerPass ? left : kTokensPerPass);
-      job.out = out.data() + first * rows;
+      job.out = out.data() + first * m.rows;
       float* prepared = scratch(job.tokens * columns);
       job.prepared = prepared;
       for (uint32_t token = 0; token < job.tokens; token += kTokenBlock) {
         const uint32_t tokens = job.tokens - token < kTokenBlock ? job.tokens - token : kTokenBlock;
-        kernels.prepare(job.m, x.data() + (first + token) * cols, tokens,
-                        prepared + token * columns);
+        job.kernels.prepare(m, x.data() + (first + token) * m.cols, tokens,
+                            prepared + token * columns);
       }
       parallel_for(
-          tiles_over(rows), threads,
+          tiles_over(m.rows), threads,
           [](void* context, uint32_t tile_row) {
             Job& j = *static_cast<Job*>(context);
             const uint64_t columns = uint64_t{j.m.tile_cols} * kTile;
@@ -229,7 +290,7 @@ void linear(const Array<const uint64_t, 1>& bitmap, const Array<const uint32_t, 
           &job);
     }
   }
-  job.faults.raise(job.m);
+  job.faults.raise(m);
 }
 
 nb::tuple kernel_names() {
@@ -240,15 +301,18 @@ nb::tuple kernel_names() {
   return nb::tuple(names);
 }
 
+// No array is converted: without noconvert() nanobind makes integers of floats without a word.
 template <typename Element>
 void bind(nb::module_& module) {
-  module.def("expand", &expand<Element>, "bitmap"_a.noconvert(), "offsets"_a.noconvert(),
-             "values"_a.noconvert(), "out"_a.noconvert(), "tile_rows"_a, "first"_a, "threads"_a,
-             "kernel"_a,
-             "Write tile rows first.. to out; tile_rows is the number in the whole matrix.");
-  module.def("linear", &linear<Element>, "bitmap"_a.noconvert(), "offsets"_a.noconvert(),
-             "values"_a.noconvert(), "x"_a.noconvert(), "out"_a.noconvert(), "f16"_a, "threads"_a,
-             "kernel"_a, "out = x @ W.T; two-byte elements are BF16 unless f16.");
+  module.def("expand", &expand<Element>, "codec"_a, "dtype"_a, "rows"_a, "cols"_a, "group"_a,
+             "bitmap"_a.noconvert().none(), "offsets"_a.noconvert(), "values"_a.noconvert(),
+             "heads"_a.noconvert().none(), "scales"_a.noconvert().none(), "out"_a.noconvert(),
+             "first"_a, "threads"_a, "kernel"_a,
+             "Write the tile rows from first on to out, as many as it holds.");
+  module.def("linear", &linear<Element>, "codec"_a, "dtype"_a, "rows"_a, "cols"_a, "group"_a,
+             "bitmap"_a.noconvert().none(), "offsets"_a.noconvert(), "values"_a.noconvert(),
+             "heads"_a.noconvert().none(), "scales"_a.noconvert().none(), "x"_a.noconvert(),
+             "out"_a.noconvert(), "threads"_a, "kernel"_a, "out = x @ W.T.");
 }
 
 }  // namespace

@@ -1,11 +1,10 @@
 """tierd_kernels: expand packed matrices, and multiply with them as they are. No torch.
 
-A packed matrix is three arrays, `bitmap`, `offsets` and `values`, in the tile layout of
-layouts/FORMAT.md. Every function releases the GIL, reads its inputs in place (they may be read-only
-memory maps), and raises KernelError for arrays that do not fit, whatever their contents.
+A packed matrix is a `tierd_layouts.packed_matrix.PackedMatrix`: arrays in the tile layout of
+layouts/FORMAT.md, in any of its codecs. Every function releases the GIL, reads its inputs in place
+(they may be read-only memory maps), and raises KernelError for arrays that do not fit, whatever
+their contents.
 """
-
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +18,17 @@ from tierd_kernels.geometry import (
     Bits,
     Dtype,
     check_array,
+    check_matrix,
     check_output,
-    check_packed,
-    element_of,
-    expand_geometry,
-    tiles_over,
+    tile_range,
 )
+from tierd_layouts.packed_matrix import PackedMatrix
 
 __all__ = [
     "Dtype",
     "KernelError",
     "KernelsError",
+    "PackedMatrix",
     "UnsupportedKernel",
     "available",
     "expand",
@@ -44,56 +43,51 @@ _threads = 0
 
 
 def expand(
-    bitmap: NDArray[np.uint64],
-    offsets: NDArray[np.uint32],
-    values: Bits,
+    matrix: PackedMatrix,
     out: Bits,
     *,
     tile_rows: tuple[int, int] | None = None,
     threads: int = 0,
 ) -> None:
-    """Write a packed matrix to `out`, bit for bit, zeros where no bit is set.
+    """Write a packed matrix to `out`: lossless codecs bit for bit, lossy ones rounded once.
 
-    bitmap: uint64[tiles * 64].   offsets: uint32[tiles + 1].   values: uint16 or uint32.
-    out: [rows, cols] of the type of `values`, C-contiguous, overwritten.
+    out: bits of the matrix's dtype, uint16 or uint32 [rows, cols], C-contiguous, overwritten.
     tile_rows: (first, end), the part of the matrix that `out` holds; all of it by default.
     threads: 0 is the process's default (`set_threads`).
     Raises KernelError; the contents of `out` are then undefined.
     """
-    check_output("out", out, element_of(values))
-    rows, cols = out.shape
-    geometry = expand_geometry(bitmap, rows, cols, tile_rows)
-    check_packed(bitmap, offsets, values, geometry.tile_rows * tiles_over(cols))
-    dispatch.current().expand(bitmap, offsets, values, out, geometry, _threads_for(threads))
+    check_matrix(matrix)
+    check_output("out", out, ELEMENT[matrix.dtype])
+    first, end = tile_range(matrix, out, tile_rows)
+    dispatch.current().expand(matrix, out, first, end, _threads_for(threads))
 
 
 def linear(
-    bitmap: NDArray[np.uint64],
-    offsets: NDArray[np.uint32],
-    values: Bits,
+    matrix: PackedMatrix,
     x: Bits,
     out: NDArray[np.float32],
     *,
-    dtype: Dtype,
     threads: int = 0,
 ) -> None:
     """Write x @ W.T to `out`, where W is the packed matrix, summed in single precision.
 
-    x: the bits of `dtype`, uint16 or uint32 [tokens, cols], C-contiguous.
+    x: bits of the matrix's dtype, uint16 or uint32 [tokens, cols], C-contiguous.
     out: float32 [tokens, rows], C-contiguous, overwritten.
+    Levels of int8 and int4 are multiplied with their scale as they are, not rounded to the dtype.
     The result for a token depends neither on `threads` nor on the other tokens.
     Raises KernelError; the contents of `out` are then undefined.
     """
-    if dtype not in get_args(Dtype):
-        raise KernelError(f"dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}")
-    check_array("values", values, ELEMENT[dtype], 1)
-    check_array("x", x, ELEMENT[dtype], 2)
+    check_matrix(matrix)
+    check_array("x", x, ELEMENT[matrix.dtype], 2)
     check_output("out", out, np.float32)
-    tokens, cols = x.shape
-    if out.shape[0] != tokens:
-        raise KernelError(f"out has {out.shape[0]} tokens, x has {tokens}")
-    check_packed(bitmap, offsets, values, tiles_over(out.shape[1]) * tiles_over(cols))
-    dispatch.current().linear(bitmap, offsets, values, x, out, dtype, _threads_for(threads))
+    if x.shape[1] != matrix.cols:
+        raise KernelError(f"x has {x.shape[1]} columns, the matrix has {matrix.cols}")
+    if out.shape != (x.shape[0], matrix.rows):
+        raise KernelError(
+            f"out has shape {list(out.shape)}, {x.shape[0]} tokens of a matrix of {matrix.rows} "
+            f"rows need {[x.shape[0], matrix.rows]}"
+        )
+    dispatch.current().linear(matrix, x, out, _threads_for(threads))
 
 
 def kernel_name() -> str:

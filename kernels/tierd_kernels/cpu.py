@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from tierd_kernels import _cpu
 from tierd_kernels.errors import KernelError
-from tierd_kernels.geometry import Bits, Dtype, Geometry
+from tierd_kernels.geometry import Bits
+from tierd_layouts.packed_matrix import PackedMatrix
 
 MAX_THREADS: Final = _cpu.MAX_THREADS
 
@@ -22,36 +23,17 @@ class CpuKernel:
 
     name: str
 
-    def expand(
-        self,
-        bitmap: NDArray[np.uint64],
-        offsets: NDArray[np.uint32],
-        values: Bits,
-        out: Bits,
-        geometry: Geometry,
-        threads: int,
-    ) -> None:
-        """See `reference.expand`."""
+    def expand(self, matrix: PackedMatrix, out: Bits, first: int, end: int, threads: int) -> None:
+        """See `reference.expand`; `out` says where the range ends."""
         try:
-            _native.expand(
-                bitmap, offsets, values, out, geometry.tile_rows, geometry.first, threads, self.name
-            )
+            _native.expand(*_arguments(matrix), out, first, threads, self.name)
         except ValueError as error:
             raise KernelError(str(error)) from None
 
-    def linear(
-        self,
-        bitmap: NDArray[np.uint64],
-        offsets: NDArray[np.uint32],
-        values: Bits,
-        x: Bits,
-        out: NDArray[np.float32],
-        dtype: Dtype,
-        threads: int,
-    ) -> None:
+    def linear(self, matrix: PackedMatrix, x: Bits, out: NDArray[np.float32], threads: int) -> None:
         """See `reference.linear`; sums in single precision, in an order that no setting changes."""
         try:
-            _native.linear(bitmap, offsets, values, x, out, dtype == "F16", threads, self.name)
+            _native.linear(*_arguments(matrix), x, out, threads, self.name)
         except ValueError as error:
             raise KernelError(str(error)) from None
 
@@ -64,3 +46,19 @@ def supported_kernels() -> tuple[CpuKernel, ...]:
 def unsupported_names() -> tuple[str, ...]:
     """Kernels that were built but that this processor cannot run."""
     return tuple(name for name, supported in _cpu.kernel_names() if not supported)
+
+
+def _arguments(matrix: PackedMatrix) -> tuple[Any, ...]:
+    """Return a matrix as the bindings take it: `values` are bytes for every codec."""
+    return (
+        matrix.codec,
+        matrix.dtype,
+        matrix.rows,
+        matrix.cols,
+        matrix.group,
+        matrix.bitmap,
+        matrix.offsets,
+        matrix.values.view(np.uint8),
+        matrix.heads,
+        matrix.scales,
+    )

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from tierd_kernels import cpu, reference
 from tierd_kernels.errors import UnsupportedKernel
-from tierd_kernels.geometry import Bits, Dtype, Geometry
+from tierd_kernels.geometry import Bits
+from tierd_layouts.packed_matrix import PackedMatrix
 
 VARIABLE: Final = "TIERD_KERNELS"
 
@@ -20,26 +21,11 @@ class Kernel(Protocol):
     @property
     def name(self) -> str: ...
 
-    def expand(
-        self,
-        bitmap: NDArray[np.uint64],
-        offsets: NDArray[np.uint32],
-        values: Bits,
-        out: Bits,
-        geometry: Geometry,
-        threads: int,
-    ) -> None: ...
+    def expand(self, matrix: PackedMatrix, out: Bits, first: int, end: int, threads: int) -> None:
+        """Write tile rows `first` to `end` of `matrix` to `out`, whose shape was checked."""
 
-    def linear(
-        self,
-        bitmap: NDArray[np.uint64],
-        offsets: NDArray[np.uint32],
-        values: Bits,
-        x: Bits,
-        out: NDArray[np.float32],
-        dtype: Dtype,
-        threads: int,
-    ) -> None: ...
+    def linear(self, matrix: PackedMatrix, x: Bits, out: NDArray[np.float32], threads: int) -> None:
+        """Write x @ W.T to `out`. All arrays were checked."""
 
 
 @cache

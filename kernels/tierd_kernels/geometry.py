@@ -1,16 +1,18 @@
 """What the kernels ask of their arrays before they look at the contents."""
 
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.errors import KernelError
+from tierd_layouts.packed_matrix import PackedMatrix
 
 TILE: Final = 64
 RUN_UNIT: Final = 16
 """Bytes of one step of `offsets`."""
+MAX_LENGTH: Final = 2**32 - 1 - TILE
+"""Most rows, columns, or columns of a group."""
 
 Dtype = Literal["BF16", "F16", "F32"]
 Bits = NDArray[np.uint16] | NDArray[np.uint32]
@@ -21,24 +23,18 @@ ELEMENT: Final[dict[str, type[np.uint16] | type[np.uint32]]] = {
     "F32": np.uint32,
 }
 
+_EXTRA: Final[dict[str, str | None]] = {
+    "raw": None,
+    "exponent-packed": "heads",
+    "int8": "scales",
+    "int4": "scales",
+}
+"""The array that a codec has beside bitmap, offsets and values."""
+
 
 def tiles_over(length: int) -> int:
     """Tiles that cover `length` rows or columns."""
     return -(-length // TILE)
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Where the output lies in the packed matrix."""
-
-    cols: int
-    """Columns of the matrix, in elements."""
-    tile_rows: int
-    """Tile rows of the whole matrix."""
-    first: int
-    """First tile row that the output holds."""
-    end: int
-    """Tile row behind the last one that the output holds."""
 
 
 def check_array(name: str, array: NDArray[Any], dtype: type[np.generic], ndim: int) -> None:
@@ -56,28 +52,47 @@ def check_array(name: str, array: NDArray[Any], dtype: type[np.generic], ndim: i
         raise KernelError(f"{name} does not start on a multiple of its item size")
 
 
-def element_of(values: Bits) -> type[np.uint16] | type[np.uint32]:
-    """Return the element type that a matrix with these values has."""
-    return np.uint32 if getattr(values, "dtype", None) == np.uint32 else np.uint16
+def check_output(name: str, out: NDArray[Any], dtype: type[np.generic]) -> None:
+    """Raise KernelError unless a kernel can write to the matrix `out`."""
+    check_array(name, out, dtype, 2)
+    if not out.flags.writeable:
+        raise KernelError(f"{name} is read-only")
 
 
-def check_packed(
-    bitmap: NDArray[np.uint64], offsets: NDArray[np.uint32], values: Bits, tiles: int
-) -> None:
-    """Raise KernelError unless the three arrays can describe a matrix of `tiles` tiles.
+def check_matrix(matrix: PackedMatrix) -> None:
+    """Raise KernelError unless the arrays have the types and lengths of the codec and shape.
 
-    Tile by tile the kernels then check the offsets against the bitmap.
+    Tile by tile the kernels then check the contents.
     """
-    check_array("bitmap", bitmap, np.uint64, 1)
-    check_array("offsets", offsets, np.uint32, 1)
-    check_array("values", values, element_of(values), 1)
-    if bitmap.size != tiles * TILE:
-        raise KernelError(
-            f"bitmap has {bitmap.size} words, {tiles} tiles of {TILE} need {tiles * TILE}"
-        )
-    if offsets.size != tiles + 1:
-        raise KernelError(f"offsets has {offsets.size} entries, {tiles} tiles need {tiles + 1}")
-    begin, end = int(offsets[0]), int(offsets[-1])
+    codec = matrix.codec
+    if codec not in _EXTRA:
+        raise KernelError(f"codec {codec!r} is not one of {', '.join(_EXTRA)}")
+    if matrix.dtype not in ELEMENT:
+        raise KernelError(f"dtype {matrix.dtype!r} is not one of {', '.join(ELEMENT)}")
+    for length in (matrix.rows, matrix.cols):
+        if not 0 <= length <= MAX_LENGTH:
+            raise KernelError(f"shape [{matrix.rows}, {matrix.cols}] is not in 0..{MAX_LENGTH}")
+    for name in ("heads", "scales"):
+        if getattr(matrix, name) is not None and name != _EXTRA[codec]:
+            raise KernelError(f"codec {codec} has no {name}")
+    tile_rows, tile_cols = tiles_over(matrix.rows), tiles_over(matrix.cols)
+    tiles = tile_rows * tile_cols
+    if matrix.bitmap is not None or codec == "raw":
+        why = f"{tiles} tiles of {TILE}"
+        _check_length("bitmap", "words", matrix.bitmap, np.uint64, tiles * TILE, why)
+    _check_length("offsets", "entries", matrix.offsets, np.uint32, tiles + 1, f"{tiles} tiles")
+    if codec == "exponent-packed":
+        _check_length("heads", "entries", matrix.heads, np.uint32, tiles, f"{tiles} tiles")
+    elif codec != "raw":
+        group = matrix.group
+        if group % TILE or not 0 < group <= MAX_LENGTH:
+            raise KernelError(f"group of {group} columns is not a positive multiple of {TILE}")
+        scales = tile_rows * -(-matrix.cols // group) * TILE
+        why = f"[{matrix.rows}, {matrix.cols}] in groups of {group} columns"
+        _check_length("scales", "entries", matrix.scales, np.uint16, scales, why)
+    values = matrix.values
+    check_array("values", values, ELEMENT[matrix.dtype] if codec == "raw" else np.uint8, 1)
+    begin, end = int(matrix.offsets[0]), int(matrix.offsets[-1])
     if begin != 0:
         raise KernelError(f"offsets begin at {begin}, not at 0")
     if end * RUN_UNIT != values.nbytes:
@@ -86,29 +101,32 @@ def check_packed(
         )
 
 
-def check_output(name: str, out: NDArray[Any], dtype: type[np.generic]) -> None:
-    """Raise KernelError unless a kernel can write to the matrix `out`."""
-    check_array(name, out, dtype, 2)
-    if not out.flags.writeable:
-        raise KernelError(f"{name} is read-only")
-
-
-def expand_geometry(
-    bitmap: NDArray[np.uint64], rows: int, cols: int, tile_rows: tuple[int, int] | None
-) -> Geometry:
-    """Find the place of an output of `rows` by `cols` in a matrix with this bitmap."""
-    tile_cols = tiles_over(cols)
-    if tile_rows is None:
-        return Geometry(cols, tiles_over(rows), 0, tiles_over(rows))
-    first, end = tile_rows
-    # Without columns there are no tiles to count.
-    total = bitmap.size // TILE // tile_cols if tile_cols else end
+def tile_range(
+    matrix: PackedMatrix, out: Bits, tile_rows: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Return the tile rows (first, end) that `out` holds. Raises KernelError where it cannot."""
+    total = tiles_over(matrix.rows)
+    first, end = tile_rows or (0, total)
     if not 0 <= first <= end <= total:
         raise KernelError(f"tile rows {first}..{end} are not in a matrix of {total} tile rows")
-    most = (end - first) * TILE
-    # Only the matrix's own last tile row may be cut short.
-    least = most if end < total or first == end else most - TILE + 1
-    if not least <= rows <= most:
-        wanted = str(most) if least == most else f"{least} to {most}"
-        raise KernelError(f"out has {rows} rows, tile rows {first}..{end} have {wanted}")
-    return Geometry(cols, total, first, end)
+    rows = min(end * TILE, matrix.rows) - first * TILE if first < end else 0
+    if out.shape != (rows, matrix.cols):
+        raise KernelError(
+            f"out has shape {list(out.shape)}, tile rows {first}..{end} have {[rows, matrix.cols]}"
+        )
+    return first, end
+
+
+def _check_length(
+    name: str,
+    unit: str,
+    array: NDArray[Any] | None,
+    dtype: type[np.generic],
+    length: int,
+    why: str,
+) -> None:
+    if array is None:
+        raise KernelError(f"{name} is missing, {why} need {length} {unit}")
+    check_array(name, array, dtype, 1)
+    if array.size != length:
+        raise KernelError(f"{name} has {array.size} {unit}, {why} need {length}")

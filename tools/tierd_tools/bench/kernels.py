@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 
 import tierd_kernels
-from tierd_layouts import tiles
+from tierd_layouts import packed_matrix
 from tierd_tools.benchmark import Row, interleaved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tierd_layouts.packed_matrix import PackedMatrix
 
 SHAPES = ((4096, 4096), (11008, 4096))
 SPARSITY = 0.5
@@ -32,9 +34,7 @@ SET_BYTES = 256 << 20
 @dataclass(frozen=True, slots=True)
 class Matrix:
     dense: torch.Tensor
-    bitmap: np.ndarray
-    offsets: np.ndarray
-    values: np.ndarray
+    packed: PackedMatrix
 
 
 def _matrices(rows: int, cols: int) -> list[Matrix]:
@@ -46,7 +46,7 @@ def _matrices(rows: int, cols: int) -> list[Matrix]:
         dense[torch.rand(rows, cols, generator=generator) < SPARSITY] = 0
         dense = dense.to(torch.bfloat16)
         bits = dense.view(torch.uint16).numpy()
-        matrices.append(Matrix(dense, *tiles.encode(bits)))
+        matrices.append(Matrix(dense, packed_matrix.encode_raw(bits, "BF16")))
     return matrices
 
 
@@ -91,7 +91,7 @@ def _expand(matrices: list[Matrix], rows: int, cols: int, threads: int) -> Row:
 
     def ours() -> None:
         for m in matrices:
-            tierd_kernels.expand(m.bitmap, m.offsets, m.values, out, threads=threads)
+            tierd_kernels.expand(m.packed, out, threads=threads)
 
     def theirs() -> None:
         for m in matrices:
@@ -112,7 +112,7 @@ def _crossover(matrices: list[Matrix], rows: int, cols: int, tokens: int, thread
 
     def theirs() -> None:
         for m in matrices:
-            tierd_kernels.expand(m.bitmap, m.offsets, m.values, scratch_bits, threads=threads)
+            tierd_kernels.expand(m.packed, scratch_bits, threads=threads)
             F.linear(x, scratch)
 
     return _compare(
@@ -129,9 +129,7 @@ def _multiply_fused(matrices: list[Matrix], x: torch.Tensor, threads: int) -> Ca
 
     def multiply() -> None:
         for m in matrices:
-            tierd_kernels.linear(
-                m.bitmap, m.offsets, m.values, bits, out, dtype="BF16", threads=threads
-            )
+            tierd_kernels.linear(m.packed, bits, out, threads=threads)
 
     return multiply
 

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 
 from tierd_tools import pack_plan
-from tierd_tools.checkpoint import Checkpoint, SourceTensor
+from tierd_tools.checkpoint import Checkpoint
 from tierd_tools.pack_plan import is_prunable, may_be_raw, plan
+from tierd_tools.source_tensor import FileTensor
 
 
-def tensor(name: str, dtype: str = "BF16", shape: tuple[int, ...] = (4, 4)) -> SourceTensor:
-    return SourceTensor(name, dtype, shape, Path("x"), 0, 32)
+def tensor(name: str, dtype: str = "BF16", shape: tuple[int, ...] = (4, 4)) -> FileTensor:
+    return FileTensor(name, dtype, shape, Path("x"), 0, 32)
 
 
 def test_layers_come_in_the_order_in_which_a_decoder_uses_them(

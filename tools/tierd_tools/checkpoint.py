@@ -1,7 +1,7 @@
-"""A local Hugging Face checkpoint: names, types, shapes, raw bytes. Nothing is converted.
+"""A local Hugging Face checkpoint: names, types, shapes, raw bytes. No element is converted.
 
-A tensor is read when it is asked for and its pages leave the page cache afterwards, so a pass over
-a checkpoint needs the memory of one tensor, whatever the size of the whole.
+Weights in a bitmask format of compressed-tensors appear as the dense tensors that they are, and
+config.json as that of an ordinary model.
 """
 
 from __future__ import annotations
@@ -13,22 +13,26 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
-from tierd_layouts.dtypes import ITEM_BYTES
 from tierd_layouts.errors import FormatError
 from tierd_layouts.safetensors_file import read_header
+from tierd_tools.bitmask_config import config_text, without_compression
+from tierd_tools.bitmask_import import recognise
 from tierd_tools.errors import CheckpointError, CheckpointMissing
+from tierd_tools.source_tensor import FileTensor, SourceTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from numpy.typing import NDArray
+__all__ = ["Checkpoint", "SourceTensor", "control_file_names"]
 
+CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
 PACK_INDEX = "tierd.json"
+#: member of `metadata` that says what was decoded or left out
+IMPORT_NOTE = "tierd.import"
 
 _WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 _CONTROL = (
@@ -36,77 +40,22 @@ _CONTROL = (
     *("README*", "LICENSE*", "NOTICE*"),
 )
 _NOT_CONTROL = (*_WEIGHTS, "*.safetensors", "*.index.json", PACK_INDEX)
-_READ_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """One tensor of the checkpoint; `begin` is the offset of its bytes in `path`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    begin: int
-    nbytes: int
-
-    @property
-    def elements(self) -> int:
-        return self.nbytes // ITEM_BYTES[self.dtype]
-
-    def read(self) -> NDArray[np.uint8]:
-        """The bytes, in memory of their own. Raises CheckpointError when the file ends early."""
-        data = np.empty(self.nbytes, np.uint8)
-        self._read_into(data.data, self.begin)
-        return data
-
-    def read_bits(self) -> NDArray[np.unsignedinteger[Any]]:
-        """The elements as unsigned integers of their width, in the tensor's shape."""
-        return self.read().view(f"<u{ITEM_BYTES[self.dtype]}").reshape(self.shape)
-
-    def sample_bits(self, nbytes: int) -> NDArray[np.unsignedinteger[Any]]:
-        """Up to `nbytes` from the middle of the tensor, as unsigned integers."""
-        item = ITEM_BYTES[self.dtype]
-        size = min(nbytes, self.nbytes) // item * item
-        data = np.empty(size, np.uint8)
-        skipped = (self.nbytes - size) // 2 // item * item
-        self._read_into(data.data, self.begin + skipped)
-        return data.view(f"<u{item}")
-
-    def _read_into(self, target: memoryview, offset: int) -> None:
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: {error.strerror}") from error
-        try:
-            done = 0
-            while done < len(target):
-                part = target[done : done + _READ_BYTES]
-                count = os.preadv(descriptor, [part], offset + done)
-                if count == 0:
-                    raise CheckpointError(
-                        f"{self.path} ends at byte {offset + done}, "
-                        f"tensor {self.name!r} at byte {self.begin + self.nbytes}"
-                    )
-                done += count
-            os.posix_fadvise(descriptor, offset, len(target), os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path}: reading tensor {self.name!r}: {error.strerror}"
-            ) from error
-        finally:
-            os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint whose headers were read and agree with each other and with the files' sizes."""
+    """A checkpoint whose headers were read and agree with each other and with the files' sizes.
+
+    imported: what was decoded and what config.json lost with it, for a person; mostly empty.
+    """
 
     path: Path
     shards: tuple[Path, ...]
     tensors: Mapping[str, SourceTensor]
     metadata: Mapping[str, str]
     control_files: tuple[Path, ...]
+    imported: str = ""
+    config: bytes | None = None  #: replaces config.json where that is not about these weights
 
     @classmethod
     def open(cls, model_dir: str | os.PathLike[str]) -> Checkpoint:
@@ -115,25 +64,34 @@ class Checkpoint:
         files = _plain_files(path)
         if PACK_INDEX in files:
             raise CheckpointError(f"{path} is a tierd pack already ({PACK_INDEX}); unpack it first")
-        if "config.json" not in files:
-            raise CheckpointMissing(f"{path} has no config.json: not a Hugging Face model folder")
-        _check_config(path / "config.json")
+        if CONFIG not in files:
+            raise CheckpointMissing(f"{path} has no {CONFIG}: not a Hugging Face model folder")
+        config = _read_config(path / CONFIG)
         weight_map = _weight_map(path, files)
-        tensors: dict[str, SourceTensor] = {}
+        stored: dict[str, FileTensor] = {}
         metadata: dict[str, str] = {}
         shards = tuple(path / name for name in sorted(set(weight_map.values())))
         for shard in shards or (path / SINGLE_FILE,):
-            for name, text in _read_shard(shard, tensors).items():
+            for name, text in _read_shard(shard, stored).items():
                 metadata.setdefault(name, text)
-        _check_weight_map(path, weight_map, tensors)
-        if not tensors:
+        _check_weight_map(path, weight_map, stored)
+        if not stored:
             raise CheckpointError(f"{path} has no tensors")
+        recognised = recognise(stored)
+        ordinary = without_compression(
+            config, decoded=bool(recognised.formats), where=str(path / CONFIG)
+        )
+        imported = _import_note(recognised.text(), config, ordinary)
+        if imported:
+            metadata[IMPORT_NOTE] = imported
         return cls(
             path=path,
             shards=shards or (path / SINGLE_FILE,),
-            tensors=tensors,
+            tensors=recognised.tensors,
             metadata=metadata,
             control_files=tuple(path / name for name in control_file_names(files)),
+            imported=imported,
+            config=None if ordinary is None else config_text(ordinary),
         )
 
     @property
@@ -178,7 +136,7 @@ def _plain_files(path: Path) -> frozenset[str]:
         raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
-def _check_config(path: Path) -> None:
+def _read_config(path: Path) -> dict[str, Any]:
     """No model can be built from a pack whose config.json is not a JSON object."""
     try:
         config = json.loads(path.read_bytes())
@@ -188,6 +146,18 @@ def _check_config(path: Path) -> None:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not a JSON object")
+    return config
+
+
+def _import_note(
+    decoded: str, config: Mapping[str, Any], ordinary: Mapping[str, Any] | None
+) -> str:
+    notes = [decoded] if decoded else []
+    if ordinary is not None:
+        removed = ", ".join(sorted(config.keys() - ordinary.keys()))
+        why = "" if decoded else ", which claimed sparse tensors: they are dense"
+        notes.append(f"{CONFIG} without {removed}{why}")
+    return "; ".join(notes)
 
 
 def _weight_map(path: Path, files: frozenset[str]) -> dict[str, str]:
@@ -224,7 +194,7 @@ def _weight_map(path: Path, files: frozenset[str]) -> dict[str, str]:
     return weight_map
 
 
-def _read_shard(shard: Path, tensors: dict[str, SourceTensor]) -> Mapping[str, str]:
+def _read_shard(shard: Path, tensors: dict[str, FileTensor]) -> Mapping[str, str]:
     """Adds the tensors of `shard`; returns its metadata."""
     try:
         header = read_header(shard)
@@ -238,12 +208,12 @@ def _read_shard(shard: Path, tensors: dict[str, SourceTensor]) -> Mapping[str, s
                 f"tensor {name!r} is in two shards: {tensors[name].path.name} and {shard.name}"
             )
         begin, nbytes = header.data_start + entry.begin, entry.end - entry.begin
-        tensors[name] = SourceTensor(name, entry.dtype, entry.shape, shard, begin, nbytes)
+        tensors[name] = FileTensor(name, entry.dtype, entry.shape, shard, begin, nbytes)
     return header.metadata
 
 
 def _check_weight_map(
-    path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, SourceTensor]
+    path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, FileTensor]
 ) -> None:
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].path.name != shard:

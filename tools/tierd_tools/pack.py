@@ -28,7 +28,7 @@ from tierd_layouts.container import (
 from tierd_layouts.errors import FormatError, NameRefused
 from tierd_layouts.index import FORMAT_VERSION, INDEX_FILE, PackIndex
 from tierd_layouts.names import check_model_name
-from tierd_tools.checkpoint import Checkpoint
+from tierd_tools.checkpoint import CONFIG, Checkpoint
 from tierd_tools.errors import BadSetting, CheckpointError, DiskFull, PackError
 from tierd_tools.pack_encode import encoding, join
 from tierd_tools.pack_journal import JOURNAL_FILE, Journal
@@ -40,6 +40,7 @@ from tierd_tools.pack_staging import (
     refusals,
     refuse_unless_replaceable,
     size_text,
+    write_file,
 )
 from tierd_tools.progress import Progress, SilentProgress
 from tierd_tools.sparsity import check_sparsity
@@ -183,6 +184,8 @@ class _Run:
                 raise PackError(f"{self._checkpoint.path} changed while it was packed")
             for file in self._checkpoint.control_files:
                 copy_file(file, self._staging.path / file.name)
+            if self._checkpoint.config is not None:
+                write_file(self._staging.path / CONFIG, self._checkpoint.config)
             index = self._index()
             write_index(self._staging.path, index)
         self._verify([x for x in index.layers if x.extents[0].shard >= self.reused])

@@ -1,14 +1,17 @@
-"""The codecs by name: which arrays each one stores, in which order and under which dtype."""
+"""The codecs by name: which arrays each one stores, in which order, and how large they can be."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
+from tierd_layouts.tile_grid import TILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from tierd_layouts.tile_grid import TileGrid
 
 #: In stored order. A matrix codec but `raw` may come without `bitmap`: dense form.
 ARRAYS_OF_CODEC: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -27,6 +30,13 @@ LEVEL_LIMITS: Mapping[str, int] = MappingProxyType({"int8": 127, "int4": 7})
 _DTYPE_OF_ARRAY = {"bitmap": "U64", "offsets": "U32", "heads": "U32", "scales": "U16"}
 
 
+class Range(NamedTuple):
+    """Bytes, both ends included."""
+
+    fewest: int
+    most: int
+
+
 def array_names(codec: str, *, masked: bool) -> tuple[str, ...]:
     """Returns the arrays of a codec that is known, in stored order."""
     names = ARRAYS_OF_CODEC[codec]
@@ -42,19 +52,47 @@ def stored_dtype(codec: str, dtype: str, array_name: str) -> str:
     return _DTYPE_OF_ARRAY[array_name]
 
 
-def values_bytes(codec: str, dtype: str, kept: int) -> tuple[int, int]:
-    """Returns the least and the most bytes that the record of a tile with `kept` elements takes.
+def values_range(codec: str, dtype: str, grid: TileGrid, nnz: int, *, masked: bool) -> Range:
+    """Returns the fewest and the most bytes that `values` can have, as far as the index tells.
 
-    Before it is filled up to 16 bytes; `exponent-packed` at the most as large as 65535 escapes say.
+    Dense form: the tiles' sizes are known. Masked: `nnz` elements may lie in any tiles.
     """
+    if not masked:
+        return _dense_form_range(codec, dtype, grid)
     item_bytes = ITEM_BYTES[dtype]
+    used = min(nnz, grid.tiles)  # tiles that may have a record, and so a gap after it
     match codec:
         case "raw":
-            return kept * item_bytes, kept * item_bytes
+            return Range(nnz * item_bytes, nnz * item_bytes + used * (16 - item_bytes))
         case "int8":
-            return kept, kept
+            return Range(nnz, nnz + used * 15)
         case "int4":
-            return -(-kept // 2), -(-kept // 2)
+            return Range(-(-nnz // 2), (nnz + used * 31) // 2)
         case _:
-            planes = (item_bytes - 1) * 8 * -(-kept // 8)
-            return planes, planes + 8 * 8 * -(-kept // 64) + 4 * kept
+            low = item_bytes - 1  # byte planes; then at most 8 bit planes, and escapes of 4 bytes
+            return Range(low * nnz, (low + 5) * nnz + used * (5 * low + 73))
+
+
+def _dense_form_range(codec: str, dtype: str, grid: TileGrid) -> Range:
+    """Whole tiles, tiles of the right and of the lower edge, and the corner."""
+    tall, rest_rows = divmod(grid.rows, TILE)
+    wide, rest_cols = divmod(grid.cols, TILE)
+    low = ITEM_BYTES[dtype] - 1
+    fewest = most = 0
+    for kept, tiles in (
+        (TILE * TILE, tall * wide),
+        (TILE * rest_cols, tall),
+        (rest_rows * TILE, wide),
+        (rest_rows * rest_cols, 1),
+    ):
+        match codec:
+            case "int8":
+                record = (kept, kept)
+            case "int4":
+                record = (-(-kept // 2), -(-kept // 2))
+            case _:
+                planes = low * 8 * -(-kept // 8)
+                record = (planes, planes + 64 * -(-kept // 64) + 4 * kept)
+        fewest += tiles * 16 * -(-record[0] // 16)
+        most += tiles * 16 * -(-record[1] // 16)
+    return Range(fewest, most)

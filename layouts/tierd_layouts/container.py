@@ -4,6 +4,7 @@ from tierd_layouts.layer_builder import Chunk, EncodedLayer, LayerBuilder
 from tierd_layouts.layer_reader import (
     check_layer_bytes,
     layer_array,
+    packed_matrix,
     read_layer,
     tensor_bits,
     validate_layer,
@@ -21,6 +22,7 @@ __all__ = [
     "open_pack",
     "open_shard",
     "pack_folder",
+    "packed_matrix",
     "read_layer",
     "shard_file_name",
     "tensor_bits",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,3 +33,8 @@ ITEM_BYTES: Mapping[str, int] = MappingProxyType(
 
 #: What codec `raw` may hold, and the dtype under which a shard stores its values.
 RAW_VALUES_DTYPE: Mapping[str, str] = MappingProxyType({"BF16": "U16", "F16": "U16", "F32": "U32"})
+
+#: numpy's dtype for the bits of an element, by its bytes.
+UNSIGNED: Mapping[int, np.dtype[Any]] = MappingProxyType(
+    {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+)

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tierd_layouts import runs
-from tierd_layouts.codecs import ARRAYS_OF_CODEC
 from tierd_layouts.dtypes import ITEM_BYTES
-from tierd_layouts.errors import ArraySetWrong, EscapesWrong, GapNotZero, HeadsWrong, ZeroStored
-from tierd_layouts.packed_record import PackedMatrix
+from tierd_layouts.errors import EscapesWrong, GapNotZero, HeadsWrong, ZeroStored
+from tierd_layouts.packed_record import PackedMatrix, check_set
 from tierd_layouts.tile_grid import (
     TILE_ELEMENTS,
     TileGrid,
@@ -156,11 +155,11 @@ class _Records:
 
 def _check_structure(matrix: PackedMatrix, grid: TileGrid) -> _Records:
     """Returns the places of all records, once everything but their content agrees."""
+    check_set(matrix)
+    assert matrix.heads is not None
     if matrix.bitmap is not None:
         check_bitmap(matrix.bitmap, grid)
     counts = kept_counts(matrix.bitmap, grid)
-    if matrix.heads is None:
-        raise ArraySetWrong(f"no heads, codec {CODEC} has {', '.join(ARRAYS_OF_CODEC[CODEC])}")
     _check_heads(matrix.heads, counts, grid)
     runs.check_values(matrix.values)
     records = _Records.of(counts, matrix.heads, ITEM_BYTES[matrix.dtype])

@@ -175,6 +175,7 @@ def _read_tensor(value: object, where: str) -> Tensor:
     members = Members(value, where)
     tile = members.take("tile")
     part = members.take("slice")
+    group = members.take("group")
     arrays = Members(members.take("arrays"), f"{where}.arrays")
     tensor = Tensor(
         name=members.text("name"),
@@ -190,6 +191,7 @@ def _read_tensor(value: object, where: str) -> Tensor:
         },
         source=members.text("source"),
         slice=None if part is None else _integer_list(part, f"{where}.slice"),
+        group=None if group is None else _integer(group, f"{where}.group"),
     )
     members.finish()
     return tensor
@@ -239,6 +241,7 @@ def _write_tensor(tensor: Tensor) -> dict[str, Any]:
         },
         "source": tensor.source,
         "slice": None if tensor.slice is None else list(tensor.slice),
+        "group": tensor.group,
     }
 
 

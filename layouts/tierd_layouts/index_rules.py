@@ -8,20 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import accumulate, pairwise
-from math import prod
 from typing import TYPE_CHECKING
 
-from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
 from tierd_layouts.errors import (
     AliasInvalid,
     ArrayAcrossExtents,
-    ArrayBytesWrong,
     ArrayMisaligned,
     ArrayOutOfRange,
-    ArraySetWrong,
     ArraysOverlap,
-    BadShape,
-    BadTile,
     DuplicateName,
     ExtentMisaligned,
     ExtentOutOfRange,
@@ -29,13 +23,7 @@ from tierd_layouts.errors import (
     FieldInvalid,
     HashCountWrong,
     LayerSizeWrong,
-    NnzWrong,
-    SliceRefused,
-    UnknownCodec,
-    UnknownOrder,
-    UnknownTensorDtype,
 )
-from tierd_layouts.excerpt import excerpt
 from tierd_layouts.names import check_file_name, check_layer_name, check_tensor_name
 from tierd_layouts.records import (
     ARRAY_ALIGNMENT,
@@ -43,18 +31,12 @@ from tierd_layouts.records import (
     block_count,
     stored_name,
 )
-from tierd_layouts.tiles import RUN_ALIGNMENT, TILE, TileGrid, max_values_bytes
+from tierd_layouts.tensor_rules import check_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from tierd_layouts.records import Extent, Layer, Shard, Tensor
-
-MAX_DIMENSIONS = 64  #: numpy's limit
-MAX_TENSOR_BYTES = (1 << 63) - 1  #: kernels count in signed 64-bit numbers
-
-ARRAYS_OF_CODEC = {"dense": ("data",), "raw": ("bitmap", "offsets", "values")}
-ORDERS = ("row-major",)
+    from tierd_layouts.records import Extent, Layer, Shard
 
 
 def check_pack(
@@ -112,83 +94,6 @@ def check_layer(layer: Layer, where: str) -> None:
             raise ArraysOverlap(f"{left[2]} ends at {left[1]}, {right[2]} starts at {right[0]}")
 
 
-def check_tensor(tensor: Tensor, where: str) -> None:
-    """Raises for anything wrong with one tensor, its arrays' places excepted."""
-    check_tensor_name(tensor.name)
-    where = f"{where}: tensor {tensor.name!r}"
-    check_tensor_name(tensor.source)
-    expected = ARRAYS_OF_CODEC.get(tensor.codec)
-    if expected is None:
-        raise UnknownCodec(
-            f"{where}: codec {excerpt(tensor.codec)}, known are {_list(ARRAYS_OF_CODEC)}"
-        )
-    if tensor.order not in ORDERS:
-        raise UnknownOrder(f"{where}: order {excerpt(tensor.order)}, known are {_list(ORDERS)}")
-    known = RAW_VALUES_DTYPE if tensor.codec == "raw" else ITEM_BYTES
-    if tensor.dtype not in known:
-        raise UnknownTensorDtype(
-            f"{where}: dtype {excerpt(tensor.dtype)}, codec {tensor.codec} knows {_list(known)}"
-        )
-    if tensor.slice is not None:
-        raise SliceRefused(f"{where}: slice {excerpt(tensor.slice)}, version 1 has none")
-    if len(tensor.shape) > MAX_DIMENSIONS:
-        raise BadShape(f"{where}: {len(tensor.shape)} dimensions, the limit is {MAX_DIMENSIONS}")
-    # Zero-sized tensors too: 0 x 2^62 has no bytes, but its tile count would not fit anywhere.
-    extent = prod(max(size, 1) for size in tensor.shape) * ITEM_BYTES[tensor.dtype]
-    if min(tensor.shape, default=0) < 0 or extent > MAX_TENSOR_BYTES:
-        raise BadShape(
-            f"{where}: shape {excerpt(list(tensor.shape))} has a dimension below 0 or is too large"
-        )
-    if sorted(tensor.arrays) != sorted(expected):
-        raise ArraySetWrong(
-            f"{where}: arrays {_list(tensor.arrays)}, codec {tensor.codec} has {_list(expected)}"
-        )
-    if tensor.codec == "raw":
-        _check_raw(tensor, where)
-    else:
-        _check_dense(tensor, where)
-
-
-def _check_dense(tensor: Tensor, where: str) -> None:
-    if tensor.tile is not None:
-        raise BadTile(f"{where}: tile {list(tensor.tile)}, codec dense has none")
-    if tensor.nnz != prod(tensor.shape):
-        raise NnzWrong(f"{where}: nnz {tensor.nnz}, dense stores all {prod(tensor.shape)} elements")
-    _check_bytes(tensor, "data", tensor.dense_bytes, where)
-
-
-def _check_raw(tensor: Tensor, where: str) -> None:
-    if tensor.tile != (TILE, TILE):
-        raise BadTile(f"{where}: tile {tensor.tile}, codec raw has ({TILE}, {TILE})")
-    if len(tensor.shape) != 2:
-        raise BadShape(
-            f"{where}: shape {excerpt(list(tensor.shape))}, codec raw needs 2 dimensions"
-        )
-    grid = TileGrid(*tensor.shape)
-    item_bytes = ITEM_BYTES[tensor.dtype]
-    _check_bytes(tensor, "bitmap", grid.bitmap_words * 8, where)
-    _check_bytes(tensor, "offsets", grid.offset_count * 4, where)
-    values = tensor.arrays["values"].nbytes
-    if tensor.nnz > prod(tensor.shape):
-        raise NnzWrong(f"{where}: nnz {tensor.nnz} of {prod(tensor.shape)} elements")
-    least = tensor.nnz * item_bytes
-    most = max_values_bytes(tensor.nnz, item_bytes, grid)
-    if values % RUN_ALIGNMENT or not least <= values <= most:
-        raise ArrayBytesWrong(
-            f"{where}: values have {values} bytes, {tensor.nnz} non-zeros in {grid.tiles} tiles "
-            f"need a multiple of {RUN_ALIGNMENT} in [{least}, {most}]"
-        )
-
-
-def _check_bytes(tensor: Tensor, array: str, needed: int, where: str) -> None:
-    found = tensor.arrays[array].nbytes
-    if found != needed:
-        raise ArrayBytesWrong(
-            f"{where}: array {array!r} has {found} bytes, shape {excerpt(list(tensor.shape))} of "
-            f"{tensor.dtype} needs {needed}"
-        )
-
-
 def _check_extents(shards: Sequence[Shard], layers: Sequence[Layer], where: str) -> None:
     places: list[tuple[int, int, int, str]] = []
     for layer in layers:
@@ -242,7 +147,3 @@ def _refuse_duplicates(names: Iterable[str], label: str) -> None:
         if name in seen:
             raise DuplicateName(f"{label} {name!r} appears twice")
         seen.add(name)
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(excerpt(name) for name in names)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tierd_layouts import tiles
-from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
+from tierd_layouts.codecs import stored_dtype
+from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE, UNSIGNED
 from tierd_layouts.errors import ArrayBytesWrong, BadShape, DuplicateName, UnknownTensorDtype
-from tierd_layouts.index_rules import check_tensor
 from tierd_layouts.names import check_layer_name, check_tensor_name
+from tierd_layouts.packed_matrix import check_set, encode_raw
 from tierd_layouts.records import ARRAY_ALIGNMENT, PAGE_BYTES, Array, Tensor, stored_name
+from tierd_layouts.tensor_rules import check_tensor
+from tierd_layouts.tile_grid import TILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import numpy.typing as npt
     from typing_extensions import Buffer
+
+    from tierd_layouts.packed_record import PackedMatrix
+    from tierd_layouts.tile_grid import BitsArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +91,25 @@ class LayerBuilder:
                 f"{prod(shape) * ITEM_BYTES[dtype]}"
             )
         return self._add(
-            tensor_name, dtype, tuple(shape), "dense", prod(shape), {"data": view}, source
+            Tensor(
+                name=tensor_name,
+                shape=tuple(shape),
+                dtype=dtype,
+                codec="dense",
+                order="row-major",
+                tile=None,
+                nnz=prod(shape),
+                arrays={},
+                source=tensor_name if source is None else source,
+            ),
+            {"data": view},
         )
 
     def add_raw(
         self,
         tensor_name: str,
         dtype: str,
-        matrix_bits: tiles.BitsArray,
+        matrix_bits: BitsArray,
         *,
         source: str | None = None,
     ) -> Tensor:
@@ -113,35 +129,51 @@ class LayerBuilder:
                 f"tensor {tensor_name!r}: shape {list(matrix_bits.shape)}, codec raw needs 2 "
                 f"dimensions"
             )
-        bitmap, offsets, values = tiles.encode(matrix_bits)
-        nnz = int(np.bitwise_count(bitmap).sum(dtype=np.int64))
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "bitmap": bitmap,
-            "offsets": offsets,
-            "values": values,
-        }
-        views = {
-            name: array.data.cast("B") if array.size else memoryview(b"")
-            for name, array in arrays.items()
-        }
-        return self._add(tensor_name, dtype, matrix_bits.shape, "raw", nnz, views, source)
+        return self.add_matrix(tensor_name, encode_raw(matrix_bits, dtype), source=source)
+
+    def add_matrix(
+        self, tensor_name: str, matrix: PackedMatrix, *, source: str | None = None
+    ) -> Tensor:
+        """Adds an encoded matrix. Its arrays are referred to until `finish`, and not validated.
+
+        Raises NameRefused, DuplicateName, ArrayBytesWrong for an array of another dtype, layout or
+        length, and what `check_set` and `check_tensor` raise.
+        """
+        check_tensor_name(tensor_name)
+        check_set(matrix)
+        views: dict[str, memoryview] = {}
+        for name, array in matrix.arrays().items():
+            stored = stored_dtype(matrix.codec, matrix.dtype, name)
+            if array.dtype != UNSIGNED[ITEM_BYTES[stored]] or not array.flags.c_contiguous:
+                raise ArrayBytesWrong(
+                    f"tensor {tensor_name!r}: {name} are {array.dtype} with strides "
+                    f"{array.strides}, codec {matrix.codec} stores contiguous {stored}"
+                )
+            views[name] = array.data.cast("B") if array.size else memoryview(b"")
+        return self._add(
+            Tensor(
+                name=tensor_name,
+                shape=(matrix.rows, matrix.cols),
+                dtype=matrix.dtype,
+                codec=matrix.codec,
+                order="row-major",
+                tile=(TILE, TILE),
+                nnz=matrix.nnz,
+                arrays={},
+                source=tensor_name if source is None else source,
+                group=matrix.group or None,
+            ),
+            views,
+        )
 
     def finish(self) -> EncodedLayer:
         """Returns the layer; its size is a multiple of 4 KiB and at least one page."""
         nbytes = max(1, -(-self._end // PAGE_BYTES)) * PAGE_BYTES
         return EncodedLayer(self.name, tuple(self._tensors), tuple(self._chunks), nbytes)
 
-    def _add(
-        self,
-        name: str,
-        dtype: str,
-        shape: tuple[int, ...],
-        codec: str,
-        nnz: int,
-        views: dict[str, memoryview],
-        source: str | None,
-    ) -> Tensor:
-        names = [stored_name(name, array_name) for array_name in views]
+    def _add(self, tensor: Tensor, views: dict[str, memoryview]) -> Tensor:
+        """Returns `tensor` with its arrays, placed after what is there."""
+        names = [stored_name(tensor.name, array_name) for array_name in views]
         taken = self._names.intersection(names)
         if taken:
             raise DuplicateName(f"layer {self.name!r}: stored array {min(taken)!r} appears twice")
@@ -153,17 +185,7 @@ class LayerBuilder:
             arrays[array_name] = Array(offset, view.nbytes)
             chunks.append(Chunk(offset, view))
             end = offset + view.nbytes
-        tensor = Tensor(
-            name=name,
-            shape=shape,
-            dtype=dtype,
-            codec=codec,
-            order="row-major",
-            tile=(tiles.TILE, tiles.TILE) if codec == "raw" else None,
-            nnz=nnz,
-            arrays=arrays,
-            source=name if source is None else source,
-        )
+        tensor = replace(tensor, arrays=arrays)
         check_tensor(tensor, f"layer {self.name!r}")
         # Only now: a refused tensor leaves the builder as it was.
         self._names.update(names)

@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from tierd_layouts import tiles
-from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
-from tierd_layouts.errors import ChecksumMismatch, PaddingNotZero, ShardTruncated, TileError
+from tierd_layouts.codecs import stored_dtype
+from tierd_layouts.dtypes import ITEM_BYTES, UNSIGNED
+from tierd_layouts.errors import (
+    ChecksumMismatch,
+    PaddingNotZero,
+    ShardTruncated,
+    TileError,
+    UnknownCodec,
+)
 from tierd_layouts.pack_reader import Folder, open_shard, pack_folder
+from tierd_layouts.packed_matrix import PackedMatrix, decode, validate
 from tierd_layouts.records import BLOCK_BYTES, Array
 
 if TYPE_CHECKING:
@@ -21,7 +28,6 @@ if TYPE_CHECKING:
     from tierd_layouts.records import Extent, Layer, Tensor
 
 _READ_BYTES = 1 << 30  # Linux reads at most 2 GiB - 4 KiB at once
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def read_layer(
@@ -109,25 +115,51 @@ def tensor_bits(layer_bytes: bytes | memoryview, tensor: Tensor) -> np.ndarray[A
 
     Dense tensors are views of `layer_bytes`, others are decoded. Raises TileError.
     """
-    item = _UNSIGNED[ITEM_BYTES[tensor.dtype]]
+    item = UNSIGNED[ITEM_BYTES[tensor.dtype]]
     if tensor.codec == "dense":
         return layer_array(layer_bytes, tensor.arrays["data"], item).reshape(tensor.shape)
+    return decode(packed_matrix(layer_bytes, tensor))
+
+
+def packed_matrix(layer_bytes: bytes | memoryview, tensor: Tensor) -> PackedMatrix:
+    """Returns a matrix that is not dense, its arrays as views of the layer's bytes; unchecked.
+
+    Raises UnknownCodec for a dense tensor.
+    """
+    if tensor.codec == "dense":
+        raise UnknownCodec(f"tensor {tensor.name!r} has codec dense, which has no packed form")
     rows, cols = tensor.shape
-    return tiles.decode(*_tile_arrays(layer_bytes, tensor), rows, cols)
+    arrays = {
+        name: layer_array(
+            layer_bytes, array, UNSIGNED[ITEM_BYTES[stored_dtype(tensor.codec, tensor.dtype, name)]]
+        )
+        for name, array in tensor.arrays.items()
+    }
+    return PackedMatrix(
+        codec=tensor.codec,
+        dtype=tensor.dtype,
+        rows=rows,
+        cols=cols,
+        bitmap=arrays.get("bitmap"),
+        offsets=arrays["offsets"],
+        values=arrays["values"],
+        heads=arrays.get("heads"),
+        scales=arrays.get("scales"),
+        group=tensor.group or 0,
+    )
 
 
 def validate_layer(layer_bytes: bytes | memoryview, layer: Layer) -> None:
-    """Raises PaddingNotZero, or the TileError of the first rule that a bitmap-coded tensor breaks.
+    """Raises PaddingNotZero, or the TileError of the first rule that a packed tensor breaks.
 
-    A right checksum says that the bytes are those that were written; this says that they are tiles.
+    A right checksum says that the bytes are those that were written; this says they are weights.
     """
     _check_padding(layer_bytes, layer)
     for tensor in layer.tensors:
         if tensor.codec == "dense":
             continue
-        rows, cols = tensor.shape
         try:
-            tiles.validate(*_tile_arrays(layer_bytes, tensor), rows, cols, tensor.nnz)
+            validate(packed_matrix(layer_bytes, tensor), tensor.nnz)
         except TileError as error:
             text = f"layer {layer.name!r}: tensor {tensor.name!r}: {error}"
             raise type(error)(text) from error
@@ -149,15 +181,6 @@ def _check_padding(layer_bytes: bytes | memoryview, layer: Layer) -> None:
                 f"{int(content[place]):#x}, not 0"
             )
         begin = max(begin, array.offset + array.nbytes)
-
-
-def _tile_arrays(layer_bytes: bytes | memoryview, tensor: Tensor) -> tuple[Any, Any, Any]:
-    values = _UNSIGNED[ITEM_BYTES[RAW_VALUES_DTYPE[tensor.dtype]]]
-    return (
-        layer_array(layer_bytes, tensor.arrays["bitmap"], np.uint64),
-        layer_array(layer_bytes, tensor.arrays["offsets"], np.uint32),
-        layer_array(layer_bytes, tensor.arrays["values"], values),
-    )
 
 
 def _check_block(

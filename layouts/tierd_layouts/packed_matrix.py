@@ -5,22 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tierd_layouts import exponent_packed, quantised, tiles
-from tierd_layouts.codecs import ARRAYS_OF_CODEC, LEVEL_LIMITS, array_names
-from tierd_layouts.dtypes import RAW_VALUES_DTYPE
-from tierd_layouts.errors import (
-    ArraySetWrong,
-    BadGroup,
-    UnknownCodec,
-    UnknownTensorDtype,
-    ValuesWrong,
-)
-from tierd_layouts.packed_record import PackedMatrix
+from tierd_layouts.errors import ValuesWrong
+from tierd_layouts.packed_record import PackedMatrix, check_set
 from tierd_layouts.tile_grid import bits_dtype
 
 if TYPE_CHECKING:
     from tierd_layouts.tile_grid import BitsArray, U32Array, U64Array
 
-__all__ = ["PackedMatrix", "decode", "encode_raw", "validate"]
+__all__ = ["PackedMatrix", "check_set", "decode", "encode_raw", "validate"]
 
 
 def encode_raw(bits: BitsArray, dtype: str) -> PackedMatrix:
@@ -35,7 +27,7 @@ def decode(matrix: PackedMatrix) -> BitsArray:
 
     Raises UnknownCodec, UnknownTensorDtype, ArraySetWrong, BadGroup and the codec's TileErrors.
     """
-    _check_set(matrix)
+    check_set(matrix)
     if matrix.codec == "raw":
         return tiles.decode(*_raw_arrays(matrix), matrix.rows, matrix.cols)
     if matrix.codec == exponent_packed.CODEC:
@@ -48,7 +40,7 @@ def validate(matrix: PackedMatrix, nnz: int) -> None:
 
     nnz: the kept elements that somebody, an index, promised.
     """
-    _check_set(matrix)
+    check_set(matrix)
     if matrix.codec == "raw":
         tiles.validate(*_raw_arrays(matrix), matrix.rows, matrix.cols, nnz)
     elif matrix.codec == exponent_packed.CODEC:
@@ -58,23 +50,6 @@ def validate(matrix: PackedMatrix, nnz: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-
-
-def _check_set(matrix: PackedMatrix) -> None:
-    if matrix.codec not in ARRAYS_OF_CODEC or matrix.codec == "dense":
-        known = ", ".join(codec for codec in ARRAYS_OF_CODEC if codec != "dense")
-        raise UnknownCodec(f"codec {matrix.codec!r}, those of matrices are {known}")
-    if matrix.dtype not in RAW_VALUES_DTYPE:
-        raise UnknownTensorDtype(
-            f"dtype {matrix.dtype!r}, codec {matrix.codec} knows {', '.join(RAW_VALUES_DTYPE)}"
-        )
-    found, expected = tuple(matrix.arrays()), array_names(matrix.codec, masked=matrix.masked)
-    if found != expected:
-        raise ArraySetWrong(
-            f"arrays {', '.join(found)}, codec {matrix.codec} has {', '.join(expected)}"
-        )
-    if matrix.group and matrix.codec not in LEVEL_LIMITS:
-        raise BadGroup(f"group of {matrix.group} columns, codec {matrix.codec} has none")
 
 
 def _raw_arrays(matrix: PackedMatrix) -> tuple[U64Array, U32Array, BitsArray]:

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tierd_layouts.codecs import ARRAYS_OF_CODEC, LEVEL_LIMITS, array_names
+from tierd_layouts.dtypes import RAW_VALUES_DTYPE
+from tierd_layouts.errors import ArraySetWrong, BadGroup, UnknownCodec, UnknownTensorDtype
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -68,3 +72,21 @@ class PackedMatrix:
             "values": self.values,
         }
         return {name: array for name, array in named.items() if array is not None}
+
+
+def check_set(matrix: PackedMatrix) -> None:
+    """Raises UnknownCodec, UnknownTensorDtype, ArraySetWrong, BadGroup: form only, no content."""
+    if matrix.codec not in ARRAYS_OF_CODEC or matrix.codec == "dense":
+        known = ", ".join(codec for codec in ARRAYS_OF_CODEC if codec != "dense")
+        raise UnknownCodec(f"codec {matrix.codec!r}, those of matrices are {known}")
+    if matrix.dtype not in RAW_VALUES_DTYPE:
+        raise UnknownTensorDtype(
+            f"dtype {matrix.dtype!r}, codec {matrix.codec} knows {', '.join(RAW_VALUES_DTYPE)}"
+        )
+    found, expected = tuple(matrix.arrays()), array_names(matrix.codec, masked=matrix.masked)
+    if found != expected:
+        raise ArraySetWrong(
+            f"arrays {', '.join(found)}, codec {matrix.codec} has {', '.join(expected)}"
+        )
+    if matrix.group and matrix.codec not in LEVEL_LIMITS:
+        raise BadGroup(f"group of {matrix.group} columns, codec {matrix.codec} has none")

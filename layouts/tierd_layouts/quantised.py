@@ -29,9 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tierd_layouts import runs
-from tierd_layouts.codecs import ARRAYS_OF_CODEC, LEVEL_LIMITS
+from tierd_layouts.codecs import LEVEL_LIMITS
 from tierd_layouts.errors import (
-    ArraySetWrong,
     BadGroup,
     BadMatrix,
     GapNotZero,
@@ -41,7 +40,7 @@ from tierd_layouts.errors import (
     UnknownCodec,
     ZeroStored,
 )
-from tierd_layouts.packed_record import PackedMatrix
+from tierd_layouts.packed_record import PackedMatrix, check_set
 from tierd_layouts.tile_grid import (
     TILE,
     TILE_ELEMENTS,
@@ -217,9 +216,7 @@ def _tile_scales(scales: U16Array, grid: TileGrid, group: int, piece: Piece) -> 
 
 def _check_scales(matrix: PackedMatrix, grid: TileGrid) -> U16Array:
     scales = matrix.scales
-    if scales is None:
-        names = ", ".join(ARRAYS_OF_CODEC[matrix.codec])
-        raise ArraySetWrong(f"no scales, codec {matrix.codec} has {names}")
+    assert scales is not None  # `check_set`
     count = scale_count(grid, matrix.group)
     if scales.dtype != np.uint16 or scales.shape != (count,):
         raise ScalesWrong(
@@ -241,6 +238,7 @@ def _check_scales(matrix: PackedMatrix, grid: TileGrid) -> U16Array:
 
 def _check_structure(matrix: PackedMatrix, grid: TileGrid) -> tuple[CountArray, U16Array]:
     """Returns kept counts and scales, once everything but the levels agrees."""
+    check_set(matrix)
     _check_codec(matrix.codec, matrix.group)
     if matrix.bitmap is not None:
         check_bitmap(matrix.bitmap, grid)

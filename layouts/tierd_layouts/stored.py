@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
+from tierd_layouts.codecs import stored_dtype
+from tierd_layouts.dtypes import ITEM_BYTES
 from tierd_layouts.records import stored_name
 
 if TYPE_CHECKING:
@@ -28,18 +29,6 @@ def stored_arrays(layer: Layer | tuple[Tensor, ...]) -> Iterator[StoredArray]:
     """Yields every array of a layer, in the order of its tensors."""
     for tensor in layer if isinstance(layer, tuple) else layer.tensors:
         for name, array in tensor.arrays.items():
-            dtype = _stored_dtype(tensor, name)
+            dtype = stored_dtype(tensor.codec, tensor.dtype, name)
             shape = tensor.shape if name == "data" else (array.nbytes // ITEM_BYTES[dtype],)
             yield StoredArray(stored_name(tensor.name, name), dtype, shape, array)
-
-
-def _stored_dtype(tensor: Tensor, array_name: str) -> str:
-    match array_name:
-        case "bitmap":
-            return "U64"
-        case "offsets":
-            return "U32"
-        case "values":
-            return RAW_VALUES_DTYPE[tensor.dtype]
-        case _:
-            return tensor.dtype

@@ -40,7 +40,6 @@ __all__ = [
     "U64Array",
     "decode",
     "encode",
-    "max_values_bytes",
     "validate",
 ]
 
@@ -123,11 +122,6 @@ def validate(
             if is_gap[place]:
                 raise GapNotZero(f"{where}: {int(stored[place]):#x} in the gap after the run")
             raise ZeroStored(f"{where}: a bit is set for zero bits")
-
-
-def max_values_bytes(nnz: int, item_bytes: int, grid: TileGrid) -> int:
-    """Returns the most bytes that `nnz` values of `item_bytes` can take in a matrix."""
-    return nnz * item_bytes + min(nnz, grid.tiles) * (RUN_ALIGNMENT - item_bytes)
 
 
 # --------------------------------------------------------------------------------------------------

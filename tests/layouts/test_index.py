@@ -228,8 +228,8 @@ WRONG: list[tuple[str, type[FormatError], str, Callable[[dict[str, Any]], object
     (
         "codec",
         errors.UnknownCodec,
-        "'int4', known are 'dense', 'raw'",
-        put(f"{RAW_TENSOR}/codec", "int4"),
+        "'int3', known are 'dense', 'raw', 'exponent-packed', 'int8', 'int4'",
+        put(f"{RAW_TENSOR}/codec", "int3"),
     ),
     (
         "order",
@@ -247,7 +247,7 @@ WRONG: list[tuple[str, type[FormatError], str, Callable[[dict[str, Any]], object
     ("tile", errors.BadTile, r"codec raw has \(64, 64\)", put(f"{RAW_TENSOR}/tile", [32, 64])),
     ("no tile", errors.BadTile, "codec raw", put(f"{RAW_TENSOR}/tile", None)),
     ("dense tile", errors.BadTile, "dense has none", put(f"{DENSE_TENSOR}/tile", [64, 64])),
-    ("nnz", errors.NnzWrong, "nnz 9101 of 9100", put(f"{RAW_TENSOR}/nnz", 9101)),
+    ("nnz", errors.NnzWrong, "nnz 9101, at most 9100", put(f"{RAW_TENSOR}/nnz", 9101)),
     ("dense nnz", errors.NnzWrong, "stores all 15", put(f"{DENSE_TENSOR}/nnz", 14)),
     ("no bitmap", errors.ArraySetWrong, "'offsets', 'values'", drop(f"{RAW_TENSOR}/arrays/bitmap")),
     (
@@ -431,7 +431,7 @@ def test_every_index_error_is_raised_by_some_test_here() -> None:
 
 def test_errors_name_the_pack_the_layer_and_the_tensor() -> None:
     members = body()
-    put(f"{RAW_TENSOR}/codec", "int4")(members)
+    put(f"{RAW_TENSOR}/codec", "int3")(members)
     with pytest.raises(errors.UnknownCodec) as caught:
         parse(sealed(members))
     text = str(caught.value)

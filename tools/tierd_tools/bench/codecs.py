@@ -156,9 +156,9 @@ def _endor(bits: Bits) -> int:
 
 def _tiled_csl(bits: Bits) -> int:
     """32 bits a value with its place, tiles of 128 x 64 filled up to 4 (Flash-LLM, its code)."""
-    items = -(-_kept(bits, 128, 64) // 4) * 4
-    offsets = items.size + 2
-    return 4 * (int(items.sum()) + int(offsets))
+    items: NDArray[np.int64] = -(-_kept(bits, 128, 64) // 4) * 4
+    offsets = len(items) + 2
+    return 4 * (int(items.sum()) + offsets)
 
 
 def _csr(bits: Bits) -> int:

@@ -8,7 +8,9 @@
     │   ├── TargetRefused (FileExistsError)  the target holds something that is not ours to replace
     │   ├── TargetBusy (BlockingIOError)     another packer works on this target
     │   ├── TargetUnwritable (PermissionError)
+    │   ├── CalibrationError                 the model cannot be run layer by layer
     │   └── DiskFull (OSError)               with the bytes needed and the bytes free
+    ├── TextRefused (ValueError)             no tokenizer, or a text that is unreadable or too short
     ├── VerifyError (ValueError)             a pack does not hold what its index promises
     ├── NoDaemon (ConnectionError)           nobody answers at the socket
     └── DaemonRefused (RuntimeError)         the daemon answered with an error
@@ -53,6 +55,14 @@ class TargetUnwritable(PackError, PermissionError):
 
 class DiskFull(PackError, OSError):
     """The file system of the target has no room for the result."""
+
+
+class CalibrationError(PackError):
+    """The model cannot be run layer by layer to see the inputs of its linear layers."""
+
+
+class TextRefused(ToolError, ValueError):
+    """A text to calibrate or evaluate with cannot be read, cannot be tokenised or is too short."""
 
 
 class VerifyError(ToolError, ValueError):

@@ -8,14 +8,24 @@ Source: FORMAT.md, section "exponent-packed".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tierd_layouts import runs
 from tierd_layouts.dtypes import ITEM_BYTES
 from tierd_layouts.errors import EscapesWrong, GapNotZero, HeadsWrong, ZeroStored
+from tierd_layouts.exponent_records import (
+    MAX_PLANES,
+    Content,
+    Records,
+    choose_heads,
+    read_records,
+    rotate_left,
+    rotate_right,
+    top_bytes,
+    write_records,
+)
 from tierd_layouts.packed_record import PackedMatrix, check_set
 from tierd_layouts.tile_grid import (
     TILE_ELEMENTS,
@@ -29,15 +39,9 @@ from tierd_layouts.tile_grid import (
 )
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    from tierd_layouts.tile_grid import BitsArray, CountArray, Piece, U8Array, U32Array
+    from tierd_layouts.tile_grid import BitsArray, CountArray, U8Array, U32Array
 
 CODEC = "exponent-packed"
-MAX_PLANES = 8
-ESCAPE_BYTES = 4
-_BYTE_WORDS = TILE_ELEMENTS // 8  # words of a whole byte plane
-_BIT_WORDS = TILE_ELEMENTS // 64  # words of a whole bit plane
 
 
 def encode(bits: BitsArray, dtype: str, *, masked: bool) -> PackedMatrix:
@@ -58,10 +62,10 @@ def encode(bits: BitsArray, dtype: str, *, masked: bool) -> PackedMatrix:
         ordered[runs.firsts(kept, TILE_ELEMENTS)] = piece.gather(bits).reshape(ordered.shape)[
             piece.kept(bitmap)
         ]
-        rotated = _rotate_left(ordered)
-        heads[piece.tiles] = _choose_heads(_top_bytes(rotated), kept)
-        parts.append(_write(rotated, _Records.of(kept, heads[piece.tiles], bits.itemsize)))
-    records = _Records.of(counts, heads, bits.itemsize)
+        rotated = rotate_left(ordered)
+        heads[piece.tiles] = choose_heads(top_bytes(rotated), kept)
+        parts.append(write_records(rotated, Records.of(kept, heads[piece.tiles], bits.itemsize)))
+    records = Records.of(counts, heads, bits.itemsize)
     offsets = runs.make_offsets(records.nbytes)
     values = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
     return PackedMatrix(CODEC, dtype, grid.rows, grid.cols, bitmap, offsets, values, heads=heads)
@@ -77,9 +81,9 @@ def decode(matrix: PackedMatrix) -> BitsArray:
     records = _check_structure(matrix, grid)
     decoded: BitsArray = np.empty((grid.rows, grid.cols), bits_dtype(matrix.dtype))
     for piece in grid.pieces():
-        content = _read(matrix.values, records.part(piece))
+        content = read_records(matrix.values, records.part(piece))
         tiles = np.zeros((piece.end - piece.first, TILE_ELEMENTS), decoded.dtype)
-        tiles[piece.kept(matrix.bitmap)] = _rotate_right(content.rotated)[content.kept]
+        tiles[piece.kept(matrix.bitmap)] = rotate_right(content.rotated)[content.kept]
         piece.scatter(tiles, decoded)
     return decoded
 
@@ -94,66 +98,13 @@ def validate(matrix: PackedMatrix, nnz: int) -> None:
     check_nnz(records.kept, nnz)
     for piece in grid.pieces():
         part = records.part(piece)
-        _check_content(matrix.values, part, _read(matrix.values, part), piece.first, matrix.masked)
+        _check_content(matrix.values, part, matrix.masked)
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Records:
-    """Where each tile's record and its parts are; int64, one entry for each tile, lengths in words.
-
-    [start, +item_bytes-1 byte planes of byte_words, +planes bit planes of bit_words, +escapes)
-    """
-
-    kept: CountArray
-    base: CountArray
-    planes: CountArray
-    escapes: CountArray
-    byte_words: CountArray
-    bit_words: CountArray
-    start: CountArray  #: of the record, in words
-    item_bytes: int
-
-    @classmethod
-    def of(cls, kept: CountArray, heads: U32Array, item_bytes: int) -> _Records:
-        records = cls(
-            kept=kept,
-            base=(heads & 0xFF).astype(np.int64),
-            planes=(heads >> 8 & 0xFF).astype(np.int64),
-            escapes=(heads >> 16).astype(np.int64),
-            byte_words=-(-kept // 8),
-            bit_words=-(-kept // 64),
-            start=np.zeros(len(kept), np.int64),
-            item_bytes=item_bytes,
-        )
-        sizes = runs.units(records.nbytes) * 2
-        records.start[1:] = np.cumsum(sizes)[:-1]
-        return records
-
-    def part(self, piece: Piece) -> _Records:
-        names = ("kept", "base", "planes", "escapes", "byte_words", "bit_words", "start")
-        return _Records(
-            **{name: getattr(self, name)[piece.tiles] for name in names}, item_bytes=self.item_bytes
-        )
-
-    @property
-    def planes_start(self) -> CountArray:
-        return self.start + (self.item_bytes - 1) * self.byte_words
-
-    @property
-    def escapes_start(self) -> CountArray:
-        """In words; escapes are half a word each."""
-        return self.planes_start + self.planes * self.bit_words
-
-    @property
-    def nbytes(self) -> CountArray:
-        """Bytes of every record, before it is filled up to 16."""
-        return (self.escapes_start - self.start) * 8 + self.escapes * ESCAPE_BYTES
-
-
-def _check_structure(matrix: PackedMatrix, grid: TileGrid) -> _Records:
+def _check_structure(matrix: PackedMatrix, grid: TileGrid) -> Records:
     """Returns the places of all records, once everything but their content agrees."""
     check_set(matrix)
     assert matrix.heads is not None
@@ -162,7 +113,7 @@ def _check_structure(matrix: PackedMatrix, grid: TileGrid) -> _Records:
     counts = kept_counts(matrix.bitmap, grid)
     _check_heads(matrix.heads, counts, grid)
     runs.check_values(matrix.values)
-    records = _Records.of(counts, matrix.heads, ITEM_BYTES[matrix.dtype])
+    records = Records.of(counts, matrix.heads, ITEM_BYTES[matrix.dtype])
     runs.check_offsets_form(matrix.offsets, grid)
     runs.check_offsets(matrix.offsets, records.nbytes, matrix.values.nbytes)
     return records
@@ -191,113 +142,10 @@ def _check_heads(heads: U32Array, counts: CountArray, grid: TileGrid) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """The records of one piece, one row of 4096 for each tile: element i of the kept at place i."""
-
-    kept: npt.NDArray[np.bool_]
-    rotated: BitsArray  #: elements, zero after the kept
-    codes: U8Array  #: 0 after the kept
-    escape_tile: CountArray
-    escape_ordinal: CountArray
-
-
-def _rotate_left(bits: BitsArray) -> Any:
-    return bits << 1 | bits >> (bits.itemsize * 8 - 1)
-
-
-def _rotate_right(rotated: BitsArray) -> Any:
-    return rotated >> 1 | rotated << (rotated.itemsize * 8 - 1)
-
-
-def _top_bytes(rotated: BitsArray) -> U8Array:
-    tops: U8Array = (rotated >> (rotated.itemsize * 8 - 8)).astype(np.uint8)
-    return tops
-
-
-def _choose_heads(tops: U8Array, kept: CountArray) -> U32Array:
-    """Returns the heads with the fewest record bytes: the smaller P, then the smaller base."""
-    tiles = len(tops)
-    bins = tops + np.arange(0, tiles * 256, 256)[:, None]
-    counts = np.bincount(bins.reshape(-1), minlength=tiles * 256).reshape(tiles, 256)
-    counts[:, 0] -= TILE_ELEMENTS - kept  # the places after the kept elements
-    below = np.zeros((tiles, 257), np.int64)
-    np.cumsum(counts, axis=1, out=below[:, 1:])
-    heads = np.zeros(tiles, np.uint32)
-    fewest = np.full(tiles, np.iinfo(np.int64).max)
-    for planes in range(MAX_PLANES + 1):
-        window = 1 << planes
-        inside = below[:, window:] - below[:, : 257 - window]
-        base = inside.argmax(axis=1)  # the first of equals
-        escapes = kept - inside.max(axis=1)
-        nbytes = planes * 8 * -(-kept // 64) + ESCAPE_BYTES * escapes
-        better = nbytes < fewest
-        fewest[better] = nbytes[better]
-        heads[better] = (base | planes << 8 | escapes << 16)[better]
-    return heads
-
-
-def _write(rotated: BitsArray, records: _Records) -> U8Array:
-    """Returns the values of one piece."""
-    words = np.zeros(int(runs.units(records.nbytes).sum()) * 2, np.uint64)
-    low_bytes = rotated.view(np.uint8).reshape(*rotated.shape, rotated.itemsize)
-    for plane in range(rotated.itemsize - 1):
-        rows = np.ascontiguousarray(low_bytes[:, :, plane]).view(np.uint64)
-        start = records.start + plane * records.byte_words
-        runs.put(words, start, records.byte_words, rows)
-    kept = runs.firsts(records.kept, TILE_ELEMENTS)
-    distance = _top_bytes(rotated) - records.base.astype(np.uint8)[:, None]  # wraps below base
-    inside = distance < (1 << records.planes).astype(np.uint16)[:, None]
-    codes = distance * (inside & kept)
-    for plane in range(int(records.planes.max(initial=0))):
-        rows = np.packbits(codes >> plane & 1, axis=1, bitorder="little").view(np.uint64)
-        lengths = records.bit_words * (records.planes > plane)
-        runs.put(words, records.planes_start + plane * records.bit_words, lengths, rows)
-    tile, ordinal = np.nonzero(kept & ~inside)
-    entries = ordinal | _top_bytes(rotated)[tile, ordinal].astype(np.int64) << 16
-    halves = words.view(np.uint32)
-    halves[runs.places(records.escapes_start * 2, records.escapes)] = entries
-    return words.view(np.uint8)
-
-
-def _read(values: U8Array, records: _Records) -> _Content:
-    """Returns the content of one piece. Raises EscapesWrong for an ordinal that no element has."""
-    words = values.view(np.uint64)
-    tiles = len(records.kept)
-    item_bytes = records.item_bytes
-    rotated = np.zeros((tiles, TILE_ELEMENTS), np.uint16 if item_bytes == 2 else np.uint32)
-    fields = rotated.view(np.uint8).reshape(tiles, TILE_ELEMENTS, item_bytes)
-    for plane in range(item_bytes - 1):
-        start = records.start + plane * records.byte_words
-        rows = runs.take(words, start, records.byte_words, _BYTE_WORDS)
-        fields[:, :, plane] = rows.view(np.uint8)
-    codes = np.zeros((tiles, TILE_ELEMENTS), np.uint8)
-    for plane in range(int(records.planes.max(initial=0))):
-        lengths = records.bit_words * (records.planes > plane)
-        start = records.planes_start + plane * records.bit_words
-        rows = runs.take(words, start, lengths, _BIT_WORDS).view(np.uint8)
-        codes |= np.unpackbits(rows, axis=1, bitorder="little") << np.uint8(plane)
-    tops = codes + records.base.astype(np.uint8)[:, None]
-    entries = values.view(np.uint32)[runs.places(records.escapes_start * 2, records.escapes)]
-    tile = np.repeat(np.arange(tiles), records.escapes)
-    ordinal = (entries & 0xFFFF).astype(np.int64)
-    wrong = np.flatnonzero(ordinal >= records.kept[tile])
-    if wrong.size:
-        place = int(wrong[0])
-        raise EscapesWrong(
-            f"escape of element {int(ordinal[place])}, its tile keeps "
-            f"{int(records.kept[tile[place]])}"
-        )
-    tops[tile, ordinal] = entries >> 16 & 0xFF
-    fields[:, :, item_bytes - 1] = tops
-    kept = runs.firsts(records.kept, TILE_ELEMENTS)
-    return _Content(kept, rotated, codes, tile, ordinal)
-
-
-def _check_content(
-    values: U8Array, records: _Records, content: _Content, first: int, masked: bool
-) -> None:
-    """Raises GapNotZero, EscapesWrong, ZeroStored. first: the number of the first tile."""
+def _check_content(values: U8Array, records: Records, masked: bool) -> None:
+    """Raises EscapesWrong, GapNotZero, ZeroStored. records: of one piece."""
+    content = read_records(values, records)
+    first = records.first
     low = (1 << (records.item_bytes - 1) * 8) - 1
     after = (content.codes != 0) | (content.rotated & low != 0)
     wrong = np.argwhere(after & ~content.kept)
@@ -309,7 +157,7 @@ def _check_content(
     if filled.size:
         tile = int(np.searchsorted(np.cumsum(gaps), filled[0], side="right"))
         raise GapNotZero(f"tile {first + tile}: bytes after the record are not zero")
-    _check_escapes(values, records, content, first)
+    _check_escapes(records, content)
     if masked:
         zeros = np.argwhere((content.rotated == 0) & content.kept)
         if len(zeros):
@@ -317,9 +165,8 @@ def _check_content(
             raise ZeroStored(f"tile {first + tile}, element {ordinal}: a bit is set for zero bits")
 
 
-def _check_escapes(values: U8Array, records: _Records, content: _Content, first: int) -> None:
-    tile, ordinal = content.escape_tile, content.escape_ordinal
-    entries = values.view(np.uint32)[runs.places(records.escapes_start * 2, records.escapes)]
+def _check_escapes(records: Records, content: Content) -> None:
+    tile, ordinal, entries = content.escape_tile, content.escape_ordinal, content.escapes
     distance = (entries >> 16 & 0xFF).astype(np.int64) - records.base[tile]
     unordered = np.zeros(len(tile), np.bool_)
     unordered[1:] = (tile[1:] == tile[:-1]) & (ordinal[1:] <= ordinal[:-1])
@@ -335,6 +182,6 @@ def _check_escapes(values: U8Array, records: _Records, content: _Content, first:
         if wrong.size:
             place = int(wrong[0])
             raise EscapesWrong(
-                f"tile {first + int(tile[place])}: the escape of element {int(ordinal[place])} "
+                f"tile {records.first + int(tile[place])}: the escape of element {int(ordinal[place])} "
                 f"({int(entries[place]):#010x}) {rule}"
             )

@@ -1,24 +1,7 @@
 """Codecs `int8` and `int4`: small integers times a scale for each group of a row. Lossy.
 
-Symmetric: a weight is q * scale, q in [-127, 127] or [-7, 7]. A group is `group` columns of one
-row, so that a tile lies in one group. All arithmetic is float32 with one rounding (to nearest,
-ties to even) for each operation, never fused, so that any encoder can give the same bytes:
-
-    limit = 127 or 7
-    amax  = max |w| of the group; 0: scale = +0 and all q = 0
-    up(t) = the least bf16 >= t, at least the smallest positive one; if up(t) * limit is above the
-            largest finite number of the matrix's dtype, the next smaller bf16 instead
-    q(s)  = max(-limit, min(limit, rint(w / s)))
-
-    int8: scale = up(amax / 127)
-    int4: a = amax / 7; candidates s[k] = up(a * ((64 - 3 k) / 64)), k = 0..7; the one with the
-          least e[k], of equals the one with the smallest k:
-              d    = w / s[k] - q(s[k])
-              lane[l] = d[l]^2 + d[16 + l]^2 + d[32 + l]^2 + ...   l = 0..15, added in this order
-                      (elements after the last column count as w = 0)
-              lane[l] += lane[l + 8], l < 8; then + 4, + 2, + 1: the sum is lane[0]
-              r    = s[k] / s[0];  e[k] = lane[0] * (r * r)
-
+A weight is q * scale, q in [-127, 127] or [-7, 7], one scale for `group` columns of one row; so a
+tile lies in one group. How an encoder chooses the scales is in `scale_choice`.
 Source: FORMAT.md, section "int8 and int4".
 """
 
@@ -32,7 +15,6 @@ from tierd_layouts import runs
 from tierd_layouts.codecs import LEVEL_LIMITS
 from tierd_layouts.errors import (
     BadGroup,
-    BadMatrix,
     GapNotZero,
     LevelRefused,
     ScalesWrong,
@@ -40,7 +22,9 @@ from tierd_layouts.errors import (
     UnknownCodec,
     ZeroStored,
 )
+from tierd_layouts.float_bits import rounded, widened
 from tierd_layouts.packed_record import PackedMatrix, check_set
+from tierd_layouts.scale_choice import choose_scales
 from tierd_layouts.tile_grid import (
     TILE,
     TILE_ELEMENTS,
@@ -58,21 +42,13 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from tierd_layouts.float_bits import F32Array
     from tierd_layouts.tile_grid import BitsArray, CountArray, Piece, U8Array, U16Array
 
-    F32Array = npt.NDArray[np.float32]
 
 DEFAULT_GROUP = 128
-CANDIDATES = 8  #: scales that int4 tries for each group
-_LANES = 16
-_BAND_ELEMENTS = 1 << 20
 #: The largest scales (bf16 bits) with which every product is finite and exact in float32.
 _MAX_SCALE = {"int8": 0x7C01, "int4": 0x7E12}
-_LARGEST = {
-    "BF16": np.uint32(0x7F7F0000).view(np.float32),
-    "F16": np.float32(65504),
-    "F32": np.finfo(np.float32).max,
-}
 
 
 def encode(bits: BitsArray, dtype: str, *, codec: str, group: int, masked: bool) -> PackedMatrix:
@@ -85,14 +61,14 @@ def encode(bits: BitsArray, dtype: str, *, codec: str, group: int, masked: bool)
     """
     limit = _check_codec(codec, group)
     grid = check_matrix(bits, dtype)
-    scales = _choose_scales(bits, dtype, codec, group, grid)
+    scales = choose_scales(bits, dtype, codec, group, grid)
     bitmap = np.zeros(grid.bitmap_words, np.uint64) if masked else None
     counts = np.zeros(grid.tiles, np.int64)
     parts: list[U8Array] = []
     for piece in grid.pieces():
         divisors = _tile_scales(scales, grid, group, piece)
         divisors[divisors == 0] = 1  # all weights of the group are zero
-        weights = floats(piece.gather(bits), dtype)
+        weights = widened(piece.gather(bits), dtype)
         levels = _levels(weights / divisors, limit).reshape(-1, TILE_ELEMENTS)
         if bitmap is None:
             kept = piece.kept(None)
@@ -126,7 +102,7 @@ def decode(matrix: PackedMatrix) -> BitsArray:
     grid = TileGrid(matrix.rows, matrix.cols)
     decoded: BitsArray = np.empty((grid.rows, grid.cols), bits_dtype(matrix.dtype))
     for piece, tiles in _decoded_pieces(matrix, grid):
-        piece.scatter(_rounded(tiles, matrix.dtype), decoded)
+        piece.scatter(rounded(tiles, matrix.dtype), decoded)
     return decoded
 
 
@@ -155,18 +131,6 @@ def validate(matrix: PackedMatrix, nnz: int) -> None:
                 raise error(f"tile {piece.first + tile} of {grid.tiles}: level {ordinal} {rule}")
 
 
-def floats(bits: npt.NDArray[Any], dtype: str) -> F32Array:
-    """Returns raw bits of BF16, F16 or F32 as float32, exact; a new array unless F32."""
-    widened: F32Array
-    if dtype == "BF16":
-        widened = (bits.astype(np.uint32) << 16).view(np.float32)
-    elif dtype == "F16":
-        widened = bits.view(np.float16).astype(np.float32)
-    else:
-        widened = bits.view(np.float32)
-    return widened
-
-
 # --------------------------------------------------------------------------------------------------
 
 
@@ -183,24 +147,6 @@ def _levels(quotients: F32Array, limit: int) -> npt.NDArray[np.int8]:
     return levels
 
 
-def _rounded(tiles: F32Array, dtype: str) -> BitsArray:
-    rounded: BitsArray
-    if dtype == "F32":
-        rounded = tiles.view(np.uint32)
-    elif dtype == "F16":
-        with np.errstate(over="ignore"):  # infinity is what rounding to nearest gives
-            rounded = tiles.astype(np.float16).view(np.uint16)
-    else:
-        bits = tiles.view(np.uint32)
-        rounded = (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
-    return rounded
-
-
-def scale_floats(scales: U16Array) -> F32Array:
-    """Returns bf16 bits as float32."""
-    return floats(scales, "BF16")
-
-
 def scale_count(grid: TileGrid, group: int) -> int:
     """Returns how many scales a matrix has: 64 for every group of every tile row."""
     return grid.tile_rows * -(-grid.cols // group) * TILE
@@ -211,7 +157,7 @@ def _tile_scales(scales: U16Array, grid: TileGrid, group: int, piece: Piece) -> 
     groups = -(-grid.cols // group)
     tile_row, tile_col = np.divmod(np.arange(piece.first, piece.end), max(1, grid.tile_cols))
     table = scales.reshape(grid.tile_rows, groups, TILE)
-    return scale_floats(table[tile_row, tile_col * TILE // group])[:, :, None]
+    return widened(table[tile_row, tile_col * TILE // group], "BF16")[:, :, None]
 
 
 def _check_scales(matrix: PackedMatrix, grid: TileGrid) -> U16Array:
@@ -231,7 +177,7 @@ def _check_scales(matrix: PackedMatrix, grid: TileGrid) -> U16Array:
             f"{matrix.codec} has 0 to {_MAX_SCALE[matrix.codec]:#06x}"
         )
     below = grid.rows % TILE
-    if below and scales.reshape(grid.tile_rows, -1, TILE)[-1, :, below:].any():
+    if count and below and scales.reshape(grid.tile_rows, -1, TILE)[-1, :, below:].any():
         raise ScalesWrong(f"a scale of a row at or after {grid.rows} is not 0")
     return scales
 
@@ -249,88 +195,6 @@ def _check_structure(matrix: PackedMatrix, grid: TileGrid) -> tuple[CountArray, 
     record_bytes = _record_bytes(counts, matrix.codec)
     runs.check_offsets(matrix.offsets, record_bytes, matrix.values.nbytes)
     return counts, scales
-
-
-def _choose_scales(bits: BitsArray, dtype: str, codec: str, group: int, grid: TileGrid) -> U16Array:
-    group = min(group, grid.tile_cols * TILE)  # the columns beyond would all be zeros
-    groups = -(-grid.cols // group) if group else 0
-    scales = np.zeros((grid.tile_rows, groups, TILE), np.uint16)
-    choose = _least_error_scales if codec == "int4" else _amax_scales
-    for rows, row_slice, columns, group_slice in _bands(grid, group):
-        part = bits[row_slice, columns]
-        whole = np.zeros(
-            (len(rows) * TILE, (group_slice.stop - group_slice.start) * group), part.dtype
-        )
-        whole[: part.shape[0], : part.shape[1]] = part
-        band = np.abs(floats(whole, dtype)).reshape(len(whole), -1, group)
-        amax = band.max(axis=2)
-        if not np.isfinite(amax).all():
-            raise BadMatrix(f"a weight is not finite, codec {codec} cannot hold it")
-        chosen = choose(band, amax, dtype).reshape(len(rows), TILE, -1)
-        scales[rows.start : rows.stop, group_slice] = chosen.transpose(0, 2, 1)
-    return scales.reshape(-1)
-
-
-def _bands(grid: TileGrid, group: int) -> Iterator[tuple[range, slice, slice, slice]]:
-    """Yields tile rows, rows, columns, groups: rectangles of whole groups, about 1 Mi elements."""
-    groups = -(-grid.cols // group) if group else 0
-    wide = max(1, min(groups, _BAND_ELEMENTS // (TILE * group)))
-    tall = max(1, _BAND_ELEMENTS // (TILE * max(1, group) * wide))
-    for top in range(0, grid.tile_rows, tall):
-        rows = range(top, min(top + tall, grid.tile_rows))
-        for left in range(0, groups, wide):
-            right = min(left + wide, groups)
-            yield (
-                rows,
-                slice(rows.start * TILE, min(rows.stop * TILE, grid.rows)),
-                slice(left * group, min(right * group, grid.cols)),
-                slice(left, right),
-            )
-
-
-def _amax_scales(band: F32Array, amax: F32Array, dtype: str) -> U16Array:
-    return _scale_up(amax / np.float32(127), amax, 127, dtype)
-
-
-def _least_error_scales(band: F32Array, amax: F32Array, dtype: str) -> U16Array:
-    """band: |w|, [rows, groups, group]; the sign does not change the error."""
-    step = amax / np.float32(7)
-    best = _scale_up(step, amax, 7, dtype)
-    widest = np.where(best == 0, np.float32(1), scale_floats(best))
-    least = _error(band, widest, widest)
-    for candidate in range(1, CANDIDATES):
-        factor = np.float32((64 - 3 * candidate) / 64)
-        bits = _scale_up(step * factor, amax, 7, dtype)
-        error = _error(band, np.where(bits == 0, np.float32(1), scale_floats(bits)), widest)
-        better = error < least
-        best = np.where(better, bits, best)
-        least = np.where(better, error, least)
-    return best
-
-
-def _scale_up(target: F32Array, amax: F32Array, limit: int, dtype: str) -> U16Array:
-    bits = np.maximum(target.view(np.uint32) + 0xFFFF >> 16, 1).astype(np.uint16)
-    with np.errstate(over="ignore"):  # infinity is above the largest, too
-        too_large = scale_floats(bits) * np.float32(limit) > _LARGEST[dtype]
-    bits -= too_large
-    return np.where(amax == 0, np.uint16(0), bits)
-
-
-def _error(band: F32Array, scale: F32Array, widest: F32Array) -> F32Array:
-    quotients = band / scale[:, :, None]
-    distances = quotients - np.minimum(np.rint(quotients), np.float32(7))
-    distances *= distances
-    steps = distances.reshape(*scale.shape, -1, _LANES)
-    lanes = steps[:, :, 0].copy()
-    for step in range(1, steps.shape[2]):
-        lanes += steps[:, :, step]
-    width = _LANES
-    while width > 1:
-        width //= 2
-        lanes = lanes[:, :, :width] + lanes[:, :, width : 2 * width]
-    ratio = scale / widest
-    error: F32Array = lanes[:, :, 0] * (ratio * ratio)
-    return error
 
 
 def _record_bytes(counts: CountArray, codec: str) -> CountArray:

@@ -45,11 +45,28 @@ struct TileEncoder {
                            uint8_t* record);
 };
 
+// How many scales int4 tries for a group.
+constexpr uint32_t kScaleCandidates = 8;
+
+// What one instruction set does to quantise elements of one dtype. Rows are contiguous elements.
+struct LevelEncoder {
+  // Returns the bits of the largest magnitude of a row.
+  uint32_t (*largest)(const void* row, uint64_t count);
+  // Writes for each of the candidate scales the sum of squared distances to the int4 levels.
+  void (*square_sums)(const void* row, uint64_t count, const float* scales, float* sums);
+  // Writes the levels of a tile to the left upper part of int8[64][64]. scales: one for each row.
+  void (*make_levels)(const Source&, const float* scales, float limit, int8_t* levels);
+};
+
 struct Encoder {
   const char* name;
   bool (*supported)();
   TileEncoder two_bytes;
   TileEncoder four_bytes;
+  LevelEncoder levels[3];  // by Dtype
+  // As in TileEncoder, of levels instead of elements.
+  void (*level_bitmap)(const Source&, uint64_t* words);
+  void (*pack_levels)(const Source&, const uint64_t* words, void* packed);
 };
 
 // In encode_plain.cpp, for every unit: vectors do not count faster, their scatters conflict.

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "encode.h"
+#include "encode_levels.h"
 
 namespace tierd {
 namespace encode {
@@ -12,15 +13,28 @@ const Element* row_of(const Source& s, uint32_t row) {
   return static_cast<const Element*>(s.first) + int64_t{row} * s.stride;
 }
 
-inline __mmask64 first64(uint64_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
+inline __mmask64 first64(uint32_t n) { return low_bits(n < 64 ? n : 64); }
 
-// 64 bytes of a row or of packed elements: `lanes` elements.
-struct Vector16 {
-  using Element = uint16_t;
-  static constexpr uint32_t kLanes = 32;
+// 64 bytes of a row or of packed elements: `kVectorLanes` of them.
+struct Vector8 {
+  using Element = uint8_t;
+  static constexpr uint32_t kVectorLanes = 64;
 
   static __m512i load(const Element* from, uint32_t count) {
-    return count >= kLanes ? _mm512_loadu_si512(from)
+    return _mm512_maskz_loadu_epi8(first64(count), from);
+  }
+  static uint64_t set(__m512i bits) { return _mm512_test_epi8_mask(bits, bits); }
+  static __m512i compress(uint64_t mask, __m512i bits) {
+    return _mm512_maskz_compress_epi8(mask, bits);
+  }
+};
+
+struct Vector16 {
+  using Element = uint16_t;
+  static constexpr uint32_t kVectorLanes = 32;
+
+  static __m512i load(const Element* from, uint32_t count) {
+    return count >= kVectorLanes ? _mm512_loadu_si512(from)
                            : _mm512_maskz_loadu_epi16(static_cast<__mmask32>(first64(count)), from);
   }
   static uint64_t set(__m512i bits) { return _mm512_test_epi16_mask(bits, bits); }
@@ -31,10 +45,10 @@ struct Vector16 {
 
 struct Vector32 {
   using Element = uint32_t;
-  static constexpr uint32_t kLanes = 16;
+  static constexpr uint32_t kVectorLanes = 16;
 
   static __m512i load(const Element* from, uint32_t count) {
-    return count >= kLanes ? _mm512_loadu_si512(from)
+    return count >= kVectorLanes ? _mm512_loadu_si512(from)
                            : _mm512_maskz_loadu_epi32(static_cast<__mmask16>(first64(count)), from);
   }
   static uint64_t set(__m512i bits) { return _mm512_test_epi32_mask(bits, bits); }
@@ -48,7 +62,7 @@ void bitmap(const Source& s, uint64_t* words) {
   for (uint32_t row = 0; row < s.rows; ++row) {
     const auto* elements = row_of<typename Vector::Element>(s, row);
     uint64_t word = 0;
-    for (uint32_t col = 0; col < s.cols; col += Vector::kLanes) {
+    for (uint32_t col = 0; col < s.cols; col += Vector::kVectorLanes) {
       word |= Vector::set(Vector::load(elements + col, s.cols - col)) << col;
     }
     words[row] = word;
@@ -58,12 +72,12 @@ void bitmap(const Source& s, uint64_t* words) {
 
 template <typename Vector>
 void pack(const Source& s, const uint64_t* words, void* packed) {
-  constexpr uint64_t kMask = (uint64_t{1} << Vector::kLanes) - 1;
+  const uint64_t all = low_bits(Vector::kVectorLanes);
   auto* to = static_cast<typename Vector::Element*>(packed);
   for (uint32_t row = 0; row < s.rows; ++row) {
     const auto* elements = row_of<typename Vector::Element>(s, row);
-    for (uint32_t col = 0; col < s.cols; col += Vector::kLanes) {
-      const uint64_t mask = words[row] >> col & kMask;
+    for (uint32_t col = 0; col < s.cols; col += Vector::kVectorLanes) {
+      const uint64_t mask = words[row] >> col & all;
       // To a register and then all of it to memory: compressing into memory is microcode on Zen.
       const __m512i kept = Vector::compress(mask, Vector::load(elements + col, s.cols - col));
       _mm512_storeu_si512(to, kept);
@@ -161,6 +175,9 @@ const Encoder kAvx512 = {
     avx512_supported,
     {bitmap<Vector16>, count_tops_16, pack<Vector16>, write_record<uint16_t>},
     {bitmap<Vector32>, count_tops_32, pack<Vector32>, write_record<uint32_t>},
+    {kLevels<BF16>, kLevels<F16>, kLevels<F32>},
+    bitmap<Vector8>,
+    pack<Vector8>,
 };
 
 }  // namespace encode

@@ -10,6 +10,7 @@
 #include "encode.h"
 #include "encode_passes.h"
 #include "encode_prune.h"
+#include "encode_quantise.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -141,6 +142,68 @@ void exponent_values(const Rows<const Element>& bits,
 }
 
 template <typename Element>
+Quantised quantised(const std::string& dtype, bool int4, uint64_t group) {
+  const bool two_bytes = sizeof(Element) == 2;
+  if (group == 0 || group % kTile != 0) {
+    refuse("group of " + std::to_string(group) + " columns, needs a positive multiple of 64");
+  }
+  if (two_bytes && dtype == "BF16") return {Dtype::kBF16, int4, group};
+  if (two_bytes && dtype == "F16") return {Dtype::kF16, int4, group};
+  if (!two_bytes && dtype == "F32") return {Dtype::kF32, int4, group};
+  refuse("dtype '" + dtype + "' does not have elements of " + std::to_string(sizeof(Element)) +
+         " bytes");
+}
+
+template <typename Element>
+bool choose_scales(const Rows<const Element>& bits, const std::string& dtype, bool int4,
+                   uint64_t group, const Array<uint16_t>& scales, const std::string& encoder) {
+  const Encoder& with = encoder_named(encoder);
+  const Matrix m = matrix(bits);
+  const Quantised q = quantised<Element>(dtype, int4, group);
+  check_size("scales", scales.size(), q.scale_count(m));
+  nb::gil_scoped_release released;
+  return encode::choose_scales(with, m, q, scales.data());
+}
+
+template <typename Element>
+uint64_t level_structure(const Rows<const Element>& bits, const std::string& dtype, bool int4,
+                         uint64_t group, const Array<const uint16_t>& scales,
+                         const std::optional<Array<uint64_t>>& bitmap,
+                         const Array<uint32_t>& offsets, const std::string& encoder) {
+  const Encoder& with = encoder_named(encoder);
+  const Matrix m = matrix(bits);
+  const Quantised q = quantised<Element>(dtype, int4, group);
+  check_size("scales", scales.size(), q.scale_count(m));
+  if (bitmap) check_size("bitmap", bitmap->size(), m.tiles() * kTile);
+  check_size("offsets", offsets.size(), m.tiles() + 1);
+  nb::gil_scoped_release released;
+  return encode::level_structure(with, m, q, scales.data(), bitmap ? bitmap->data() : nullptr,
+                                 offsets.data());
+}
+
+template <typename Element>
+void level_values(const Rows<const Element>& bits, const std::string& dtype, bool int4,
+                  uint64_t group, const Array<const uint16_t>& scales,
+                  const std::optional<Array<const uint64_t>>& bitmap,
+                  const Array<const uint32_t>& offsets, const Array<uint8_t>& values,
+                  const std::string& encoder) {
+  const Encoder& with = encoder_named(encoder);
+  const Matrix m = matrix(bits);
+  const Quantised q = quantised<Element>(dtype, int4, group);
+  check_size("scales", scales.size(), q.scale_count(m));
+  if (bitmap) check_size("bitmap", bitmap->size(), m.tiles() * kTile);
+  check_size("offsets", offsets.size(), m.tiles() + 1);
+  check_values(values.nbytes(), offsets);
+  uint64_t wrong;
+  {
+    nb::gil_scoped_release released;
+    wrong = encode::level_values(with, m, q, scales.data(), bitmap ? bitmap->data() : nullptr,
+                                 offsets.data(), values.data());
+  }
+  check_written(wrong);
+}
+
+template <typename Element>
 void prune(const Rows<Element>& bits, uint32_t infinity, uint64_t wanted) {
   check_rows(bits);
   nb::gil_scoped_release released;
@@ -170,6 +233,16 @@ void bind(nb::module_& module) {
   module.def("exponent_values", &exponent_values<Element>, "bits"_a.noconvert(),
              "bitmap"_a.noconvert().none(), "offsets"_a.noconvert(), "heads"_a.noconvert(),
              "values"_a.noconvert(), "encoder"_a, "Fill values.");
+  module.def("choose_scales", &choose_scales<Element>, "bits"_a.noconvert(), "dtype"_a, "int4"_a,
+             "group"_a, "scales"_a.noconvert(), "encoder"_a,
+             "Fill scales. Returns whether all weights are finite.");
+  module.def("level_structure", &level_structure<Element>, "bits"_a.noconvert(), "dtype"_a,
+             "int4"_a, "group"_a, "scales"_a.noconvert(), "bitmap"_a.noconvert().none(),
+             "offsets"_a.noconvert(), "encoder"_a,
+             "Fill bitmap and offsets. Returns the units of values.");
+  module.def("level_values", &level_values<Element>, "bits"_a.noconvert(), "dtype"_a, "int4"_a,
+             "group"_a, "scales"_a.noconvert(), "bitmap"_a.noconvert().none(),
+             "offsets"_a.noconvert(), "values"_a.noconvert(), "encoder"_a, "Fill values.");
   module.def("prune", &prune<Element>, "bits"_a.noconvert(), "infinity"_a, "wanted"_a,
              "Set the `wanted` elements of smallest magnitude to +0.0.");
 }

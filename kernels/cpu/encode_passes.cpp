@@ -8,38 +8,8 @@ namespace tierd {
 namespace encode {
 namespace {
 
-uint64_t units(uint64_t bytes) { return (bytes + kRunUnit - 1) / kRunUnit; }
-
 const TileEncoder& tile_encoder(const Encoder& encoder, const Matrix& m) {
   return m.item_bytes == 2 ? encoder.two_bytes : encoder.four_bytes;
-}
-
-// Calls visit(tile number, source) for all tiles in order, until it returns false.
-template <typename Visit>
-void for_each_tile(const Matrix& m, Visit visit) {
-  uint64_t tile = 0;
-  for (uint64_t top = 0; top < m.rows; top += kTile) {
-    for (uint64_t left = 0; left < m.cols; left += kTile, ++tile) {
-      const int64_t element = static_cast<int64_t>(top) * m.stride + static_cast<int64_t>(left);
-      const Source source{m.first + element * static_cast<int64_t>(m.item_bytes), m.stride,
-                          static_cast<uint32_t>(std::min<uint64_t>(m.rows - top, kTile)),
-                          static_cast<uint32_t>(std::min<uint64_t>(m.cols - left, kTile))};
-      if (!visit(tile, source)) return;
-    }
-  }
-}
-
-uint32_t set_bits(const uint64_t* words) {
-  uint32_t count = 0;
-  for (uint32_t row = 0; row < kTile; ++row) {
-    count += static_cast<uint32_t>(__builtin_popcountll(words[row]));
-  }
-  return count;
-}
-
-void fill_words(const Source& s, uint64_t* words) {
-  std::fill(words, words + s.rows, low_bits(s.cols));
-  std::fill(words + s.rows, words + kTile, 0);
 }
 
 uint64_t record_bytes(uint32_t count, uint32_t item_bytes, uint32_t planes, uint32_t escapes) {

@@ -1,23 +1,10 @@
 // The encoder's walks over a whole matrix, whatever the instruction set. One thread; no exceptions.
 #pragma once
 
-#include "encode.h"
+#include "encode_tiles.h"
 
 namespace tierd {
 namespace encode {
-
-// A matrix as it comes: `stride` elements from row to row, of any sign.
-struct Matrix {
-  const uint8_t* first;
-  int64_t stride;
-  uint64_t rows;
-  uint64_t cols;
-  uint32_t item_bytes;  // 2 or 4
-
-  uint64_t tile_rows() const { return (rows + kTile - 1) / kTile; }
-  uint64_t tile_cols() const { return (cols + kTile - 1) / kTile; }
-  uint64_t tiles() const { return tile_rows() * tile_cols(); }
-};
 
 // Units of 16 bytes that the array `values` has in each form.
 struct Sizes {
@@ -33,8 +20,6 @@ Sizes measure(const Encoder&, const Matrix&);
 uint64_t raw_structure(const Encoder&, const Matrix&, uint64_t* bitmap, uint32_t* offsets);
 uint64_t exponent_structure(const Encoder&, const Matrix&, uint64_t* bitmap, uint32_t* offsets,
                             uint32_t* heads);
-
-constexpr uint64_t kNoTile = ~uint64_t{0};
 
 // Writes offsets[tiles] * 16 bytes of values. Returns kNoTile, or the first tile for which the
 // structure is not that of the matrix: nothing is written for that tile, nor outside `values`.

@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "encode.h"
+#include "encode_levels.h"
 
 namespace tierd {
 namespace encode {
@@ -130,6 +131,9 @@ const Encoder kPlain = {
     plain_supported,
     {bitmap<uint16_t>, count_tops_16, pack<uint16_t>, write_record<uint16_t>},
     {bitmap<uint32_t>, count_tops_32, pack<uint32_t>, write_record<uint32_t>},
+    {kLevels<BF16>, kLevels<F16>, kLevels<F32>},
+    bitmap<uint8_t>,
+    pack<uint8_t>,
 };
 
 }  // namespace encode

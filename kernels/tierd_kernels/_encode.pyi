@@ -49,6 +49,27 @@ def exponent_values(bits: Annotated[NDArray[numpy.uint32], dict(shape=(None, Non
     """Fill values."""
 
 @overload
+def choose_scales(bits: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), device='cpu', writable=False)], dtype: str, int4: bool, group: int, scales: Annotated[NDArray[numpy.uint16], dict(shape=(None,), order='C', device='cpu')], encoder: str) -> bool: ...
+
+@overload
+def choose_scales(bits: Annotated[NDArray[numpy.uint32], dict(shape=(None, None), device='cpu', writable=False)], dtype: str, int4: bool, group: int, scales: Annotated[NDArray[numpy.uint16], dict(shape=(None,), order='C', device='cpu')], encoder: str) -> bool:
+    """Fill scales. Returns whether all weights are finite."""
+
+@overload
+def level_structure(bits: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), device='cpu', writable=False)], dtype: str, int4: bool, group: int, scales: Annotated[NDArray[numpy.uint16], dict(shape=(None,), order='C', device='cpu', writable=False)], bitmap: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu')] | None, offsets: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu')], encoder: str) -> int: ...
+
+@overload
+def level_structure(bits: Annotated[NDArray[numpy.uint32], dict(shape=(None, None), device='cpu', writable=False)], dtype: str, int4: bool, group: int, scales: Annotated[NDArray[numpy.uint16], dict(shape=(None,), order='C', device='cpu', writable=False)], bitmap: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu')] | None, offsets: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu')], encoder: str) -> int:
+    """Fill bitmap and offsets. Returns the units of values."""
+
+@overload
+def level_values(bits: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), device='cpu', writable=False)], dtype: str, int4: bool, group: int, scales: Annotated[NDArray[numpy.uint16], dict(shape=(None,), order='C', device='cpu', writable=False)], bitmap: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, offsets: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu', writable=False)], values: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], encoder: str) -> None: ...
+
+@overload
+def level_values(bits: Annotated[NDArray[numpy.uint32], dict(shape=(None, None), device='cpu', writable=False)], dtype: str, int4: bool, group: int, scales: Annotated[NDArray[numpy.uint16], dict(shape=(None,), order='C', device='cpu', writable=False)], bitmap: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, offsets: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu', writable=False)], values: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], encoder: str) -> None:
+    """Fill values."""
+
+@overload
 def prune(bits: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), device='cpu')], infinity: int, wanted: int) -> None: ...
 
 @overload

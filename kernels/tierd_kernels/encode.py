@@ -16,9 +16,11 @@ from tierd_kernels import _encode, dispatch
 from tierd_kernels.errors import KernelError
 from tierd_kernels.geometry import Bits
 from tierd_layouts import runs
-from tierd_layouts.errors import BadMatrix
+from tierd_layouts.codecs import LEVEL_LIMITS
+from tierd_layouts.errors import BadGroup, BadMatrix, UnknownCodec
 from tierd_layouts.packed_matrix import PackedMatrix
-from tierd_layouts.tile_grid import TileGrid, check_matrix
+from tierd_layouts.quantised import scale_count
+from tierd_layouts.tile_grid import TILE, TileGrid, check_matrix
 
 # Which overload is meant follows from dtypes that were checked at run time, which mypy cannot see.
 _native: Any = _encode
@@ -72,6 +74,32 @@ def encode_exponent(bits: Bits, dtype: str, *, masked: bool) -> PackedMatrix:
     _native.exponent_values(bits, bitmap, offsets, heads, values, encoder_name())
     return PackedMatrix(
         "exponent-packed", dtype, grid.rows, grid.cols, bitmap, offsets, values, heads=heads
+    )
+
+
+def quantise(bits: Bits, dtype: str, *, codec: str, group: int, masked: bool) -> PackedMatrix:
+    """Return the matrix in codec `int8` or `int4`, as tierd_layouts.quantised.encode does.
+
+    group: columns that share a scale, a multiple of 64.
+    Raises UnknownCodec, BadGroup; BadMatrix as `encode_raw` does and for an infinity or a NaN.
+    """
+    if codec not in LEVEL_LIMITS:
+        raise UnknownCodec(f"codec {codec!r}, quantised ones are {', '.join(LEVEL_LIMITS)}")
+    if group <= 0 or group % TILE:
+        raise BadGroup(f"group of {group} columns, needs a positive multiple of {TILE}")
+    grid = _checked(bits, dtype)
+    # A group that is wider than the matrix is as wide: of any size in Python, below 2^64 there.
+    how = (dtype, codec == "int4", min(group, max(1, grid.tile_cols) * TILE))
+    scales = np.empty(scale_count(grid, group), np.uint16)
+    if not _native.choose_scales(bits, *how, scales, encoder_name()):
+        raise BadMatrix(f"a weight is not finite, codec {codec} cannot hold it")
+    bitmap = np.empty(grid.bitmap_words, np.uint64) if masked else None
+    offsets = np.empty(grid.offset_count, np.uint32)
+    units = _native.level_structure(bits, *how, scales, bitmap, offsets, encoder_name())
+    values = np.empty(_checked_bytes(units), np.uint8)
+    _native.level_values(bits, *how, scales, bitmap, offsets, values, encoder_name())
+    return PackedMatrix(
+        codec, dtype, grid.rows, grid.cols, bitmap, offsets, values, scales=scales, group=group
     )
 
 

@@ -182,6 +182,6 @@ def _check_escapes(records: Records, content: Content) -> None:
         if wrong.size:
             place = int(wrong[0])
             raise EscapesWrong(
-                f"tile {records.first + int(tile[place])}: the escape of element {int(ordinal[place])} "
-                f"({int(entries[place]):#010x}) {rule}"
+                f"tile {records.first + int(tile[place])}: the escape of element "
+                f"{int(ordinal[place])} ({int(entries[place]):#010x}) {rule}"
             )

@@ -48,7 +48,7 @@ _HEADER = np.dtype(
         ("version", "<u4"),
         ("slot_count", "<u4"),
         ("lease_count", "<u4"),
-        ("reserved", "<u4"),
+        ("holders", "<u4"),
         ("epoch", "<u8"),
         ("next_generation", "<u8"),
         ("next_lease", "<u8"),
@@ -211,6 +211,17 @@ class SlotTable:
     def next_lease(self) -> int:
         """Above every lease id that this table ever held."""
         return int(self._header["next_lease"][0])
+
+    @property
+    def holders(self) -> int:
+        """Processes that work with leases right now, as the daemon counts them: an advice to
+        clients how to share the cores. 0 until the daemon wrote it, and from one that never does.
+        """
+        return int(self._header["holders"][0])
+
+    @holders.setter
+    def holders(self, value: int) -> None:
+        self._header["holders"][0] = value
 
     # ----------------------------------------------------------------------------------------------
     # Writing (the daemon only)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from tierd_layouts import exponent_packed, packed_matrix, quantised
 from tierd_layouts.container import LayerBuilder, shard_file_name, write_index, write_shard
 from tierd_layouts.index import PackIndex
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tierd_layouts.packed_matrix import PackedMatrix
 
 
 def sparse_bits(rows: int, cols: int, dtype: Any) -> Any:
@@ -21,8 +25,35 @@ def sparse_bits(rows: int, cols: int, dtype: Any) -> Any:
     return bits * (rng.random((rows, cols)) < 0.5).astype(dtype)
 
 
+def gaussian_bits(rows: int, cols: int, dtype: str, density: float = 1.0, seed: int = 0) -> Any:
+    """Raw bits of normal weights, all but `density` of them +0, with a few of other sizes."""
+    rng = np.random.default_rng([rows, cols, seed])
+    weights = rng.standard_normal((rows, cols), np.float32) * np.float32(0.02)
+    weights *= rng.choice(np.array([1, 1e-3, 30], np.float32), weights.shape, p=[0.98, 0.01, 0.01])
+    weights[rng.random(weights.shape) >= density] = 0
+    if dtype == "F16":
+        return weights.astype(np.float16).view(np.uint16)
+    bits = weights.view(np.uint32)
+    return bits if dtype == "F32" else (bits >> 16).astype(np.uint16)
+
+
 @pytest.fixture(scope="session")
-def weights() -> dict[str, tuple[str, Any]]:
+def packed() -> dict[str, PackedMatrix]:
+    """Matrices by name, in every new codec, dtype and form."""
+    matrices = {}
+    for dtype, masked in product(("BF16", "F16", "F32"), (True, False)):
+        bits = gaussian_bits(70, 200, dtype, 0.5 if masked else 1.0)
+        for codec in ("exponent-packed", "int8", "int4"):
+            if codec == "exponent-packed":
+                matrix = exponent_packed.encode(bits, dtype, masked=masked)
+            else:
+                matrix = quantised.encode(bits, dtype, codec=codec, group=128, masked=masked)
+            matrices[f"coded.{codec}.{dtype}.{'masked' if masked else 'all'}"] = matrix
+    return matrices
+
+
+@pytest.fixture(scope="session")
+def weights(packed: dict[str, PackedMatrix]) -> dict[str, tuple[str, Any]]:
     """Weights by name: dtype and bits. One is above 4 MiB, so that its layer has several blocks."""
     return {
         "embed.weight": ("BF16", sparse_bits(300, 70, np.uint16)),
@@ -38,23 +69,28 @@ def weights() -> dict[str, tuple[str, Any]]:
         "layers.0.ids": ("I64", np.arange(4, dtype=np.uint64)),
         "layers.0.last": ("F64", np.zeros((4, 0), np.uint64)),
         "head.weight": ("BF16", sparse_bits(70, 300, np.uint16)),
+        **{name: (matrix.dtype, packed_matrix.decode(matrix)) for name, matrix in packed.items()},
     }
 
 
 @pytest.fixture
 def pack(tmp_path: Path, pristine_pack: Path) -> Path:
-    """A pack that the test may break: `embed` and `layers.0` in one shard, `head` in another."""
+    """A pack that the test may break: `embed` and `layers.0` in one shard, the rest in another."""
     return shutil.copytree(pristine_pack, tmp_path / "pack")
 
 
 @pytest.fixture(scope="session")
 def pristine_pack(
-    tmp_path_factory: pytest.TempPathFactory, weights: dict[str, tuple[str, Any]]
+    tmp_path_factory: pytest.TempPathFactory,
+    weights: dict[str, tuple[str, Any]],
+    packed: dict[str, PackedMatrix],
 ) -> Path:
-    builders = {name: LayerBuilder(name) for name in ("embed", "layers.0", "head")}
+    builders = {name: LayerBuilder(name) for name in ("embed", "layers.0", "head", "coded")}
     for name, (dtype, bits) in weights.items():
         builder = next(b for layer, b in builders.items() if name.startswith(layer + "."))
-        if bits.ndim == 2 and dtype in ("BF16", "F16", "F32") and name != "embed.position":
+        if name in packed:
+            builder.add_matrix(name, packed[name])
+        elif bits.ndim == 2 and dtype in ("BF16", "F16", "F32") and name != "embed.position":
             builder.add_raw(name, dtype, bits)
         else:
             builder.add_dense(name, dtype, bits.shape, bits)

@@ -45,7 +45,7 @@ def change_header(path: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 def test_a_pack_opens_by_path_and_by_descriptor(pack: Path) -> None:
     index = open_pack(pack)
-    assert [layer.name for layer in index.layers] == ["embed", "layers.0", "head"]
+    assert [layer.name for layer in index.layers] == ["embed", "layers.0", "head", "coded"]
     assert open_pack(str(pack)) == index
     fd = os.open(pack, os.O_RDONLY)
     try:
@@ -212,7 +212,7 @@ def test_a_broken_header_is_named_with_its_pack(pack: Path) -> None:
 def test_arrays_of_a_layer_with_two_extents_are_looked_for_in_the_right_shard(pack: Path) -> None:
     """Version 1 writes one extent a layer, but its readers take more: join two layers into one."""
     index = open_pack(pack)
-    embed, block, head = index.layers
+    embed, block, head, coded = index.layers
     moved = [
         replace(
             tensor,
@@ -229,6 +229,6 @@ def test_arrays_of_a_layer_with_two_extents_are_looked_for_in_the_right_shard(pa
         extents=embed.extents + head.extents,
         tensors=(*embed.tensors, *moved),
     )
-    text = replace(index, layers=(joined, block)).to_json()
+    text = replace(index, layers=(joined, block, coded)).to_json()
     (pack / "tierd.json").write_bytes(text)
-    assert open_pack(pack).layers == (joined, block)
+    assert open_pack(pack).layers == (joined, block, coded)

@@ -31,6 +31,7 @@ from tierd.core.model import (
 )
 from tierd.engine import Engine
 from tierd.errors import ShuttingDown, TierdError, TooManyClients
+from tierd.holders import Holders
 from tierd.io.memory_limits import auto_budget, available_bytes, check_budget
 from tierd.io.pages import choose_pages
 from tierd.io.ssd import ReaderPool
@@ -78,6 +79,7 @@ class Daemon:
         self.engine: Engine
         self.models: Models
         self.orphans: Orphans
+        self.holders: Holders
         self._listener: Listener
         self._connected: dict[int, Session] = {}
         self._next_client = 1
@@ -223,6 +225,7 @@ class Daemon:
         )
         self.models = Models(self.config, self.registry, self.arenas, self.engine)
         self.orphans = Orphans(loop, (), self._orphan_ended)
+        self.holders = Holders(loop, self.slots.set_holders)
 
     def _say_ready(self, loop: asyncio.AbstractEventLoop) -> None:
         seconds = (time.monotonic_ns() - self.started_ns) / 1e9
@@ -242,6 +245,7 @@ class Daemon:
     async def _shut_down(self, loop: asyncio.AbstractEventLoop) -> None:
         self.stopping = True
         self.engine.stop()
+        self.holders.stop()
         sdnotify.notify("STOPPING=1", environ=os.environ)
         log.info("stopping: %d clients hold %d leases", len(self.sessions), self.slots.leases)
         self._listener.stop()
@@ -330,6 +334,7 @@ class Daemon:
         session.forget_outstanding()
         for lease in session.leases:
             self.slots.end(lease)
+        self.holders.gone(session.client)
         self.orphans.client_gone(session.client)
         self.engine.submit(ClientGone(self.engine.now(), session.client))
         for pack in session.opened.values():
@@ -346,6 +351,7 @@ class Daemon:
 
     def release(self, session: Session, lease: int) -> None:
         self.slots.end(lease)
+        self.holders.released(session.client)
         self.engine.submit(Release(self.engine.now(), session.client, lease))
 
     def release_orphan(self, session: Session, lease: int) -> bool:

@@ -269,6 +269,7 @@ class Session:
         self._answered(grant.request)
         self.leases[grant.lease] = grant.key
         self.granted += 1
+        self._daemon.holders.granted(self.client, self.process)
         self.reply(
             grant.request,
             {

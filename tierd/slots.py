@@ -110,6 +110,10 @@ class Slots:
         self.table.clear_lease(entry)
         self._free.append(entry)
 
+    def set_holders(self, holders: int) -> None:
+        """Tell the clients how many processes work with leases."""
+        self.table.holders = holders
+
     @property
     def leases(self) -> int:
         return len(self._entries)

@@ -69,6 +69,32 @@ def test_a_client_that_is_killed_in_the_middle_of_a_lease_frees_everything(
     holder.stdout.close()
 
 
+def test_the_slot_table_says_how_many_processes_work_with_leases(
+    start_daemon: Start, models: Path, connect: Connect
+) -> None:
+    write_pack(models / "tiny")
+    daemon = start_daemon("--models", models, "--dram", "16MiB")
+    first, second = connect(daemon).open("tiny"), connect(daemon).open("tiny")
+    table = first.table
+    assert table.holders == 0
+    leases = [opened.acquire(layer)["lease"] for opened in (first, second) for layer in (0, 1)]
+    assert table.holders == 1, "two clients of one process count as one"
+    holder = hold(daemon, "tiny", 2)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    assert table.holders == 2
+    first.client.call("release", leases=leases[:2])
+    assert table.holders == 2
+    second.client.call("release", leases=leases[2:])
+    assert table.holders == 1
+    wait_until(lambda: table.holders == 0, "a silent process with a single lease does not count")
+    first.acquire(0)
+    assert table.holders == 1
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+
+
 def test_a_killed_client_frees_everything_although_its_forked_child_holds_the_socket(
     start_daemon: Start, models: Path, connect: Connect
 ) -> None:

@@ -141,6 +141,17 @@ def test_numbers_are_never_given_twice_even_when_their_entries_are_gone() -> Non
     assert table.next_generation == 6
 
 
+def test_readers_see_how_many_work_with_leases() -> None:
+    buffer, table = new_table()
+    reader = SlotTable(bytes(buffer))
+    assert reader.holders == 0
+    before = bytes(buffer)
+    table.holders = 2**32 - 1
+    assert SlotTable(bytes(buffer)).holders == 2**32 - 1
+    changed = [at for at, (old, new) in enumerate(zip(before, buffer, strict=True)) if old != new]
+    assert changed == [20, 21, 22, 23]
+
+
 def test_a_new_daemon_life_is_an_epoch() -> None:
     buffer, table = new_table()
     assert SlotTable(bytes(buffer)).epoch == 11

@@ -210,8 +210,9 @@ void expand(const std::string& codec, const std::string& dtype, size_t rows, siz
           Job& j = *static_cast<Job*>(context);
           Element* to = j.out + uint64_t{index} * kTile * j.m.cols;
           uint64_t tile = 0;
-          j.faults.report(
-              j.kernels.expand(j.m, j.first + index, to, j.m.cols, j.streaming, &tile), tile);
+          const Fault fault =
+              j.kernels.expand(j.m, j.first + index, to, j.m.cols, j.streaming, &tile);
+          j.faults.report(fault, tile);
         },
         &job);
   }

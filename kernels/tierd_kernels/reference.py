@@ -93,13 +93,13 @@ def _levels(matrix: PackedMatrix, tile_row: int, tile_col: int) -> NDArray[np.fl
     if matrix.codec == "int4":
         nibbles = np.stack([record & 15, record >> 4], axis=1).reshape(-1)[:count]
         record = np.where(nibbles < 8, nibbles, nibbles | 0xF0)
-    levels = np.zeros(kept.shape, np.float32)
-    levels[kept] = record.view(np.int8)
     groups = -(-matrix.cols // matrix.group)
     first = (tile_row * groups + tile_col * TILE // matrix.group) * TILE
-    scales = matrix.scales[first : first + len(levels)].astype(np.uint32) << 16
+    scales = matrix.scales[first : first + len(kept)].astype(np.uint32) << 16
+    scale_of_each = np.broadcast_to(scales.view(np.float32)[:, None], kept.shape)[kept]
+    weights = np.zeros(kept.shape, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        weights: NDArray[np.float32] = levels * scales.view(np.float32)[:, None]
+        weights[kept] = record.view(np.int8) * scale_of_each
     return weights
 
 

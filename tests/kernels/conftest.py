@@ -3,8 +3,11 @@
 import importlib.machinery
 import importlib.util
 import os
+import runpy
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,11 @@ if "TIERD_CPU_MODULE" in os.environ:
     loader.exec_module(sys.modules[name])
 
 from tierd_kernels import dispatch
+from tierd_layouts import exponent_packed, packed_matrix, quantised
+from tierd_layouts.packed_matrix import PackedMatrix
 
+_random = runpy.run_path(str(Path(__file__).with_name("random_matrices.py")))
+Form = tuple[str, bool]
 Matrix = NDArray[Any]
 
 
@@ -48,6 +55,40 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 def native_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """As `kernel`, without the reference."""
     yield from _with_kernel(request.param)
+
+
+@pytest.fixture(
+    scope="module",
+    params=_random["FORMS"],
+    ids=lambda form: f"{form[0]}-{'masked' if form[1] else 'dense'}",
+)
+def form(request: pytest.FixtureRequest) -> Form:
+    """(codec, masked), each in turn."""
+    found: Form = request.param
+    return found
+
+
+@pytest.fixture(scope="session")
+def random_packed() -> Callable[..., PackedMatrix]:
+    """See random_matrices.py."""
+    make: Callable[..., PackedMatrix] = _random["random_packed"]
+    return make
+
+
+def packed(bits: Matrix, dtype: str, form: Form = ("raw", True)) -> PackedMatrix:
+    """Return what the encoder of the form makes of `bits`."""
+    codec, masked = form
+    if codec == "raw":
+        return packed_matrix.encode_raw(bits, dtype)
+    if codec == "exponent-packed":
+        return exponent_packed.encode(bits, dtype, masked=masked)
+    return quantised.encode(bits, dtype, codec=codec, group=128, masked=masked)
+
+
+@pytest.fixture(scope="session")
+def pack() -> Callable[..., PackedMatrix]:
+    """pack(bits, dtype, form): what the encoder makes of them; raw where no form is given."""
+    return packed
 
 
 SPECIAL = {
@@ -89,11 +130,25 @@ def random_bits() -> Callable[..., Matrix]:
 def random_weights() -> Callable[..., Matrix]:
     """random_weights(seed, rows, cols, dtype, density): bits of numbers as in a trained layer."""
 
+    @cache
     def make(seed: int, rows: int, cols: int, dtype: str, density: float = 0.5) -> Matrix:
         rng = np.random.default_rng(seed)
         numbers = rng.standard_normal((rows, cols), np.float32) * np.float32(0.02)
         numbers[rng.random((rows, cols)) >= density] = 0
-        return to_bits(numbers, dtype)
+        bits = to_bits(numbers, dtype)
+        bits.flags.writeable = False
+        return bits
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def packed_weights(random_weights: Callable[..., Matrix]) -> Callable[..., PackedMatrix]:
+    """packed_weights(form, seed, rows, cols, dtype, density): `random_weights` in this form."""
+
+    @cache
+    def make(form: Form, *weights: Any) -> PackedMatrix:
+        return packed(random_weights(*weights), weights[3], form)
 
     return make
 

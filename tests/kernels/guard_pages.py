@@ -5,18 +5,21 @@ Prints each case before it runs, so that the last line names the one that died.
 
 import ctypes
 import mmap
+import runpy
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tierd_kernels import cpu, reference
-from tierd_kernels.geometry import Dtype, Geometry, tiles_over
-from tierd_layouts import tiles
+from tierd_kernels import PackedMatrix, cpu, reference
+from tierd_kernels.geometry import ELEMENT, tiles_over
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 _kept: list[mmap.mmap] = []
+_random = runpy.run_path(str(Path(__file__).with_name("random_matrices.py")))
 
 
 def guarded(array: Any, *, at_end: bool, readonly: bool) -> Any:
@@ -42,34 +45,43 @@ def protect(address: int, nbytes: int, protection: int) -> None:
         raise OSError(ctypes.get_errno(), "mprotect")
 
 
-def check(kernel: cpu.CpuKernel, rows: int, cols: int, dtype: Dtype, density: float) -> None:
-    rng = np.random.default_rng(rows * 1000 + cols)
-    element = np.uint32 if dtype == "F32" else np.uint16
-    one = {"BF16": 0x3F80, "F16": 0x3C00, "F32": 0x3F800000}[dtype]
-    matrix: Any = np.where(rng.random((rows, cols)) < density, one, 0).astype(element)
+def guarded_matrix(matrix: PackedMatrix, *, at_end: bool) -> PackedMatrix:
+    arrays = {
+        name: guarded(array, at_end=at_end, readonly=True)
+        for name, array in matrix.arrays().items()
+    }
+    return replace(matrix, **arrays)
+
+
+def check(kernel: cpu.CpuKernel, matrix: PackedMatrix) -> None:
+    total = tiles_over(matrix.rows)
+    expected: Any = np.empty((matrix.rows, matrix.cols), ELEMENT[matrix.dtype])
+    reference.expand(matrix, expected, 0, total, 1)
+    rng = np.random.default_rng(0)
     for at_end in (True, False):
-        bitmap, offsets, values = (
-            guarded(array, at_end=at_end, readonly=True) for array in tiles.encode(matrix)
-        )
-        out = guarded(np.full_like(matrix, 7), at_end=at_end, readonly=False)
-        total = tiles_over(rows)
-        kernel.expand(bitmap, offsets, values, out, Geometry(cols, total, 0, total), 2)
-        assert np.array_equal(out, matrix)
+        inside = guarded_matrix(matrix, at_end=at_end)
+        out = guarded(np.full_like(expected, 7), at_end=at_end, readonly=False)
+        kernel.expand(inside, out, 0, total, 2)
+        assert np.array_equal(out, expected)
         if total > 1:
-            part = guarded(np.full_like(matrix[64:], 7), at_end=at_end, readonly=False)
-            kernel.expand(bitmap, offsets, values, part, Geometry(cols, total, 1, total), 2)
-            assert np.array_equal(part, matrix[64:])
+            part = guarded(np.full_like(expected[64:], 7), at_end=at_end, readonly=False)
+            kernel.expand(inside, part, 1, total, 2)
+            assert np.array_equal(part, expected[64:])
         for tokens in (1, 2, 9, 33):
-            ones: Any = np.full((tokens, cols), one, element)
-            x = guarded(ones, at_end=at_end, readonly=True)
-            y = guarded(np.full((tokens, rows), 7, np.float32), at_end=at_end, readonly=False)
-            kernel.linear(bitmap, offsets, values, x, y, dtype, 2)
-            exact = np.full((tokens, 1), 1.0) * reference.decode(matrix, dtype).sum(axis=1)
-            assert np.array_equal(y, exact)
+            bits: Any = rng.integers(0, 0x3C00, (tokens, matrix.cols)).astype(expected.dtype)
+            x = guarded(bits, at_end=at_end, readonly=True)
+            zeros = np.zeros((tokens, matrix.rows), np.float32)
+            y = guarded(zeros, at_end=at_end, readonly=False)
+            kernel.linear(inside, x, y, 2)
+            kernel.linear(matrix, bits, zeros, 2)
+            assert np.array_equal(y.view(np.uint32), zeros.view(np.uint32))
         for memory in _kept:
             address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
             protect(address, len(memory), mmap.PROT_READ | mmap.PROT_WRITE)
         _kept.clear()
+
+
+SHAPES = ((1, 1), (64, 64), (64, 256), (65, 65), (130, 333), (63, 320), (1, 500))
 
 
 def main(name: str) -> None:
@@ -78,12 +90,16 @@ def main(name: str) -> None:
         ctypes.string_at(array.ctypes.data, 5)
         return
     kernel = cpu.CpuKernel(name)
-    dtypes: tuple[Dtype, ...] = ("BF16", "F16", "F32")
-    for dtype in dtypes:
-        for density in (0.0, 0.01, 0.5, 1.0):
-            for shape in ((1, 1), (64, 64), (64, 256), (65, 65), (130, 333), (63, 320), (1, 500)):
-                print(name, dtype, density, shape, flush=True)
-                check(kernel, *shape, dtype, density)
+    for form in _random["FORMS"]:
+        for dtype in ELEMENT:
+            for density in (0.0, 0.01, 0.5, 1.0):
+                for seed, shape in enumerate(SHAPES):
+                    print(name, form, dtype, density, shape, flush=True)
+                    tame = _random["TAME"]
+                    check(
+                        kernel,
+                        _random["random_packed"](seed, *shape, dtype, form, density, tops=tame),
+                    )
     print("done")
 
 

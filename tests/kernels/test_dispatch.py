@@ -35,9 +35,9 @@ def test_the_environment_forces_a_kernel(name: str) -> None:
 def test_an_unknown_name_fails_loudly_at_the_first_use(name: str) -> None:
     work = (
         "import numpy as np, tierd_kernels\n"
-        "zero = np.zeros(0, np.uint16)\n"
-        "tierd_kernels.expand(np.zeros(0, np.uint64), np.zeros(1, np.uint32), zero,"
-        " np.zeros((0, 0), np.uint16))"
+        "from tierd_layouts.packed_matrix import encode_raw\n"
+        "zero = np.zeros((0, 0), np.uint16)\n"
+        "tierd_kernels.expand(encode_raw(zero, 'BF16'), zero)"
     )
     for code in (NAME, work):
         done = run(name, code)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import tierd_kernels
-from tierd_kernels import KernelError, expand, linear
-from tierd_layouts import tiles
+from tierd_kernels import KernelError, PackedMatrix, expand, linear
+from tierd_layouts.packed_matrix import encode_raw
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def switch_never() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-def work(packed: tuple[Any, Any, Any], matrix: Any, threads: int) -> bool:
+def work(packed: PackedMatrix, matrix: Any, threads: int) -> bool:
     out = np.empty_like(matrix)
-    expand(*packed, out, threads=threads)
+    expand(packed, out, threads=threads)
     return np.array_equal(out, matrix)
 
 
@@ -42,7 +42,7 @@ def test_more_threads_than_tile_rows_or_processors_is_only_slower(
     native_kernel: str, random_bits: Callable[..., Any]
 ) -> None:
     matrix = random_bits(1, 200, 300, "BF16", 0.5)
-    packed = tiles.encode(matrix)
+    packed = encode_raw(matrix, "BF16")
     for threads in (1, 2, 3, 16, 128):
         assert work(packed, matrix, threads)
 
@@ -51,12 +51,12 @@ def test_several_python_threads_may_call_at_once(
     native_kernel: str, random_weights: Callable[..., Any], random_x: Callable[..., Any]
 ) -> None:
     matrix = random_weights(2, 256, 512, "BF16")
-    packed = tiles.encode(matrix)
+    packed = encode_raw(matrix, "BF16")
     xs = [random_x(seed, 3, 512, "BF16") for seed in range(4)]
 
     def product(x: Any) -> Any:
         out = np.empty((3, 256), np.float32)
-        linear(*packed, x, out, dtype="BF16", threads=2)
+        linear(packed, x, out, threads=2)
         return out
 
     expected = [product(x) for x in xs]
@@ -79,7 +79,7 @@ def test_the_gil_is_released(
 ) -> None:
     """Another thread runs Python during one call; without a release it would wait for the end."""
     matrix = random_bits(3, 4096, 4096, "BF16", 0.5)
-    packed = tiles.encode(matrix)
+    packed = encode_raw(matrix, "BF16")
     out = np.empty_like(matrix)
     steps = 0
     during = -1
@@ -89,7 +89,7 @@ def test_the_gil_is_released(
         nonlocal during
         inside.set()
         before = steps
-        expand(*packed, out, threads=1)
+        expand(packed, out, threads=1)
         during = steps - before
 
     thread = threading.Thread(target=expander)
@@ -105,7 +105,7 @@ def test_a_forked_child_makes_its_own_threads(
     native_kernel: str, random_bits: Callable[..., Any]
 ) -> None:
     matrix = random_bits(4, 300, 300, "BF16", 0.5)
-    packed = tiles.encode(matrix)
+    packed = encode_raw(matrix, "BF16")
     assert work(packed, matrix, 2)
     with warnings.catch_warnings():
         # Python 3.12 warns about every fork beside threads; that it works is what is tested.
@@ -124,13 +124,13 @@ def test_a_fork_in_the_middle_of_another_threads_work_is_harmless(
     native_kernel: str, random_bits: Callable[..., Any]
 ) -> None:
     matrix = random_bits(5, 1024, 1024, "BF16", 0.5)
-    packed = tiles.encode(matrix)
+    packed = encode_raw(matrix, "BF16")
     stop = threading.Event()
 
     def busy() -> None:
         out = np.empty_like(matrix)
         while not stop.is_set():
-            expand(*packed, out, threads=2)
+            expand(packed, out, threads=2)
 
     thread = threading.Thread(target=busy)
     thread.start()
@@ -160,12 +160,6 @@ def test_the_default_can_be_set_and_reset() -> None:
 def test_a_wrong_number_of_threads_is_refused(threads: int) -> None:
     with pytest.raises(KernelError, match=f"threads {threads} is not in 0..128"):
         tierd_kernels.set_threads(threads)
-    empty = np.zeros(0, np.uint16)
+    empty = np.zeros((0, 0), np.uint16)
     with pytest.raises(KernelError, match=f"threads {threads}"):
-        expand(
-            np.zeros(0, np.uint64),
-            np.zeros(1, np.uint32),
-            empty,
-            np.zeros((0, 0), np.uint16),
-            threads=threads,
-        )
+        expand(encode_raw(empty, "BF16"), empty, threads=threads)

@@ -7,7 +7,8 @@ import pytest
 
 from tierd_tools import pack_plan
 from tierd_tools.checkpoint import Checkpoint
-from tierd_tools.pack_plan import is_prunable, may_be_raw, plan
+from tierd_tools.pack_plan import is_prunable, may_be_compressed, plan
+from tierd_tools.pack_settings import Settings
 from tierd_tools.source_tensor import FileTensor
 
 
@@ -26,7 +27,7 @@ def test_layers_come_in_the_order_in_which_a_decoder_uses_them(
         *("model.embed_positions.weight", "scale"),
     ]
     folder = checkpoints.write(tmp_path / "m", dict.fromkeys(names, one))
-    the_plan = plan(Checkpoint.open(folder), None)
+    the_plan = plan(Checkpoint.open(folder), Settings())
     assert [layer.name for shard in the_plan.shards for layer in shard] == [
         *("model.embed_positions", "model.embed_tokens", "wpe"),
         *(f"model.layers.{i}" for i in range(11)),
@@ -52,7 +53,7 @@ def test_matrices_that_the_checkpoint_stores_twice_become_aliases(
             "model.norm2.weight": ("BF16", (4,), b"12345678"),
         },
     )
-    the_plan = plan(Checkpoint.open(folder), None)
+    the_plan = plan(Checkpoint.open(folder), Settings())
     assert the_plan.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
     assert "lm_head" not in [layer.name for shard in the_plan.shards for layer in shard]
 
@@ -64,7 +65,7 @@ def test_a_shard_ends_before_it_gets_too_large(
     sizes = [60, 40, 2, 300, 98, 4]
     tensors = {f"a.{i}.w": ("U8", (n,), bytes(n)) for i, n in enumerate(sizes)}
     folder = checkpoints.write(tmp_path / "m", tensors)
-    shards = plan(Checkpoint.open(folder), None).shards
+    shards = plan(Checkpoint.open(folder), Settings()).shards
     assert [[layer.source_bytes for layer in s] for s in shards] == [
         [60, 40],
         [2],
@@ -100,15 +101,22 @@ def test_only_matrices_of_linear_layers_in_numbered_layers_are_pruned(
 
 
 def test_a_matrix_that_is_not_prunable_may_still_be_stored_sparse() -> None:
-    assert may_be_raw(tensor("model.layers.0.mask"))
-    assert not may_be_raw(tensor("lm_head.weight"))
+    assert may_be_compressed(tensor("model.layers.0.mask"))
+    assert not may_be_compressed(tensor("lm_head.weight"))
 
 
 def test_the_estimate_follows_the_zeros_and_the_sparsity(tmp_path: Path, checkpoints: Any) -> None:
     tensors = checkpoints.llama(layers=2, size=256)
     checkpoint = Checkpoint.open(checkpoints.write(tmp_path / "m", tensors))
-    dense = plan(checkpoint, None)
-    assert dense.estimated_bytes == dense.source_bytes
-    half = plan(checkpoint, 0.5)
-    assert 0.5 * half.source_bytes < half.estimated_bytes < 0.7 * half.source_bytes
-    assert half.pruned == 2 * 5
+    for settings, least, most in (
+        (Settings.check(codec="raw"), 1.0, 1.0),
+        (Settings.check(codec="raw", prune="magnitude", sparsity=0.5), 0.55, 0.62),
+        (Settings.check(), 0.70, 0.78),
+        (Settings.check(prune="magnitude", sparsity=0.5), 0.38, 0.47),
+        (Settings.check(codec="int8"), 0.50, 0.58),
+        (Settings.check(codec="int4", prune="magnitude", sparsity=0.5), 0.19, 0.28),
+    ):
+        the_plan = plan(checkpoint, settings)
+        estimated = the_plan.estimated_bytes / the_plan.source_bytes
+        assert least <= estimated <= most, settings
+        assert the_plan.prunable == 2 * 5

@@ -37,7 +37,8 @@ def flip(path: Path, offset: int) -> None:
 
 def test_a_pack_that_is_right_is_counted(packed: Path) -> None:
     report = verify(packed)
-    assert (report.layers, report.tensors, report.raw_tensors, report.shards) == (5, 20, 15, 1)
+    assert (report.layers, report.tensors, report.shards) == (5, 20, 1)
+    assert report.codecs == {"dense": 5, "exponent-packed": 15}
     assert "--sparsity 0.5" in report.tool
     assert str(packed) in report.summary()
     assert json.loads(json.dumps(dataclasses.asdict(report)))["pack_dir"] == str(packed)
@@ -59,19 +60,35 @@ def test_a_flipped_bit_in_any_layer_is_found_and_named(packed: Path) -> None:
     verify(packed)
 
 
-def test_tiles_that_break_the_rules_are_found_behind_a_right_checksum(packed: Path) -> None:
+@pytest.mark.parametrize(
+    ("codec", "stored", "array", "error"),
+    [
+        ("raw", "raw", "bitmap", errors.TileError),
+        ("lossless", "exponent-packed", "bitmap", errors.TileError),
+        ("lossless", "exponent-packed", "heads", errors.TileError),
+        ("int8", "int8", "offsets", errors.OffsetsWrong),
+        ("int4", "int4", "bitmap", errors.TileError),
+    ],
+)
+def test_tiles_that_break_the_rules_are_found_behind_a_right_checksum(
+    tmp_path: Path, checkpoints: Any, codec: str, stored: str, array: str, error: type[Exception]
+) -> None:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+    packed = tmp_path / "p"
+    pack(source, packed, codec=codec, prune="magnitude", sparsity=0.5)
+    verify(packed)
     index = open_pack(packed)
     layer = index.layer("model.layers.1")
     extent = layer.extents[0]
-    tensor = next(tensor for tensor in layer.tensors if tensor.codec == "raw")
+    tensor = next(tensor for tensor in layer.tensors if tensor.codec == stored)
     shard = packed / index.shards[0].file
-    flip(shard, extent.offset + tensor.arrays["bitmap"].offset)
+    flip(shard, extent.offset + tensor.arrays[array].offset + 2)
     data = np.fromfile(shard, np.uint8, extent.nbytes, offset=extent.offset)
     hashes = (xxhash.xxh3_64_intdigest(data.data),)
     lying = dataclasses.replace(layer, extents=(dataclasses.replace(extent, xxh3=hashes),))
     layers = tuple(lying if item is layer else item for item in index.layers)
     write_index(packed, dataclasses.replace(index, layers=layers))
-    with pytest.raises(errors.TileError, match=rf"{layer.name}.*{tensor.name}"):
+    with pytest.raises(error, match=rf"{layer.name}.*{tensor.name}"):
         verify(packed)
 
 

@@ -1,117 +1,95 @@
-"""Source tensors to encoded layers: read, prune, encode, in a few threads, in order.
+"""A matrix in the arrays of a codec, and how large it would be in each: the seam to the encoders.
 
-numpy releases the interpreter lock in nearly all of this. A bounded number of tensors is ahead of
-the one that is asked for, so the memory is that of a few tensors beside the layers of two shards:
-one that is filled and one that is being written.
+Everything here takes any part of a matrix that is a multiple of 64 rows high (the last part may be
+less): the arrays of the parts, one after the other, are those of the whole, offsets counted on.
 """
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import xxhash
 
-from tierd_layouts.container import Chunk, EncodedLayer, LayerBuilder
-from tierd_layouts.dtypes import ITEM_BYTES
-from tierd_layouts.index import ARRAY_ALIGNMENT, PAGE_BYTES
-from tierd_layouts.tiles import TileGrid
-from tierd_tools.prune import magnitude
+from tierd_kernels import encode as native
+from tierd_layouts import exponent_packed
+from tierd_layouts.codecs import ALWAYS_MASKED
+from tierd_layouts.records import ARRAY_ALIGNMENT
+from tierd_layouts.tile_grid import TILE, TileGrid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from tierd_layouts.index import Tensor
-    from tierd_tools.pack_plan import PlannedTensor
-
-#: more would only wait for memory bandwidth and the disk
-MAX_WORKERS = 8
+    from tierd_layouts.packed_matrix import PackedMatrix
+    from tierd_layouts.tile_grid import BitsArray
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedTensor:
-    """One tensor as a layer of its own, to be joined with the others of its layer."""
+class Form:
+    """A codec, and whether a bitmap says which elements are kept."""
 
-    part: EncodedLayer
-    source_bytes: int
-    source_digest: str  #: xxh3_128 of the source's bytes, before pruning
-
-
-@contextmanager
-def encoding(
-    tensors: Sequence[PlannedTensor], sparsity: float | None
-) -> Iterator[Iterator[EncodedTensor]]:
-    """Gives the encoded `tensors`, in order. Leaving the context stops the threads."""
-    workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="tierd-encode")
-    try:
-        yield _in_order(pool, tensors, sparsity, ahead=workers + 1)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    codec: str
+    masked: bool
 
 
-def encode_tensor(tensor: PlannedTensor, sparsity: float | None) -> EncodedTensor:
-    """Reads, prunes and encodes one tensor: `raw` where the plan allows it and it is smaller."""
-    source = tensor.source
-    data = source.read()
-    digest = xxhash.xxh3_128_hexdigest(data.data)
-    if tensor.raw:
-        bits = data.view(f"<u{ITEM_BYTES[source.dtype]}").reshape(source.shape)
-        if tensor.prune and sparsity is not None:
-            bits = magnitude(bits, source.dtype, sparsity)
-            data = bits.reshape(-1).view(np.uint8)
-        if _least_raw_bytes(bits) < source.nbytes:
-            builder = LayerBuilder(source.name)
-            stored = builder.add_raw(source.name, source.dtype, bits)
-            if sum(array.nbytes for array in stored.arrays.values()) < source.nbytes:
-                return EncodedTensor(builder.finish(), source.nbytes, digest)
-    builder = LayerBuilder(source.name)
-    builder.add_dense(source.name, source.dtype, source.shape, data.data)
-    return EncodedTensor(builder.finish(), source.nbytes, digest)
+RAW = Form("raw", masked=True)
+EXPONENT_MASKED = Form("exponent-packed", masked=True)
+EXPONENT_DENSE = Form("exponent-packed", masked=False)
+#: of equal sizes the first, which is the quickest to expand
+LOSSLESS = (RAW, EXPONENT_MASKED, EXPONENT_DENSE)
 
 
-def join(name: str, parts: Sequence[EncodedLayer]) -> EncodedLayer:
-    """One layer `name` of the tensors of `parts`, in this order, each array on 256 bytes."""
-    tensors: list[Tensor] = []
-    chunks: list[Chunk] = []
-    end = 0
-    for part in parts:
-        base = -(-end // ARRAY_ALIGNMENT) * ARRAY_ALIGNMENT
-        for tensor in part.tensors:
-            arrays = {
-                key: replace(array, offset=base + array.offset)
-                for key, array in tensor.arrays.items()
-            }
-            tensors.append(replace(tensor, arrays=arrays))
-            end = max(array.offset + array.nbytes for array in arrays.values())
-        chunks += [Chunk(base + chunk.offset, chunk.data) for chunk in part.chunks]
-    nbytes = max(1, -(-end // PAGE_BYTES)) * PAGE_BYTES
-    return EncodedLayer(name, tuple(tensors), tuple(chunks), nbytes)
+def forms_of(codec: str) -> tuple[Form, ...]:
+    """Returns the forms between which `codec` of a pack's settings lets the packer choose."""
+    match codec:
+        case "lossless":
+            return LOSSLESS
+        case "raw":
+            return (RAW,)
+        case _:
+            return Form(codec, masked=True), Form(codec, masked=False)
 
 
-def _in_order(
-    pool: ThreadPoolExecutor,
-    tensors: Sequence[PlannedTensor],
-    sparsity: float | None,
-    *,
-    ahead: int,
-) -> Iterator[EncodedTensor]:
-    running: deque[Future[EncodedTensor]] = deque()
-    for tensor in tensors:
-        running.append(pool.submit(encode_tensor, tensor, sparsity))
-        if len(running) > ahead:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
-
-
-def _least_raw_bytes(bits: np.ndarray) -> int:
-    """What `raw` needs at least: the encoding is tried only when this can win."""
+def values_bytes(bits: BitsArray, dtype: str) -> dict[Form, int]:
+    """Returns the bytes of the array `values` in each lossless form, without encoding it."""
+    sizes = native.sizes(bits, dtype)
     grid = TileGrid(*bits.shape)
-    kept = int(np.count_nonzero(bits)) * bits.dtype.itemsize
-    return kept + 8 * grid.bitmap_words + 4 * grid.offset_count
+    return {
+        form: sizes[form.codec, form.masked] - sum(_array_bytes(form, grid)) for form in LOSSLESS
+    }
+
+
+def stored_bytes(form: Form, grid: TileGrid, values: int, group: int = 0) -> int:
+    """Returns what all arrays of a matrix take in a layer: each one begins on 256 bytes."""
+    return sum(aligned(nbytes) for nbytes in (values, *_array_bytes(form, grid, group)))
+
+
+def aligned(nbytes: int) -> int:
+    """Returns what an array of `nbytes` takes in a layer."""
+    return -(-nbytes // ARRAY_ALIGNMENT) * ARRAY_ALIGNMENT
+
+
+def encode(bits: BitsArray, dtype: str, form: Form, group: int = 0) -> PackedMatrix:
+    """Returns the matrix in `form`. Raises BadMatrix: too large, or not finite for int8, int4."""
+    if form.codec in ALWAYS_MASKED:
+        return native.encode_raw(bits, dtype)
+    if form.codec == exponent_packed.CODEC:
+        return native.encode_exponent(bits, dtype, masked=form.masked)
+    return native.quantise(bits, dtype, codec=form.codec, group=group, masked=form.masked)
+
+
+def all_finite(bits: BitsArray, dtype: str) -> bool:
+    """Whether no element is infinite or NaN."""
+    infinity = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}[dtype]
+    mask = bits.dtype.type((1 << (bits.dtype.itemsize * 8 - 1)) - 1)
+    return bool(np.all((bits & mask) < infinity))
+
+
+def _array_bytes(form: Form, grid: TileGrid, group: int = 0) -> list[int]:
+    """Of all arrays but `values`."""
+    arrays = [4 * grid.offset_count]
+    if form.masked:
+        arrays.append(8 * grid.bitmap_words)
+    if form.codec == exponent_packed.CODEC:
+        arrays.append(4 * grid.tiles)
+    if group:
+        arrays.append(2 * TILE * grid.tile_rows * -(-grid.cols // group))
+    return arrays

@@ -1,86 +1,156 @@
 """What an interrupted pack run had finished, so that the next one goes on from there.
 
-The journal lies in the staging directory and is rewritten after each durable shard. It names its
-job (settings and the source's fingerprint): a run with another job starts afresh.
+The journal lies in the staging directory: a line for the job (settings and the source's
+fingerprint), then one for each layer that is durable, in the order of the plan. Each line begins
+with the xxh3 of the rest of it, so a line that a crash left half written is none. A run with
+another job starts afresh.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import os
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+import xxhash
+
+from tierd_layouts.container import shard_file_name
 from tierd_layouts.errors import FormatError
 from tierd_layouts.index import FORMAT_VERSION, PackIndex
+from tierd_layouts.records import Layer, Shard
 from tierd_tools.pack_staging import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from tierd_layouts.index import Layer, Shard
+JOURNAL_FILE = ".tierd-journal"
 
-JOURNAL_FILE = ".tierd-journal.json"
+
+@dataclass(frozen=True, slots=True)
+class FinishedLayer:
+    """A layer that is durable, and what the packer did to its tensors.
+
+    digests: tensor -> xxh3_128 of its source bytes. The others are names of tensors: `left` were
+    sparse enough before, `not_finite` could not be quantised.
+    """
+
+    layer: Layer
+    digests: Mapping[str, str]
+    pruned: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()
+
+    @property
+    def shard(self) -> int:
+        """Position of its shard in the index."""
+        return self.layer.extents[0].shard
 
 
 @dataclass(slots=True)
 class Journal:
-    """The finished shards, which are the first ones of the plan, and the digests of their sources.
-
-    digests: stored tensor -> xxh3_128 of its source bytes.
-    """
+    """The finished layers, which are the first ones of the plan."""
 
     path: Path
     job: str
-    shards: list[Shard] = field(default_factory=list)
-    layers: list[Layer] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)
+    finished: list[FinishedLayer] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, directory: Path, job: str) -> Journal:
+        """A new journal, durable."""
+        journal = cls(directory / JOURNAL_FILE, job)
+        journal.keep(0)
+        return journal
 
     @classmethod
     def load(cls, directory: Path, job: str) -> Journal | None:
         """The journal of `job` in `directory`; None when there is none, or another job's."""
         path = directory / JOURNAL_FILE
         try:
-            content = json.loads(path.read_bytes())
-            if content["job"] != job:
-                return None
-            index = PackIndex.parse(content["index"].encode(), where=str(path))
-            digests = {str(name): str(digest) for name, digest in content["digests"].items()}
+            lines = path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return None
-        except (FormatError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # not a journal that this version wrote whole: nothing to build on
-        return cls(path, job, list(index.shards), list(index.layers), digests)
+        if _unsealed(lines[0]) != {"job": job}:
+            return None
+        finished: list[FinishedLayer] = []
+        for line in lines[1:]:
+            layer = _read_layer(_unsealed(line))
+            if layer is None:
+                break
+            finished.append(layer)
+        journal = cls(path, job, finished)
+        if len(finished) != len(lines) - 2:  # something follows that is no line
+            journal.keep(len(finished))
+        return journal
 
-    def add(self, shard: Shard, layers: list[Layer], digests: Mapping[str, str]) -> None:
-        """Records a shard that is durable."""
-        self.shards.append(shard)
-        self.layers.extend(layers)
-        self.digests.update(digests)
-        self.save()
+    def add(self, finished: FinishedLayer) -> None:
+        """Records a layer that is durable, durably."""
+        with self.path.open("ab") as file:
+            file.write(_sealed(_write_layer(finished)))
+            file.flush()
+            os.fdatasync(file.fileno())
+        self.finished.append(finished)
 
     def keep(self, count: int) -> None:
-        """Forgets all but the first `count` shards."""
-        gone = [layer for layer in self.layers if layer.extents[0].shard >= count]
-        for layer in gone:
-            for tensor in layer.tensors:
-                self.digests.pop(tensor.name, None)
-        self.layers = [layer for layer in self.layers if layer.extents[0].shard < count]
-        self.shards = self.shards[:count]
-        self.save()
+        """Forgets all but the first `count` layers."""
+        del self.finished[count:]
+        lines = [_sealed({"job": self.job}), *(_sealed(_write_layer(x)) for x in self.finished)]
+        write_file(self.path, b"".join(lines))
 
-    def index(self) -> PackIndex:
-        """The index of a pack of the finished shards alone."""
-        return PackIndex(
-            version=FORMAT_VERSION,
-            tool="tierctl pack, unfinished",
-            source_digest="",
-            shards=tuple(self.shards),
-            layers=tuple(self.layers),
+    @property
+    def nbytes(self) -> int:
+        """Of all finished layers."""
+        return sum(finished.layer.nbytes for finished in self.finished)
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    text = json.dumps(content).encode()
+    return f"{xxhash.xxh3_64_intdigest(text):016x} ".encode() + text + b"\n"
+
+
+def _unsealed(line: bytes) -> Any:
+    """The content of a line without its newline; None for what is no line."""
+    seal, _, text = line.partition(b" ")
+    if seal != f"{xxhash.xxh3_64_intdigest(text):016x}".encode():
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _write_layer(finished: FinishedLayer) -> dict[str, Any]:
+    """The layer as the index of a pack of it alone, which `PackIndex` writes and checks."""
+    (extent,) = finished.layer.extents
+    index = PackIndex(
+        version=FORMAT_VERSION,
+        tool="tierctl pack, unfinished",
+        source_digest="",
+        shards=(Shard(shard_file_name(extent.shard), extent.offset + extent.nbytes),),
+        layers=(replace(finished.layer, extents=(replace(extent, shard=0),)),),
+    )
+    return {
+        "index": index.to_json().decode(),
+        "shard": extent.shard,
+        "digests": dict(finished.digests),
+        "pruned": finished.pruned,
+        "left": finished.left,
+        "not_finite": finished.not_finite,
+    }
+
+
+def _read_layer(content: Any) -> FinishedLayer | None:
+    """None for what is not a layer that this version wrote: nothing to build on."""
+    try:
+        (layer,) = PackIndex.parse(content["index"].encode(), where=JOURNAL_FILE).layers
+        (extent,) = layer.extents
+        return FinishedLayer(
+            layer=replace(layer, extents=(replace(extent, shard=int(content["shard"])),)),
+            digests={str(name): str(digest) for name, digest in content["digests"].items()},
+            pruned=tuple(content["pruned"]),
+            left=tuple(content["left"]),
+            not_finite=tuple(content["not_finite"]),
         )
-
-    def save(self) -> None:
-        """Makes the journal durable."""
-        text = self.index().to_json().decode()
-        content = {"job": self.job, "digests": self.digests, "index": text}
-        write_file(self.path, json.dumps(content).encode())
+    except (FormatError, ValueError, KeyError, TypeError, AttributeError):
+        return None

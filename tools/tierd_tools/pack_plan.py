@@ -10,21 +10,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import xxhash
 
-from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
-from tierd_layouts.names import layer_of
+from tierd_layouts.codecs import ARRAYS_OF_CODEC
+from tierd_layouts.dtypes import RAW_VALUES_DTYPE
+from tierd_layouts.names import check_layer_name, check_tensor_name, layer_of
+from tierd_layouts.records import stored_name
+from tierd_tools import pack_encode
+from tierd_tools.errors import CheckpointError
+from tierd_tools.prune import magnitude
 from tierd_tools.sparsity import is_linear, is_numbered, is_router
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from tierd_tools.checkpoint import Checkpoint, SourceTensor
+    from tierd_tools.pack_settings import Settings
 
-#: a shard ends before the layer that would take it above this (in source bytes): what a stopped
-#: run has to do again at most, and half of what the packer holds in memory
-SHARD_BYTES = 512 << 20
+#: a shard ends before the layer that would take it above this (in source bytes)
+SHARD_BYTES = 4 << 30
 
 _EMBEDDING = ("embed", "wte", "wpe")
 _HEADS = frozenset(("lm_head", "embed_out", "output", "head", "score", "classifier"))
@@ -36,8 +40,8 @@ class PlannedTensor:
     """A tensor that will be stored."""
 
     source: SourceTensor
-    prune: bool
-    raw: bool  #: stored as bitmap and values if that is smaller; otherwise, always dense
+    codec: str  #: of Settings, to be used where it is smaller than dense; or `dense`
+    sparsity: float  #: 0.0: not pruned
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +69,35 @@ class PackPlan:
         return sum(layer.source_bytes for shard in self.shards for layer in shard)
 
     @property
-    def pruned(self) -> int:
-        """How many tensors are to be pruned."""
-        return sum(t.prune for shard in self.shards for layer in shard for t in layer.tensors)
+    def prunable(self) -> int:
+        """How many tensors pruning can touch, whatever their sparsity."""
+        tensors = (t.source for shard in self.shards for layer in shard for t in layer.tensors)
+        return sum(may_be_compressed(tensor) and is_linear(tensor.name) for tensor in tensors)
 
 
-def plan(checkpoint: Checkpoint, sparsity: float | None) -> PackPlan:
-    """Reads the tensors that may be tied, and a sample of each matrix; nothing else."""
+def plan(checkpoint: Checkpoint, settings: Settings) -> PackPlan:
+    """Reads the tensors that may be tied, and a sample of each matrix; nothing else.
+
+    Raises BadSetting for a pattern that matches nothing, NameRefused or CheckpointError for names
+    that a pack cannot hold.
+    """
+    settings.sparsities.refuse_unmatched(checkpoint.tensors)
     aliases = _tied(checkpoint)
     layers = [
-        PlannedLayer(name, tuple(_planned(tensor, sparsity) for tensor in tensors))
+        PlannedLayer(name, tuple(_planned(tensor, settings) for tensor in tensors))
         for name, tensors in _layers(checkpoint.tensors.values(), aliases)
     ]
     tensors = [tensor for layer in layers for tensor in layer.tensors]
+    _refuse_names(layers)
     return PackPlan(
         shards=_shards(layers),
         aliases=aliases,
-        estimated_bytes=sum(_estimate(tensor, sparsity or 0.0) for tensor in tensors),
+        estimated_bytes=sum(_estimate(tensor, settings.group) for tensor in tensors),
     )
 
 
-def may_be_raw(tensor: SourceTensor) -> bool:
-    """Whether codec `raw` can hold the tensor and it is read through by a matmul."""
+def may_be_compressed(tensor: SourceTensor) -> bool:
+    """Whether codecs of matrices can hold the tensor and it is read through by a matmul."""
     return (
         len(tensor.shape) == 2
         and tensor.dtype in RAW_VALUES_DTYPE
@@ -96,12 +107,34 @@ def may_be_raw(tensor: SourceTensor) -> bool:
 
 def is_prunable(tensor: SourceTensor) -> bool:
     """Whether pruning touches the tensor unasked: linear, in a numbered layer, no router."""
-    return may_be_raw(tensor) and is_linear(tensor.name) and not is_router(tensor.name)
+    return may_be_compressed(tensor) and is_linear(tensor.name) and not is_router(tensor.name)
 
 
-def _planned(tensor: SourceTensor, sparsity: float | None) -> PlannedTensor:
-    prune = sparsity is not None and is_prunable(tensor)
-    return PlannedTensor(tensor, prune, may_be_raw(tensor))
+def _planned(tensor: SourceTensor, settings: Settings) -> PlannedTensor:
+    if not may_be_compressed(tensor):
+        return PlannedTensor(tensor, "dense", 0.0)
+    codec = settings.codec
+    if settings.lossy_codec:
+        lossy = is_prunable(tensor) and not settings.sparsities.keeps(tensor.name)
+        codec = codec if lossy else "lossless"
+    return PlannedTensor(tensor, codec, settings.sparsities.of(tensor.name))
+
+
+def _refuse_names(layers: Iterable[PlannedLayer]) -> None:
+    """Names are refused here and not when the tensor is written, hours later."""
+    tensors: dict[str, PlannedTensor] = {}
+    for layer in layers:
+        check_layer_name(layer.name)
+        for tensor in layer.tensors:
+            tensors[check_tensor_name(tensor.source.name)] = tensor
+    every = {array for arrays in ARRAYS_OF_CODEC.values() for array in arrays} - {"data"}
+    for name, tensor in tensors.items():
+        for array in every if tensor.codec != "dense" else ():
+            if stored_name(name, array) in tensors:
+                raise CheckpointError(
+                    f"tensor {stored_name(name, array)!r} has the name that a pack gives to a part "
+                    f"of tensor {name!r}"
+                )
 
 
 def _layers(
@@ -159,16 +192,17 @@ def _shards(layers: Sequence[PlannedLayer]) -> tuple[tuple[PlannedLayer, ...], .
     return tuple(tuple(shard) for shard in shards)
 
 
-def _estimate(tensor: PlannedTensor, sparsity: float) -> int:
-    """Bytes in the pack, from a sample of the matrix."""
+def _estimate(tensor: PlannedTensor, group: int) -> int:
+    """Bytes in the pack, from a sample that is pruned and encoded as if it were a matrix."""
     source = tensor.source
-    if not tensor.raw or not source.elements:
+    if tensor.codec == "dense" or not source.elements:
         return source.nbytes
     sample = source.sample_bits(_SAMPLE_BYTES)
-    zeros = 1.0 - int(np.count_nonzero(sample)) / sample.size
-    if tensor.prune:
-        zeros = max(zeros, sparsity)
-    rows, cols = source.shape
-    tiles = -(-rows // 64) * -(-cols // 64)
-    kept = source.elements * (1.0 - zeros) * ITEM_BYTES[source.dtype]
-    return min(source.nbytes, int(kept) + tiles * (512 + 8 + 4))
+    bits = sample[: max(64, sample.size // 64 * 64)].reshape(-1, min(64, sample.size))
+    if tensor.sparsity:
+        bits = magnitude(bits, source.dtype, tensor.sparsity)
+    forms = pack_encode.forms_of(tensor.codec)
+    if not pack_encode.all_finite(bits, source.dtype):
+        forms = pack_encode.LOSSLESS
+    least = min(pack_encode.encode(bits, source.dtype, form, group).nbytes for form in forms)
+    return min(source.nbytes, least * source.elements // bits.size)

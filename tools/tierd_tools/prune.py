@@ -29,6 +29,8 @@ _PATTERNS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
 }
 DTYPES = frozenset(_PATTERNS)
 
+#: how much less than wanted counts as pruned already
+_TOLERANCE = 0.01
 #: elements a step: many times the bins of a digit, and small enough for the caches
 _STEP = 1 << 18
 
@@ -55,6 +57,31 @@ def magnitude(bits: Bits, dtype: str, sparsity: float) -> Bits:
         return bits
     threshold, ties = _threshold(flat, infinity, zeros, wanted)
     return _cut(flat, threshold, ties).reshape(bits.shape)
+
+
+def is_pruned(bits: Bits, sparsity: float) -> bool:
+    """Whether a matrix is so sparse that whoever wants `sparsity` should leave it as it is.
+
+    It has at least that share of +0.0, less 0.01 (other tools round for each row), or it is 2:4
+    sparse: half zeros, and no more than two of four neighbours in a row are kept.
+    -0.0 does not count, because it is stored: pruning, which takes zeros first, makes it +0.0.
+    """
+    size = bits.size
+    zeros = size - int(np.count_nonzero(bits))
+    if size and zeros >= (sparsity - min(_TOLERANCE, sparsity / 2)) * size:
+        return True
+    # Far above half, no more than two of four are kept by chance.
+    return 0.5 * size <= zeros < 0.55 * size and _is_2_of_4(bits)
+
+
+def _is_2_of_4(bits: Bits) -> bool:
+    if bits.ndim != 2 or bits.shape[1] % 4:
+        return False
+    groups = bits.reshape(-1, 4)
+    return all(
+        bool((np.count_nonzero(groups[begin : begin + _STEP], axis=1) <= 2).all())
+        for begin in range(0, len(groups), _STEP)
+    )
 
 
 def _threshold(flat: Bits, infinity: int, zeros: int, wanted: int) -> tuple[int, int]:

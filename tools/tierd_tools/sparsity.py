@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from tierd_layouts.names import layer_of
@@ -85,8 +86,10 @@ class Sparsities:
     def text(self) -> str:
         """Canonical: equal texts mean equal shares for every name."""
         parts = [f"--sparsity {self.default!r}"] if self.default else []
-        parts += [f"--sparsity-of {pattern}={share!r}" for pattern, share in self.exceptions]
-        return " ".join([*parts, *(f"--keep {pattern}" for pattern in self.keep)])
+        parts += [
+            f"--sparsity-of {quote(f'{pattern}={share!r}')}" for pattern, share in self.exceptions
+        ]
+        return " ".join([*parts, *(f"--keep {quote(pattern)}" for pattern in self.keep)])
 
 
 def check_sparsity(sparsity: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ class VerifyReport:
     pack_dir: str
     layers: int
     tensors: int
-    raw_tensors: int
+    codecs: dict[str, int]  #: how many tensors each codec stores
     shards: int
     pack_bytes: int
     tool: str  #: what wrote the pack
@@ -29,10 +30,11 @@ class VerifyReport:
 
     def summary(self) -> str:
         """Two lines for a person."""
+        codecs = ", ".join(f"{count} {codec}" for codec, count in self.codecs.items())
         rate = self.pack_bytes / max(self.seconds, 1e-9) / 1e6
         return (
             f"{self.pack_dir}: every block and tile is right: {self.layers} layers, {self.tensors} "
-            f"tensors ({self.raw_tensors} as bitmap and values), {self.shards} shards\n"
+            f"tensors ({codecs}), {self.shards} shards\n"
             f"{size_text(self.pack_bytes)} in {self.seconds:.1f} s, {rate:,.0f} MB/s"
         )
 
@@ -59,7 +61,7 @@ def verify(pack_dir: str | os.PathLike[str], *, progress: Progress | None = None
         pack_dir=where,
         layers=len(index.layers),
         tensors=len(tensors),
-        raw_tensors=sum(tensor.codec == "raw" for tensor in tensors),
+        codecs=dict(sorted(Counter(tensor.codec for tensor in tensors).items())),
         shards=len(index.shards),
         pack_bytes=index.pack_bytes,
         tool=index.tool,

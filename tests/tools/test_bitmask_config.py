@@ -8,6 +8,7 @@ import pytest
 
 from tierd_tools.bitmask_config import (
     config_text,
+    refuse_section,
     target_patterns,
     with_sparsity,
     without_compression,
@@ -85,7 +86,7 @@ def test_transformed_weights_are_refused() -> None:
 
 
 def test_an_exported_config_says_what_the_reference_writer_says() -> None:
-    found = with_sparsity(OTHERS, ["b", "a"], 0.25, where="config.json")
+    found = with_sparsity(OTHERS, ["b", "a"], 0.25)
     assert found == OTHERS | {
         "quantization_config": {
             "quant_method": "compressed-tensors",
@@ -106,7 +107,7 @@ def test_an_exported_config_says_what_the_reference_writer_says() -> None:
 @pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
 def test_a_config_that_has_a_section_is_not_exported(name: str) -> None:
     with pytest.raises(PackError, match=rf"p/config\.json has a {name} already"):
-        with_sparsity({name: {}}, [], 0.0, where="p/config.json")
+        refuse_section({name: {}}, where="p/config.json")
 
 
 def test_modules_that_differ_in_numbers_share_a_pattern_where_all_are_compressed() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tierd_layouts.errors import ChecksumMismatch
-from tierd_tools import unpack as unpack_module
+from tierd_tools import unpack_plan
 from tierd_tools.errors import DiskFull, TargetBusy, TargetRefused
 from tierd_tools.pack import pack
 from tierd_tools.pack_staging import Staging
@@ -27,7 +27,7 @@ def packed(tmp_path: Path, checkpoints: Any) -> Path:
 def test_a_large_checkpoint_is_cut_into_shards_with_an_index(
     tmp_path: Path, packed: Path, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unpack_module, "SHARD_BYTES", 300_000)
+    monkeypatch.setattr(unpack_plan, "SHARD_BYTES", 300_000)
     report = unpack(packed, tmp_path / "out")
     assert report.shards == 4
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))

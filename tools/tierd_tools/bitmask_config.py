@@ -43,17 +43,20 @@ def without_compression(
     return {name: value for name, value in config.items() if name not in found}
 
 
+def refuse_section(config: Mapping[str, Any], *, where: str) -> None:
+    """Raises PackError when there is a section already: the weights are not ordinary ones."""
+    for name in _SECTIONS:
+        if name in config:
+            raise PackError(f"{where} has a {name} already: this model can only be unpacked as is")
+
+
 def with_sparsity(
-    config: Mapping[str, Any], targets: Collection[str], sparsity: float, *, where: str
+    config: Mapping[str, Any], targets: Collection[str], sparsity: float
 ) -> dict[str, Any]:
     """`config` with the section that compressed-tensors 0.14 writes for `sparse-bitmask`.
 
     targets: the modules whose weights are compressed. sparsity: share of zeros of the whole model.
-    Raises PackError when there is a section already: the weights are not ordinary ones.
     """
-    for name in _SECTIONS:
-        if name in config:
-            raise PackError(f"{where} has a {name} already: this model can only be unpacked as is")
     section = {
         "quant_method": _METHOD,
         "version": _VERSION,

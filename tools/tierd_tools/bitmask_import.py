@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from tierd_tools.source_tensor import FileTensor, SourceTensor
 
 _PARTS = ("shape", "compressed", "bitmask")
-_OFFSETS = "row_offsets"
+#: what a reader takes for a part, whatever it is
+PART_NAMES = (*_PARTS, "row_offsets")
 #: what compressed-tensors puts beside a weight that it quantised
 _QUANTISED = frozenset(
     f"{what}_{part}"
@@ -57,7 +58,7 @@ def recognise(stored: Mapping[str, FileTensor]) -> Recognised:
     sets = _sets(stored)
     if not sets:
         return Recognised(dict(stored), {})
-    parts = {f"{prefix}.{part}" for prefix in sets for part in (*_PARTS, _OFFSETS)}
+    parts = {f"{prefix}.{part}" for prefix in sets for part in PART_NAMES}
     tensors: dict[str, SourceTensor] = {n: t for n, t in stored.items() if n not in parts}
     names = _names(sets)
     formats: dict[str, int] = {}

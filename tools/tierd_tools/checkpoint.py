@@ -66,7 +66,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} is a tierd pack already ({PACK_INDEX}); unpack it first")
         if CONFIG not in files:
             raise CheckpointMissing(f"{path} has no {CONFIG}: not a Hugging Face model folder")
-        config = _read_config(path / CONFIG)
+        config = read_config(path / CONFIG)
         weight_map = _weight_map(path, files)
         stored: dict[str, FileTensor] = {}
         metadata: dict[str, str] = {}
@@ -136,7 +136,7 @@ def _plain_files(path: Path) -> frozenset[str]:
         raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """No model can be built from a pack whose config.json is not a JSON object."""
     try:
         config = json.loads(path.read_bytes())

@@ -109,6 +109,41 @@ def checkpoints() -> Checkpoints:
     return Checkpoints()
 
 
+class TinyModels:
+    """Transformers models with random weights, written with a tokenizer of bytes."""
+
+    VOCABULARY = 260
+
+    def write(self, folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Any:
+        """The model of a config, norms and biases random too; returned in evaluation mode."""
+        from transformers import AutoModelForCausalLM
+
+        config.dtype = dtype
+        model = AutoModelForCausalLM.from_config(config)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0.1, 0.2, generator=generator)
+        model.save_pretrained(folder)
+        self.write_tokenizer(folder)
+        return model.eval()
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """One token a byte, after three special ones."""
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE({letter: i + 3 for i, letter in enumerate(alphabet)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> TinyModels:
+    return TinyModels()
+
+
 @contextmanager
 def _mounted(folder: Path, options: str) -> Iterator[Path]:
     folder.mkdir()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -65,27 +64,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def write_model(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A model with random weights, norms and biases, and a tokenizer of bytes. Returns it."""
-    config.dtype = dtype
-    model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.1, 0.2, generator=generator)
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
-    return model.eval()
-
-
-def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i + 3 for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -131,8 +115,10 @@ def relative_error(got: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) ->
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_norms_are_those_of_hooks_on_the_whole_model(kind: str, tmp_path: Path, text: Path) -> None:
-    model = write_model(tmp_path / "model", CONFIGS[kind]())
+def test_norms_are_those_of_hooks_on_the_whole_model(
+    kind: str, tiny_models: Any, tmp_path: Path, text: Path
+) -> None:
+    model = tiny_models.write(tmp_path / "model", CONFIGS[kind]())
     checkpoint = Checkpoint.open(tmp_path / "model")
     norms = input_norms(checkpoint, text, Sparsities(), windows=5, window_tokens=24)
     linears = linears_of(model, checkpoint)
@@ -145,8 +131,8 @@ def test_norms_are_those_of_hooks_on_the_whole_model(kind: str, tmp_path: Path, 
         np.testing.assert_allclose(norm, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_a_bf16_model_is_calibrated_in_bf16(tmp_path: Path, text: Path) -> None:
-    model = write_model(tmp_path / "model", CONFIGS["llama"](), torch.bfloat16)
+def test_a_bf16_model_is_calibrated_in_bf16(tiny_models: Any, tmp_path: Path, text: Path) -> None:
+    model = tiny_models.write(tmp_path / "model", CONFIGS["llama"](), torch.bfloat16)
     checkpoint = Checkpoint.open(tmp_path / "model")
     norms = input_norms(checkpoint, text, Sparsities(), windows=1, window_tokens=24)
     batch = spread(read_tokens(tmp_path / "model", text), 1, 24)
@@ -157,9 +143,9 @@ def test_a_bf16_model_is_calibrated_in_bf16(tmp_path: Path, text: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "qwen3", "gpt-neox"])
 def test_each_layer_sees_what_the_pruned_layers_before_it_make(
-    kind: str, tmp_path: Path, text: Path
+    kind: str, tiny_models: Any, tmp_path: Path, text: Path
 ) -> None:
-    model = write_model(tmp_path / "model", CONFIGS[kind]())
+    model = tiny_models.write(tmp_path / "model", CONFIGS[kind]())
     checkpoint = Checkpoint.open(tmp_path / "model")
     sparsities = Sparsities(0.5, exceptions=(("*.1", 0.25),))
     norms = input_norms(checkpoint, text, sparsities, windows=4, window_tokens=24)
@@ -205,8 +191,10 @@ def untied_llama(layers: int) -> Any:
     return LlamaConfig(**SIZES | {"num_hidden_layers": layers}, tie_word_embeddings=False)
 
 
-def test_never_more_than_one_decoder_layer_is_in_memory(tmp_path: Path, text: Path) -> None:
-    write_model(tmp_path / "model", untied_llama(6))
+def test_never_more_than_one_decoder_layer_is_in_memory(
+    tiny_models: Any, tmp_path: Path, text: Path
+) -> None:
+    tiny_models.write(tmp_path / "model", untied_llama(6))
     checkpoint = Checkpoint.open(tmp_path / "model")
     watched: Any = {name: Watched(tensor) for name, tensor in checkpoint.tensors.items()}
     Watched.held.clear()
@@ -225,8 +213,10 @@ def test_never_more_than_one_decoder_layer_is_in_memory(tmp_path: Path, text: Pa
     assert outside == ["model.embed_tokens.weight"], "the final norm and the head are never used"
 
 
-def test_the_same_text_gives_the_same_norms_to_the_bit(tmp_path: Path, text: Path) -> None:
-    write_model(tmp_path / "model", CONFIGS["qwen3"](), torch.bfloat16)
+def test_the_same_text_gives_the_same_norms_to_the_bit(
+    tiny_models: Any, tmp_path: Path, text: Path
+) -> None:
+    tiny_models.write(tmp_path / "model", CONFIGS["qwen3"](), torch.bfloat16)
     checkpoint = Checkpoint.open(tmp_path / "model")
     first, second = (
         input_norms(checkpoint, text, Sparsities(0.5), windows=3, window_tokens=16)
@@ -235,8 +225,10 @@ def test_the_same_text_gives_the_same_norms_to_the_bit(tmp_path: Path, text: Pat
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def test_windows_are_no_longer_than_the_model_takes(tmp_path: Path, text: Path) -> None:
-    write_model(tmp_path / "model", opt())
+def test_windows_are_no_longer_than_the_model_takes(
+    tiny_models: Any, tmp_path: Path, text: Path
+) -> None:
+    tiny_models.write(tmp_path / "model", opt())
     checkpoint = Checkpoint.open(tmp_path / "model")
     long, longest = (
         input_norms(checkpoint, text, Sparsities(), windows=2, window_tokens=tokens)
@@ -245,7 +237,7 @@ def test_windows_are_no_longer_than_the_model_takes(tmp_path: Path, text: Path) 
     assert all(np.array_equal(long[name], longest[name]) for name in long)
 
 
-def test_progress_is_told_of_every_layer(tmp_path: Path, text: Path) -> None:
+def test_progress_is_told_of_every_layer(tiny_models: Any, tmp_path: Path, text: Path) -> None:
     from tierd_tools.progress import LineProgress
 
     class Lines:
@@ -259,7 +251,7 @@ def test_progress_is_told_of_every_layer(tmp_path: Path, text: Path) -> None:
         def flush(self) -> None:
             pass
 
-    write_model(tmp_path / "model", CONFIGS["llama"]())
+    tiny_models.write(tmp_path / "model", CONFIGS["llama"]())
     lines: Any = Lines()
     checkpoint = Checkpoint.open(tmp_path / "model")
     progress = LineProgress(lines)
@@ -271,23 +263,29 @@ def test_progress_is_told_of_every_layer(tmp_path: Path, text: Path) -> None:
 # ------------------------------------------------------------------------------------------ refused
 
 
-def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path, text: Path) -> None:
-    write_model(tmp_path / "model", CONFIGS["llama"]())
+def test_a_model_without_a_tokenizer_is_refused(
+    tiny_models: Any, tmp_path: Path, text: Path
+) -> None:
+    tiny_models.write(tmp_path / "model", CONFIGS["llama"]())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).unlink()
     with pytest.raises(TextRefused, match="has no tokenizer"):
         input_norms(Checkpoint.open(tmp_path / "model"), text, Sparsities(0.5))
 
 
-def test_a_tokenizer_that_does_not_load_is_refused(tmp_path: Path, text: Path) -> None:
-    write_model(tmp_path / "model", CONFIGS["llama"]())
+def test_a_tokenizer_that_does_not_load_is_refused(
+    tiny_models: Any, tmp_path: Path, text: Path
+) -> None:
+    tiny_models.write(tmp_path / "model", CONFIGS["llama"]())
     (tmp_path / "model" / "tokenizer.json").write_text("{")
     with pytest.raises(TextRefused, match="tokenizer cannot be loaded"):
         input_norms(Checkpoint.open(tmp_path / "model"), text, Sparsities(0.5))
 
 
-def test_a_text_that_is_too_short_or_unreadable_is_refused(tmp_path: Path, text: Path) -> None:
-    write_model(tmp_path / "model", CONFIGS["llama"]())
+def test_a_text_that_is_too_short_or_unreadable_is_refused(
+    tiny_models: Any, tmp_path: Path, text: Path
+) -> None:
+    tiny_models.write(tmp_path / "model", CONFIGS["llama"]())
     checkpoint = Checkpoint.open(tmp_path / "model")
     with pytest.raises(TextRefused, match=r"1,140 tokens, 32 windows of 256 take 8,192"):
         input_norms(checkpoint, text, Sparsities(0.5))
@@ -301,38 +299,42 @@ def test_a_text_that_is_too_short_or_unreadable_is_refused(tmp_path: Path, text:
 
 
 def test_a_layer_that_is_no_linear_is_named_when_it_is_to_be_pruned(
-    tmp_path: Path, text: Path
+    tiny_models: Any, tmp_path: Path, text: Path
 ) -> None:
     config = GPT2Config(n_embd=40, n_layer=2, n_head=2, vocab_size=260)
-    write_model(tmp_path / "model", config)
+    tiny_models.write(tmp_path / "model", config)
     with pytest.raises(CalibrationError, match="GPT2LMHeadModel has its linear layers in no"):
         input_norms(Checkpoint.open(tmp_path / "model"), text, Sparsities(0.5))
 
 
 def test_a_tensor_outside_the_decoder_is_named_when_it_is_to_be_pruned(
-    tmp_path: Path, text: Path
+    tiny_models: Any, tmp_path: Path, text: Path
 ) -> None:
     @dataclass(frozen=True)
     class HeadToo:
         def of(self, tensor_name: str) -> float:
             return 0.5
 
-    write_model(tmp_path / "model", untied_llama(2))
+    tiny_models.write(tmp_path / "model", untied_llama(2))
     with pytest.raises(CalibrationError, match=r"2 of 16 .* lm_head.weight, model.embed_tokens"):
         input_norms(Checkpoint.open(tmp_path / "model"), text, HeadToo())
 
 
-def test_a_folder_whose_config_names_no_model_is_refused(tmp_path: Path, text: Path) -> None:
-    write_model(tmp_path / "model", CONFIGS["llama"]())
+def test_a_folder_whose_config_names_no_model_is_refused(
+    tiny_models: Any, tmp_path: Path, text: Path
+) -> None:
+    tiny_models.write(tmp_path / "model", CONFIGS["llama"]())
     (tmp_path / "model" / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(CalibrationError, match="no-such-model"):
         input_norms(Checkpoint.open(tmp_path / "model"), text, Sparsities(0.5))
 
 
-def test_a_tensor_that_the_model_does_not_know_is_named(tmp_path: Path, text: Path) -> None:
+def test_a_tensor_that_the_model_does_not_know_is_named(
+    tiny_models: Any, tmp_path: Path, text: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
-    write_model(tmp_path / "model", CONFIGS["llama"]())
+    tiny_models.write(tmp_path / "model", CONFIGS["llama"]())
     shard = tmp_path / "model" / "model.safetensors"
     tensors = load_file(shard) | {"model.layers.7.extra.weight": torch.ones(3, 3)}
     save_file(tensors, shard, {"format": "pt"})
@@ -340,8 +342,10 @@ def test_a_tensor_that_the_model_does_not_know_is_named(tmp_path: Path, text: Pa
         input_norms(Checkpoint.open(tmp_path / "model"), text, Sparsities(0.5))
 
 
-def test_activations_that_are_no_numbers_are_refused(tmp_path: Path, text: Path) -> None:
-    model = write_model(tmp_path / "model", CONFIGS["llama"]())
+def test_activations_that_are_no_numbers_are_refused(
+    tiny_models: Any, tmp_path: Path, text: Path
+) -> None:
+    model = tiny_models.write(tmp_path / "model", CONFIGS["llama"]())
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
     model.save_pretrained(tmp_path / "model")
@@ -350,8 +354,10 @@ def test_activations_that_are_no_numbers_are_refused(tmp_path: Path, text: Path)
         input_norms(checkpoint, text, Sparsities(0.5), windows=1, window_tokens=8)
 
 
-def test_a_shard_that_was_cut_short_is_a_checkpoint_error(tmp_path: Path, text: Path) -> None:
-    write_model(tmp_path / "model", CONFIGS["llama"]())
+def test_a_shard_that_was_cut_short_is_a_checkpoint_error(
+    tiny_models: Any, tmp_path: Path, text: Path
+) -> None:
+    tiny_models.write(tmp_path / "model", CONFIGS["llama"]())
     checkpoint = Checkpoint.open(tmp_path / "model")
     shard = tmp_path / "model" / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-20000])

@@ -11,6 +11,7 @@
     │   ├── CalibrationError                 the model cannot be run layer by layer
     │   └── DiskFull (OSError)               with the bytes needed and the bytes free
     ├── TextRefused (ValueError)             no tokenizer, or a text that is unreadable or too short
+    ├── EvaluationError (RuntimeError)       a pack cannot be served or run to be evaluated
     ├── VerifyError (ValueError)             a pack does not hold what its index promises
     ├── NoDaemon (ConnectionError)           nobody answers at the socket
     └── DaemonRefused (RuntimeError)         the daemon answered with an error
@@ -63,6 +64,10 @@ class CalibrationError(PackError):
 
 class TextRefused(ToolError, ValueError):
     """A text to calibrate or evaluate with cannot be read, cannot be tokenised or is too short."""
+
+
+class EvaluationError(ToolError, RuntimeError):
+    """A pack cannot be run to see how well it writes; the text is the client library's."""
 
 
 class VerifyError(ToolError, ValueError):

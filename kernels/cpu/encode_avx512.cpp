@@ -15,10 +15,10 @@ const Element* row_of(const Source& s, uint32_t row) {
 
 inline __mmask64 first64(uint32_t n) { return low_bits(n < 64 ? n : 64); }
 
-// 64 bytes of a row or of packed elements: `kVectorLanes` of them.
+// 64 bytes of a row or of packed elements: `kCount` of them.
 struct Vector8 {
   using Element = uint8_t;
-  static constexpr uint32_t kVectorLanes = 64;
+  static constexpr uint32_t kCount = 64;
 
   static __m512i load(const Element* from, uint32_t count) {
     return _mm512_maskz_loadu_epi8(first64(count), from);
@@ -31,10 +31,10 @@ struct Vector8 {
 
 struct Vector16 {
   using Element = uint16_t;
-  static constexpr uint32_t kVectorLanes = 32;
+  static constexpr uint32_t kCount = 32;
 
   static __m512i load(const Element* from, uint32_t count) {
-    return count >= kVectorLanes ? _mm512_loadu_si512(from)
+    return count >= kCount ? _mm512_loadu_si512(from)
                            : _mm512_maskz_loadu_epi16(static_cast<__mmask32>(first64(count)), from);
   }
   static uint64_t set(__m512i bits) { return _mm512_test_epi16_mask(bits, bits); }
@@ -45,10 +45,10 @@ struct Vector16 {
 
 struct Vector32 {
   using Element = uint32_t;
-  static constexpr uint32_t kVectorLanes = 16;
+  static constexpr uint32_t kCount = 16;
 
   static __m512i load(const Element* from, uint32_t count) {
-    return count >= kVectorLanes ? _mm512_loadu_si512(from)
+    return count >= kCount ? _mm512_loadu_si512(from)
                            : _mm512_maskz_loadu_epi32(static_cast<__mmask16>(first64(count)), from);
   }
   static uint64_t set(__m512i bits) { return _mm512_test_epi32_mask(bits, bits); }
@@ -62,7 +62,7 @@ void bitmap(const Source& s, uint64_t* words) {
   for (uint32_t row = 0; row < s.rows; ++row) {
     const auto* elements = row_of<typename Vector::Element>(s, row);
     uint64_t word = 0;
-    for (uint32_t col = 0; col < s.cols; col += Vector::kVectorLanes) {
+    for (uint32_t col = 0; col < s.cols; col += Vector::kCount) {
       word |= Vector::set(Vector::load(elements + col, s.cols - col)) << col;
     }
     words[row] = word;
@@ -72,11 +72,11 @@ void bitmap(const Source& s, uint64_t* words) {
 
 template <typename Vector>
 void pack(const Source& s, const uint64_t* words, void* packed) {
-  const uint64_t all = low_bits(Vector::kVectorLanes);
+  const uint64_t all = low_bits(Vector::kCount);
   auto* to = static_cast<typename Vector::Element*>(packed);
   for (uint32_t row = 0; row < s.rows; ++row) {
     const auto* elements = row_of<typename Vector::Element>(s, row);
-    for (uint32_t col = 0; col < s.cols; col += Vector::kVectorLanes) {
+    for (uint32_t col = 0; col < s.cols; col += Vector::kCount) {
       const uint64_t mask = words[row] >> col & all;
       // To a register and then all of it to memory: compressing into memory is microcode on Zen.
       const __m512i kept = Vector::compress(mask, Vector::load(elements + col, s.cols - col));

@@ -6,7 +6,6 @@ releases the GIL: whoever has several matrices encodes them in several threads. 
 it needs a few KiB. The matrix must not change during a call.
 """
 
-from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -31,7 +30,6 @@ Form = tuple[str, bool]
 _INFINITY: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 
-@cache
 def encoder_name() -> str:
     """Return the instruction set in use: that of the kernels, or `plain` where it has no encoder.
 

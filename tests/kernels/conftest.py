@@ -14,17 +14,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-if "TIERD_CPU_MODULE" in os.environ:
-    # Another build of the C++ module, with sanitizers: see kernels/README.md.
-    path = os.environ["TIERD_CPU_MODULE"]
-    name = "tierd_kernels._cpu"
-    loader = importlib.machinery.ExtensionFileLoader(name, path)
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    assert spec is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    loader.exec_module(sys.modules[name])
+if "TIERD_CPU_MODULE" in os.environ or "TIERD_ENCODE_MODULE" in os.environ:
+    # Other builds of the C++ modules, with sanitizers: see kernels/README.md.
+    for variable, name in (
+        ("TIERD_CPU_MODULE", "tierd_kernels._cpu"),
+        ("TIERD_ENCODE_MODULE", "tierd_kernels._encode"),
+    ):
+        if path := os.environ.get(variable):
+            loader = importlib.machinery.ExtensionFileLoader(name, path)
+            spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+            assert spec is not None
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            loader.exec_module(sys.modules[name])
 
-from tierd_kernels import dispatch
+from tierd_kernels import dispatch, encode
 from tierd_layouts import exponent_packed, packed_matrix, quantised
 from tierd_layouts.packed_matrix import PackedMatrix
 
@@ -55,6 +58,14 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 def native_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """As `kernel`, without the reference."""
     yield from _with_kernel(request.param)
+
+
+@pytest.fixture(scope="module", params=encode.available())
+def encoder(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The encoding functions use this instruction set, each in turn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "encoder_name", lambda: request.param)
+        yield request.param
 
 
 @pytest.fixture(

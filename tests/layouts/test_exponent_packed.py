@@ -373,13 +373,13 @@ def test_escapes_of_no_element_are_refused_by_decode_too(
         (38, 129, "element 11 .* has a top byte inside the window"),
         (35, 1, "element 3 .* has a last byte that is not 0"),
         (16, 0b01111111, "element 3 .* has a code that is not 0"),
-        (25, 0b11111111, "element 11 .* has a code that is not 0|goes on after"),
+        (17, 0b00001111, "element 11 .* has a code that is not 0"),
     ],
 )
 def test_escapes_against_the_rules_are_refused(
     escaped: PackedMatrix, place: int, value: int, text: str
 ) -> None:
-    with pytest.raises((EscapesWrong, GapNotZero), match=text):
+    with pytest.raises(EscapesWrong, match=text):
         exponent_packed.validate(changed(escaped, place, value), 13)
 
 
@@ -407,7 +407,7 @@ def test_gaps_that_are_not_zero_are_refused(escaped: PackedMatrix, place: int, t
 
 def test_a_gap_is_looked_for_in_the_right_tile() -> None:
     bits = np.zeros((64, 192), np.uint16)
-    bits[0, [0, 128]] = 1  # 12 bytes each, of 16: 8 of mantissas, and nothing else
+    bits[0, [0, 128]] = 1  # 8 bytes of 16: one mantissa, filled up
     matrix = exponent_packed.encode(bits, "BF16", masked=True)
     for place, tile in ((8, 0), (15, 0), (24, 2), (31, 2)):
         with pytest.raises(GapNotZero, match=f"tile {tile}: bytes after"):

@@ -178,6 +178,126 @@ def drop(path: str) -> Callable[[dict[str, Any]], object]:
     return change
 
 
+def matrix(codec: str, masked: bool) -> Tensor:
+    """A 70 x 130 matrix of BF16: 2 x 3 tiles, 2 groups of 128; 100 elements, or all 9100."""
+    arrays = {"bitmap": 3072, "offsets": 28, "heads": 24, "scales": 512, "values": 0}
+    if not masked:
+        del arrays["bitmap"]
+    del arrays["scales" if codec == "exponent-packed" else "heads"]
+    arrays["values"] = {"exponent-packed": 192, "int8": 160, "int4": 96}[codec]
+    if not masked:
+        arrays["values"] = {"exponent-packed": 9120, "int8": 9104, "int4": 4560}[codec]
+    placed, end = {}, 0
+    for name, nbytes in arrays.items():
+        placed[name] = Array(end, nbytes)
+        end = -(-(end + nbytes) // 256) * 256
+    return Tensor(
+        name="w",
+        shape=(70, 130),
+        dtype="BF16",
+        codec=codec,
+        order="row-major",
+        tile=(64, 64),
+        nnz=100 if masked else 9100,
+        arrays=placed,
+        source="w",
+        group=None if codec == "exponent-packed" else 128,
+    )
+
+
+FORMS = [
+    (codec, masked) for codec in ("exponent-packed", "int8", "int4") for masked in (True, False)
+]
+
+
+def one_matrix(codec: str, masked: bool) -> dict[str, Any]:
+    """The members of an index of one layer with this matrix."""
+    layer = Layer("l", 16384, (Extent(0, 4096, 16384, (0,)),), (matrix(codec, masked),))
+    index = PackIndex(1, "t", "", (Shard("s", 20480),), (layer,))
+    members: dict[str, Any] = json.loads(index.to_json())
+    return members
+
+
+@pytest.mark.parametrize(("codec", "masked"), FORMS)
+def test_matrices_of_every_codec_and_form_are_read(codec: str, masked: bool) -> None:
+    index = parse(sealed(one_matrix(codec, masked)))
+    assert index.tensor("w")[1] == matrix(codec, masked)
+
+
+@pytest.mark.parametrize(("codec", "masked"), FORMS)
+def test_each_array_of_a_matrix_has_its_length_and_belongs_to_its_codec(
+    codec: str, masked: bool
+) -> None:
+    for name, array in matrix(codec, masked).arrays.items():
+        members = one_matrix(codec, masked)
+        put(f"layers/0/tensors/0/arrays/{name}/nbytes", array.nbytes - 4)(members)
+        with pytest.raises(errors.ArrayBytesWrong, match=f"values have|'{name}' has"):
+            parse(sealed(members))
+        if name != "bitmap":
+            members = one_matrix(codec, masked)
+            drop(f"layers/0/tensors/0/arrays/{name}")(members)
+            with pytest.raises(errors.ArraySetWrong, match=f"codec {codec} has"):
+                parse(sealed(members))
+    for name in {"heads", "scales", "data"} - set(matrix(codec, masked).arrays):
+        members = one_matrix(codec, masked)
+        put(f"layers/0/tensors/0/arrays/{name}", {"offset": 16384, "nbytes": 0})(members)
+        with pytest.raises(errors.ArraySetWrong, match=f"'{name}'"):
+            parse(sealed(members))
+
+
+@pytest.mark.parametrize(("codec", "masked"), FORMS)
+def test_values_that_no_elements_can_have_are_refused(codec: str, masked: bool) -> None:
+    fewest, most = {
+        ("exponent-packed", True): (112, 1056),
+        ("int8", True): (112, 176),
+        ("int4", True): (64, 143 // 16 * 16),
+        # 4096 + 4096 + 128 + 384 + 384 + 12 elements; 8 bits of code and an escape for each
+        ("exponent-packed", False): (9104, 54656),
+        ("int8", False): (9104, 9104),
+        ("int4", False): (4560, 4560),
+    }[codec, masked]
+    for nbytes, right in ((fewest, True), (most, True), (fewest - 16, False), (most + 16, False)):
+        members = one_matrix(codec, masked)
+        put("layers/0/nbytes", 1 << 20)(members)
+        put("layers/0/extents/0/nbytes", 1 << 20)(members)
+        put("shards/0/nbytes", 4096 + (1 << 20))(members)
+        put("layers/0/tensors/0/arrays/values/nbytes", nbytes)(members)
+        if right:
+            parse(sealed(members))
+        else:
+            with pytest.raises(errors.ArrayBytesWrong, match=f"values have {nbytes} bytes"):
+                parse(sealed(members))
+
+
+@pytest.mark.parametrize(("codec", "masked"), FORMS)
+def test_dense_forms_keep_all_and_masked_ones_at_most_all(codec: str, masked: bool) -> None:
+    for nnz in (9101,) if masked else (9101, 9099, 0):
+        members = one_matrix(codec, masked)
+        put("layers/0/tensors/0/nnz", nnz)(members)
+        with pytest.raises(errors.NnzWrong, match=f"nnz {nnz}, .* 9100 elements"):
+            parse(sealed(members))
+
+
+@pytest.mark.parametrize("group", [0, 1, 64 * 2 + 1, None])
+def test_groups_are_multiples_of_64_columns(group: int | None) -> None:
+    for codec in ("int8", "int4"):
+        members = one_matrix(codec, True)
+        put("layers/0/tensors/0/group", group)(members)
+        with pytest.raises(errors.BadGroup, match=f"group {group}, needs a positive multiple"):
+            parse(sealed(members))
+
+
+def test_the_scales_follow_the_group() -> None:
+    members = one_matrix("int8", True)
+    put("layers/0/tensors/0/group", 64)(members)
+    with pytest.raises(errors.ArrayBytesWrong, match=r"'scales' has 512 bytes, .* needs 768"):
+        parse(sealed(members))
+    members = one_matrix("int8", True)
+    put("layers/0/tensors/0/group", 1 << 62)(members)
+    with pytest.raises(errors.ArrayBytesWrong, match=r"'scales' has 512 bytes, .* needs 256"):
+        parse(sealed(members))
+
+
 RAW_TENSOR = "layers/0/tensors/0"
 DENSE_TENSOR = "layers/1/tensors/0"
 
@@ -220,6 +340,10 @@ WRONG: list[tuple[str, type[FormatError], str, Callable[[dict[str, Any]], object
     ("not an object", errors.FieldInvalid, "expected an object", put("layers/0", [])),
     ("shape text", errors.FieldInvalid, r"shape\[0\]", put(f"{RAW_TENSOR}/shape/0", "70")),
     ("tile of 3", errors.FieldInvalid, "2 integers, found 3", put(f"{RAW_TENSOR}/tile", [1, 2, 3])),
+    ("no group", errors.FieldMissing, "member 'group'", drop(f"{RAW_TENSOR}/group")),
+    ("group text", errors.FieldInvalid, "group: expected", put(f"{RAW_TENSOR}/group", "128")),
+    ("raw group", errors.BadGroup, "codec raw has none", put(f"{RAW_TENSOR}/group", 128)),
+    ("dense group", errors.BadGroup, "dense has none", put(f"{DENSE_TENSOR}/group", 0)),
     ("slice text", errors.FieldInvalid, "slice: expected a list", put(f"{RAW_TENSOR}/slice", "0")),
     ("hash", errors.FieldInvalid, "16 lower-case hex", put("layers/0/extents/0/xxh3/0", "FF" * 8)),
     ("surrogate", errors.FieldInvalid, "is not Unicode", put("tool", "\ud800")),
@@ -499,7 +623,20 @@ junk = st.recursive(
         st.integers(-5, 5),
         st.sampled_from([4095, 4096, 4097, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30]),
         st.text(max_size=8),
-        st.sampled_from(["raw", "dense", "BF16", "F32", "row-major", "..", "\ud800", "0" * 16]),
+        st.sampled_from(
+            [
+                "raw",
+                "dense",
+                "int4",
+                "exponent-packed",
+                "BF16",
+                "F32",
+                "row-major",
+                "..",
+                "\ud800",
+                "0" * 16,
+            ]
+        ),
     ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)
@@ -511,7 +648,8 @@ junk = st.recursive(
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_mutated_index_is_refused_by_name_or_parses(data: st.DataObject) -> None:
-    members = body()
+    form = data.draw(st.sampled_from([None, *FORMS]))
+    members = body() if form is None else one_matrix(*form)
     for _ in range(data.draw(st.integers(1, 3))):
         target: Any = members
         while True:

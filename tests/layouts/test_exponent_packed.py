@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +207,19 @@ def test_a_tile_of_all_exponents_has_eight_planes_and_no_escapes() -> None:
     matrix = check_round_trip(bits, "BF16", masked=False)
     assert matrix.heads is not None
     assert matrix.heads.tolist() == [8 << 8]
+
+
+def test_encoding_and_decoding_need_little_memory_beside_input_and_output() -> None:
+    bits = np.random.default_rng(8).integers(0, 0xFFFF, (4096, 2048), np.uint16)  # 16 MiB
+    tracemalloc.start()
+    matrix = exponent_packed.encode(bits, "BF16", masked=True)
+    # The parts of the values are joined at the end: twice the output.
+    assert tracemalloc.get_traced_memory()[1] < 2 * matrix.nbytes + (80 << 20)
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    exponent_packed.validate(matrix, matrix.nnz)
+    assert tracemalloc.get_traced_memory()[1] < before + (80 << 20)
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

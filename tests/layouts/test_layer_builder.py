@@ -1,20 +1,27 @@
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from tierd_layouts import tiles
+from tierd_layouts import exponent_packed, packed_matrix, quantised, tiles
 from tierd_layouts.errors import (
     ArrayBytesWrong,
+    ArraySetWrong,
+    BadGroup,
     BadShape,
     DuplicateName,
     NameRefused,
+    UnknownCodec,
     UnknownTensorDtype,
 )
 from tierd_layouts.layer_builder import LayerBuilder
 from tierd_layouts.records import Array
+
+if TYPE_CHECKING:
+    from tierd_layouts.packed_matrix import PackedMatrix
 
 
 def test_arrays_start_on_256_bytes_and_the_layer_ends_on_a_page() -> None:
@@ -97,3 +104,62 @@ def test_names_that_no_reader_would_take_are_not_written(name: str) -> None:
     if name != "__pad__.0":
         with pytest.raises(NameRefused):
             LayerBuilder(name)
+
+
+def small_matrix(**changes: Any) -> PackedMatrix:
+    matrix = quantised.encode(
+        np.full((65, 65), 0x3F80, np.uint16), "BF16", codec="int8", group=128, masked=False
+    )
+    return replace(matrix, **changes)
+
+
+def test_an_encoded_matrix_is_stored_array_by_array_and_not_copied() -> None:
+    matrix = small_matrix()
+    builder = LayerBuilder("a")
+    tensor = builder.add_matrix("a.weight", matrix, source="other.weight")
+    assert (tensor.codec, tensor.dtype, tensor.shape) == ("int8", "BF16", (65, 65))
+    assert (tensor.tile, tensor.nnz, tensor.group) == ((64, 64), 65 * 65, 128)
+    assert tensor.source == "other.weight"
+    assert list(tensor.arrays) == ["offsets", "scales", "values"]
+    assert tensor.arrays["scales"] == Array(256, 256)
+    layer = builder.finish()
+    values = layer.chunks[-1]
+    assert values.data.nbytes == tensor.arrays["values"].nbytes == 4096 + 64 + 64 + 16
+    matrix.values[0] = 99
+    assert values.data[0] == 99
+    assert bytes(layer.chunks[1].data) == matrix.scales.tobytes()  # type: ignore[union-attr]
+
+
+def test_codecs_without_scales_have_no_group_in_the_index() -> None:
+    bits = np.ones((2, 2), np.uint16)
+    builder = LayerBuilder("a")
+    packed = builder.add_matrix("a.x", exponent_packed.encode(bits, "BF16", masked=True))
+    assert (packed.codec, packed.group) == ("exponent-packed", None)
+    raw = builder.add_matrix("a.y", packed_matrix.encode_raw(bits, "BF16"))
+    assert (raw.codec, raw.group) == ("raw", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"codec": "zip"}, UnknownCodec, "'zip'"),
+        ({"dtype": "I16"}, UnknownTensorDtype, "'I16'"),
+        ({"scales": None}, ArraySetWrong, "codec int8 has"),
+        ({"group": 0}, BadGroup, "group None, needs"),
+        ({"group": 100}, BadGroup, "group 100, needs"),
+        ({"group": 64}, ArrayBytesWrong, "'scales' has 256 bytes"),
+        ({"rows": 64}, ArrayBytesWrong, "'offsets' has"),
+        ({"values": np.zeros(4240, np.int8)}, ArrayBytesWrong, "values are int8 .* contiguous U8"),
+        ({"values": np.zeros(8480, np.uint8)[::2]}, ArrayBytesWrong, "strides"),
+        ({"values": np.zeros(4224, np.uint8)}, ArrayBytesWrong, "values have 4224 bytes"),
+        ({"scales": np.zeros(64, np.uint32)}, ArrayBytesWrong, "scales are uint32"),
+    ],
+)
+def test_a_matrix_that_no_reader_would_take_is_not_written(
+    changes: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    builder = LayerBuilder("a")
+    with pytest.raises(error, match=text):
+        builder.add_matrix("a.weight", small_matrix(**changes))
+    assert builder.finish().tensors == ()
+    builder.add_matrix("a.weight", small_matrix())

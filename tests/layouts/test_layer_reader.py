@@ -13,6 +13,7 @@ from tierd_layouts.container import (
     check_layer_bytes,
     layer_array,
     open_pack,
+    packed_matrix,
     read_layer,
     tensor_bits,
     validate_layer,
@@ -23,14 +24,21 @@ from tierd_layouts.container import (
 from tierd_layouts.errors import (
     ChecksumMismatch,
     FormatError,
+    GapNotZero,
+    HeadsWrong,
+    OffsetsWrong,
     PaddingNotZero,
+    ScalesWrong,
     ShardSizeWrong,
     TileError,
+    UnknownCodec,
 )
 from tierd_layouts.index import PackIndex
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tierd_layouts.packed_matrix import PackedMatrix
 
 Weights = dict[str, tuple[str, Any]]
 
@@ -154,6 +162,54 @@ def test_a_nnz_that_the_bitmap_contradicts_is_found_by_validation(pack: Path) ->
     wrong = replace(layer, tensors=(replace(raw, nnz=raw.nnz - 1), *layer.tensors[1:]))
     with pytest.raises(FormatError, match=f"nnz is {raw.nnz - 1}"):
         validate_layer(content, wrong)
+
+
+def test_a_packed_matrix_is_its_arrays_as_views_of_the_layer(
+    pack: Path, packed: dict[str, PackedMatrix]
+) -> None:
+    index = open_pack(pack)
+    layer = index.layer("coded")
+    content = read_layer(pack, index, layer)
+    assert len(layer.tensors) == len(packed) == 18
+    for tensor in layer.tensors:
+        found, expected = packed_matrix(content, tensor), packed[tensor.name]
+        for field in ("codec", "dtype", "rows", "cols", "group", "masked", "nnz", "nbytes"):
+            assert getattr(found, field) == getattr(expected, field), field
+        assert list(found.arrays()) == list(expected.arrays())
+        for name, array in found.arrays().items():
+            assert not array.flags.owndata
+            np.testing.assert_array_equal(array, expected.arrays()[name])
+    raw = index.tensor("head.weight")[1]
+    assert packed_matrix(read_layer(pack, index, index.layer("head")), raw).codec == "raw"
+
+
+def test_a_dense_tensor_has_no_packed_form(pack: Path) -> None:
+    index = open_pack(pack)
+    layer, tensor = index.tensor("layers.0.norm.weight")
+    with pytest.raises(UnknownCodec, match=r"'layers.0.norm.weight' has codec dense"):
+        packed_matrix(read_layer(pack, index, layer), tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "place", "flip", "error"),
+    [
+        ("coded.exponent-packed.BF16.masked", "heads", 1, 0xFF, HeadsWrong),
+        ("coded.exponent-packed.F32.all", "offsets", 0, 0xFF, OffsetsWrong),
+        ("coded.exponent-packed.F16.all", "values", -1, 0xFF, GapNotZero),
+        ("coded.int8.BF16.all", "scales", 1, 0xFF, ScalesWrong),
+        ("coded.int4.F32.masked", "bitmap", 0, 1, TileError),
+    ],
+)
+def test_right_checksums_over_wrong_records_are_found_by_validation(
+    pack: Path, name: str, array: str, place: int, flip: int, error: type[TileError]
+) -> None:
+    index = open_pack(pack)
+    layer, tensor = index.tensor(name)
+    content = bytearray(read_layer(pack, index, layer))
+    stored = tensor.arrays[array]
+    content[stored.offset + place % stored.nbytes] ^= flip
+    with pytest.raises(error, match=f"layer 'coded': tensor '{name}': "):
+        validate_layer(memoryview(content), layer)
 
 
 def test_a_layer_of_two_extents_is_read_in_their_order(tmp_path: Path) -> None:

@@ -108,13 +108,13 @@ def _check_structure(matrix: PackedMatrix, grid: TileGrid) -> Records:
     """Returns the places of all records, once everything but their content agrees."""
     check_set(matrix)
     assert matrix.heads is not None
+    runs.check_offsets_form(matrix.offsets, grid)  # first: from here on memory has its bounds
     if matrix.bitmap is not None:
         check_bitmap(matrix.bitmap, grid)
     counts = kept_counts(matrix.bitmap, grid)
     _check_heads(matrix.heads, counts, grid)
     runs.check_values(matrix.values)
     records = Records.of(counts, matrix.heads, ITEM_BYTES[matrix.dtype])
-    runs.check_offsets_form(matrix.offsets, grid)
     runs.check_offsets(matrix.offsets, records.nbytes, matrix.values.nbytes)
     return records
 

@@ -87,8 +87,9 @@ def encode(bits: BitsArray, dtype: str, *, codec: str, group: int, masked: bool)
 def weights(matrix: PackedMatrix) -> F32Array:
     """Returns q * scale, exact, float32 [rows, cols]. Raises what `decode` raises."""
     grid = TileGrid(matrix.rows, matrix.cols)
+    checked = _check_structure(matrix, grid)
     decoded = np.empty((grid.rows, grid.cols), np.float32)
-    for piece, tiles in _decoded_pieces(matrix, grid):
+    for piece, tiles in _decoded_pieces(matrix, grid, *checked):
         piece.scatter(tiles, decoded)
     return decoded
 
@@ -100,8 +101,9 @@ def decode(matrix: PackedMatrix) -> BitsArray:
     ValuesWrong before it touches a value.
     """
     grid = TileGrid(matrix.rows, matrix.cols)
+    checked = _check_structure(matrix, grid)
     decoded: BitsArray = np.empty((grid.rows, grid.cols), bits_dtype(matrix.dtype))
-    for piece, tiles in _decoded_pieces(matrix, grid):
+    for piece, tiles in _decoded_pieces(matrix, grid, *checked):
         piece.scatter(rounded(tiles, matrix.dtype), decoded)
     return decoded
 
@@ -186,12 +188,12 @@ def _check_structure(matrix: PackedMatrix, grid: TileGrid) -> tuple[CountArray, 
     """Returns kept counts and scales, once everything but the levels agrees."""
     check_set(matrix)
     _check_codec(matrix.codec, matrix.group)
+    runs.check_offsets_form(matrix.offsets, grid)  # first: from here on memory has its bounds
     if matrix.bitmap is not None:
         check_bitmap(matrix.bitmap, grid)
     counts = kept_counts(matrix.bitmap, grid)
     scales = _check_scales(matrix, grid)
     runs.check_values(matrix.values)
-    runs.check_offsets_form(matrix.offsets, grid)
     record_bytes = _record_bytes(counts, matrix.codec)
     runs.check_offsets(matrix.offsets, record_bytes, matrix.values.nbytes)
     return counts, scales
@@ -227,8 +229,9 @@ def _read(values: U8Array, offsets: npt.NDArray[np.uint32], codec: str) -> npt.N
     return rows
 
 
-def _decoded_pieces(matrix: PackedMatrix, grid: TileGrid) -> Iterator[tuple[Piece, F32Array]]:
-    counts, scales = _check_structure(matrix, grid)
+def _decoded_pieces(
+    matrix: PackedMatrix, grid: TileGrid, counts: CountArray, scales: U16Array
+) -> Iterator[tuple[Piece, F32Array]]:
     for piece in grid.pieces():
         rows = _read(matrix.values, matrix.offsets[piece.first : piece.end + 1], matrix.codec)
         tiles: F32Array = np.zeros(rows.shape, np.float32)

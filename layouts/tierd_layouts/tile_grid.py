@@ -174,7 +174,9 @@ def make_bitmap(matrix: npt.NDArray[Any], grid: TileGrid) -> U64Array:
 def kept_counts(bitmap: U64Array | None, grid: TileGrid) -> CountArray:
     """Returns how many elements each tile keeps, int64[tiles]."""
     counts: CountArray
-    if bitmap is not None:
+    if not grid.tiles:  # one of the dimensions may be 2^60, and must not be counted through
+        counts = np.zeros(0, np.int64)
+    elif bitmap is not None:
         rows = np.bitwise_count(bitmap).reshape(-1, TILE)
         counts = rows.sum(axis=1, dtype=np.int64)
     else:

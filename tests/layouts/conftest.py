@@ -42,7 +42,7 @@ def packed() -> dict[str, PackedMatrix]:
     """Matrices by name, in every new codec, dtype and form."""
     matrices = {}
     for dtype, masked in product(("BF16", "F16", "F32"), (True, False)):
-        bits = gaussian_bits(70, 200, dtype, 0.5 if masked else 1.0)
+        bits = gaussian_bits(70, 130, dtype, 0.5 if masked else 1.0)
         for codec in ("exponent-packed", "int8", "int4"):
             if codec == "exponent-packed":
                 matrix = exponent_packed.encode(bits, dtype, masked=masked)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 #: numpy arrays; not typed further, because half of the tests pass wrong ones on purpose.
 Matrix = Any
 
-SLOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SLOW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_a_stored_zero_is_refused_where_there_is_a_bitmap() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_flipped_bits_are_refused_or_are_another_valid_matrix(
     dtype: str, data: st.DataObject
@@ -470,7 +470,7 @@ def test_flipped_bits_are_refused_or_are_another_valid_matrix(
     assert broken.values.tobytes() == values
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_arrays_of_any_content_decode_or_are_refused_by_name(data: st.DataObject) -> None:
     matrix = exponent_packed.encode(

@@ -11,6 +11,7 @@ from tierd_layouts.errors import (
     ArraySetWrong,
     BadGroup,
     BitmapWrong,
+    OffsetsWrong,
     TileError,
     UnknownCodec,
     UnknownTensorDtype,
@@ -96,3 +97,24 @@ def test_a_matrix_of_one_codec_is_not_read_as_another() -> None:
     small = quantised.encode(BITS, "BF16", codec="int4", group=128, masked=True)
     with pytest.raises(TileError):
         packed_matrix.decode(replace(small, codec="int8"))
+
+
+@pytest.mark.parametrize("shape", [(0, 1 << 60), (1 << 60, 0)])
+@pytest.mark.parametrize("matrix", list(all_forms()), ids=lambda m: f"{m.codec}-{m.masked}")
+def test_shapes_without_elements_cost_nothing_however_long(
+    matrix: PackedMatrix, shape: tuple[int, int]
+) -> None:
+    rows, cols = shape
+    empty: dict[str, Any] = {name: array[:0] for name, array in matrix.arrays().items()}
+    empty["offsets"] = matrix.offsets[:1]
+    nothing = replace(matrix, rows=rows, cols=cols, **empty)
+    packed_matrix.validate(nothing, 0)
+    assert packed_matrix.decode(nothing).shape == shape
+
+
+@pytest.mark.parametrize("matrix", list(all_forms()), ids=lambda m: f"{m.codec}-{m.masked}")
+def test_a_shape_far_larger_than_the_arrays_is_refused_before_memory_is_taken(
+    matrix: PackedMatrix,
+) -> None:
+    with pytest.raises((OffsetsWrong, BitmapWrong), match="needs"):
+        packed_matrix.decode(replace(matrix, rows=1 << 30, cols=1 << 30))

@@ -382,7 +382,7 @@ def test_gaps_that_are_not_zero_are_refused(
         quantised.validate(changed(matrix, "values", place, byte), 5)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_flipped_bits_are_refused_or_are_other_levels_and_scales(data: st.DataObject) -> None:
     codec = data.draw(st.sampled_from(["int8", "int4"]))
@@ -406,7 +406,7 @@ def test_flipped_bits_are_refused_or_are_other_levels_and_scales(data: st.DataOb
         assert np.count_nonzero(levels) == broken.nnz
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_arrays_of_any_content_decode_or_are_refused_by_name(data: st.DataObject) -> None:
     codec = data.draw(st.sampled_from(["int8", "int4"]))

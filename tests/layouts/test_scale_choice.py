@@ -76,7 +76,7 @@ def check(bits: Any, dtype: str, codec: str, group: int) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_the_scales_are_those_of_the_document(data: st.DataObject) -> None:
     """Of any size: subnormal weights, weights near the largest, and equal ones, too."""

@@ -387,7 +387,7 @@ def content(folder: Path) -> dict[str, bytes]:
         (JOURNAL, 5, 4),
         ("tierd_tools.pack.copy_file", 2, 5),
         ("tierd_tools.pack.write_index", 1, 5),
-        ("tierd_tools.pack.verify_layer", 3, 5),
+        ("tierd_tools.pack_check.verify_layer", 3, 5),
         ("tierd_tools.pack.adopt_access", 1, 5),
     ],
 )

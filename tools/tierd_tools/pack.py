@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from tierd_layouts.container import open_pack, shard_file_name, verify_layer, write_index
-from tierd_layouts.errors import FormatError, NameRefused
+from tierd_layouts.container import open_pack, shard_file_name, write_index
+from tierd_layouts.errors import NameRefused
 from tierd_layouts.index import FORMAT_VERSION, INDEX_FILE, PackIndex
 from tierd_layouts.names import check_model_name
 from tierd_layouts.records import Shard
 from tierd_tools.checkpoint import CONFIG, Checkpoint
 from tierd_tools.errors import BadSetting, DiskFull, PackError, ToolError
 from tierd_tools.pack_calibration import CALIBRATION_FILE, cached_norms
+from tierd_tools.pack_check import first_wrong
 from tierd_tools.pack_flow import encoding
 from tierd_tools.pack_journal import JOURNAL_FILE, FinishedLayer, Journal
 from tierd_tools.pack_plan import PackPlan, plan
@@ -299,12 +300,11 @@ class _Run:
         index = open_pack(path)
         layers: Sequence[Layer] = index.layers[self.reused :]
         with self._progress.stage("verifying", sum(layer.nbytes for layer in layers)) as stage:
-            for number, layer in enumerate(layers, self.reused):
-                try:
-                    verify_layer(path, index, layer, where=str(path), on_block=stage.advance)
-                except FormatError as error:
-                    self._journal.keep(number)
-                    raise PackError(f"what was written reads back wrong: {error}") from error
+            wrong = first_wrong(path, index, layers, stage)
+        if wrong is not None:
+            number, error = wrong
+            self._journal.keep(self.reused + number)
+            raise PackError(f"what was written reads back wrong: {error}") from error
 
 
 class _Notes:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from tierd_layouts.container import shard_file_name, verify_layer
-from tierd_layouts.errors import FormatError
+from tierd_layouts.container import shard_file_name
 from tierd_layouts.index import FORMAT_VERSION, PackIndex
 from tierd_layouts.records import Shard
 from tierd_tools.pack_calibration import CALIBRATION_FILE
+from tierd_tools.pack_check import first_wrong
 from tierd_tools.pack_journal import JOURNAL_FILE, Journal
 from tierd_tools.pack_shard import end_of, temporary_path
 
@@ -85,11 +85,11 @@ def _right(staging: Path, journal: Journal, progress: Progress) -> int:
     index = PackIndex(
         version=FORMAT_VERSION, tool="", source_digest="", shards=tuple(shards), layers=()
     )
+    layers = [finished.layer for finished in journal.finished]
     with progress.stage("checking finished layers", journal.nbytes) as stage:
-        for i, finished in enumerate(journal.finished):
-            try:
-                verify_layer(staging, index, finished.layer, on_block=stage.advance)
-            except FormatError as error:
-                progress.note(f"{error}: starting again from here")
-                return i
-    return len(journal.finished)
+        wrong = first_wrong(staging, index, layers, stage)
+    if wrong is None:
+        return len(layers)
+    number, error = wrong
+    progress.note(f"{error}: starting again from here")
+    return number

@@ -292,9 +292,11 @@ def test_a_bit_outside_the_matrix_is_refused(
     ("head", "why"),
     [
         (0 | 9 << 8, "9 planes"),
+        (0 | 32 << 8, "32 planes"),
         (0 | 255 << 8, "255 planes"),
         (255 | 1 << 8, "a window past 255"),
         (1 | 8 << 8, "a window past 255"),
+        (0 | 513 << 16, "more escapes than elements"),
         (0 | 4097 << 16, "more escapes than elements"),
         (0 | 65535 << 16, "more escapes than elements"),
         (2**32 - 1, "everything"),

@@ -1,4 +1,4 @@
-// What the two AVX-512 units share: the check of a tile, and runs that may be read past their end.
+// What the AVX-512 units share: the check of a tile, and records that may be read past their end.
 #pragma once
 
 #include <immintrin.h>
@@ -11,15 +11,17 @@ namespace avx512 {
 
 Fault expand(const Packed&, uint32_t tile_row, void* out, uint64_t stride, bool streaming,
              uint64_t* tile);
+void prepare(const Packed&, const void* x, uint32_t tokens, float* prepared);
+Fault linear(const Packed&, uint32_t tile_row, const float* prepared, uint32_t tokens, float* out,
+             uint64_t stride, uint64_t* tile);
 
 namespace {
 
 constexpr uint64_t kVector = 64;
 
-// The longest run (a dense tile of 4-byte elements), and one vector that is read and not used.
-constexpr uint64_t kLongestRun = uint64_t{kTile} * kTile * 4;
+// One record, and one vector that is read and not used.
 struct alignas(kVector) RunCopy {
-  uint8_t bytes[kLongestRun + kVector];
+  uint8_t bytes[kLongestRecord + kVector];
 };
 
 // Expansion from a register. Given a load, the compiler would fold it into vpexpand's memory form:
@@ -39,26 +41,66 @@ inline __m512i expand16x32(uint32_t bits, const uint8_t* run) {
   return _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), in_register(run));
 }
 
-inline Fault check_tile(const Packed& m, uint64_t tile, uint32_t rows, uint32_t cols) {
-  const uint64_t* words = m.bitmap + tile * kTile;
-  __m512i count = _mm512_setzero_si512();
-  __m512i outside = _mm512_setzero_si512();
-  const __m512i beyond = _mm512_set1_epi64(static_cast<long long>(~low_bits(cols)));
-  for (uint32_t row = 0; row < kTile; row += 8) {
-    const __m512i eight = _mm512_loadu_si512(words + row);
-    count = _mm512_add_epi64(count, _mm512_popcnt_epi64(eight));
-    outside = _mm512_or_si512(outside, _mm512_and_si512(eight, beyond));
-  }
-  for (uint32_t row = rows; row < kTile; ++row) {
-    outside = _mm512_or_si512(outside, _mm512_set1_epi64(static_cast<long long>(words[row])));
-  }
-  if (_mm512_test_epi64_mask(outside, outside) != 0) return Fault::kBitsOutside;
-  return check_run(m, tile, static_cast<uint64_t>(_mm512_reduce_add_epi64(count)));
+inline void prefetch(const void* at) {
+  _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
 }
 
-// A checked tile's run, of which one vector more than it has may be read: the loop over its rows
-// loads whole vectors. Only the last tiles of the matrix have to be copied for that.
-inline const uint8_t* readable_run(const Packed& m, uint64_t tile, RunCopy* copy) {
+inline bool quantised(const Packed& m) {
+  return m.codec == Codec::kInt8 || m.codec == Codec::kInt4;
+}
+
+// The 64 words of tiles that store none. Where a tile of the dense form is asked for is no matter
+// of its contents: only its width counts.
+class DenseWords {
+ public:
+  DenseWords(const Packed& m, uint32_t rows) {
+    if (m.bitmap != nullptr) return;
+    fill(whole_, ~uint64_t{0}, rows);
+    fill(last_, low_bits(cols_of(m, m.tile_cols - 1)), rows);
+  }
+
+  const uint64_t* of(const Packed& m, uint64_t tile, uint32_t tile_col) const {
+    if (m.bitmap != nullptr) return m.bitmap + tile * kTile;
+    return tile_col + 1 < m.tile_cols ? whole_ : last_;
+  }
+
+ private:
+  static void fill(uint64_t* words, uint64_t word, uint32_t rows) {
+    for (uint32_t row = 0; row < kTile; ++row) words[row] = row < rows ? word : 0;
+  }
+
+  uint64_t whole_[kTile];
+  uint64_t last_[kTile];
+};
+
+// Everything is checked that could lead a kernel outside the arrays. `count`: kept elements.
+inline Fault check_tile(const Packed& m, uint64_t tile, uint32_t rows, uint32_t cols,
+                        uint32_t* count) {
+  *count = rows * cols;
+  if (m.bitmap != nullptr) {
+    const uint64_t* words = m.bitmap + tile * kTile;
+    __m512i bits = _mm512_setzero_si512();
+    __m512i outside = _mm512_setzero_si512();
+    const __m512i beyond = _mm512_set1_epi64(static_cast<long long>(~low_bits(cols)));
+    for (uint32_t row = 0; row < kTile; row += 8) {
+      const __m512i eight = _mm512_loadu_si512(words + row);
+      bits = _mm512_add_epi64(bits, _mm512_popcnt_epi64(eight));
+      outside = _mm512_or_si512(outside, _mm512_and_si512(eight, beyond));
+    }
+    for (uint32_t row = rows; row < kTile; ++row) {
+      outside = _mm512_or_si512(outside, _mm512_set1_epi64(static_cast<long long>(words[row])));
+    }
+    if (_mm512_test_epi64_mask(outside, outside) != 0) return Fault::kBitsOutside;
+    *count = static_cast<uint32_t>(_mm512_reduce_add_epi64(bits));
+  }
+  const Fault fault = check_run(m, tile, *count);
+  if (fault != Fault::kNone || m.codec != Codec::kExponent) return fault;
+  return check_escapes(m, tile, *count);
+}
+
+// A checked tile's record, of which one vector more than it has may be read. Only the last tiles of
+// the matrix have to be copied for that.
+inline const uint8_t* readable_record(const Packed& m, uint64_t tile, RunCopy* copy) {
   const uint64_t begin = uint64_t{m.offsets[tile]} * kRunUnit;
   const uint64_t end = uint64_t{m.offsets[tile + 1]} * kRunUnit;
   if (end + kVector <= m.values_bytes) return m.values + begin;

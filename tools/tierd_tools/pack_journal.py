@@ -80,7 +80,7 @@ class Journal:
                 break
             finished.append(layer)
         journal = cls(path, job, finished)
-        if len(finished) != len(lines) - 2:  # something follows that is no line
+        if len(finished) != len(lines) - 2 or lines[-1]:  # something is no line, or not a whole one
             journal.keep(len(finished))
         return journal
 

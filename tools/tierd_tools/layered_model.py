@@ -131,10 +131,11 @@ class LayeredModel:
             self._model(input_ids=ids, use_cache=False)
         except _Reached as reached:
             return reached.output
-        except NotImplementedError as error:  # torch, of an operation on the meta device
+        except CalibrationError:
+            raise
+        except RuntimeError as error:  # torch, of weights that are not loaded: on the meta device
             raise CalibrationError(
-                f"{self.kind} uses weights before its decoder layers in a way that is not "
-                f"supported: {error}"
+                f"{self.kind} cannot be run up to its decoder layer {number} alone: {error}"
             ) from error
         finally:
             for module in skipped:

@@ -48,6 +48,12 @@ inline Element rotate_left(Element bits) {
   return static_cast<Element>(bits << 1 | bits >> (8 * sizeof(Element) - 1));
 }
 
+// Bit i of 8 as the lowest bit of byte i.
+inline uint64_t bytes_of_bits(uint8_t bits) {
+  const uint64_t each = bits * (~uint64_t{0} / 255) & 0x8040201008040201u;
+  return (each + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+}
+
 template <typename Element>
 inline void decode_exponents(const Packed& m, uint64_t tile, uint32_t count, const uint8_t* record,
                              Element* to) {
@@ -56,15 +62,16 @@ inline void decode_exponents(const Packed& m, uint64_t tile, uint32_t count, con
   const uint8_t* codes = record + codes_at(m, count);
   for (uint32_t first = 0; first < count; first += 64) {
     const uint32_t some = count - first < 64 ? count - first : 64;
-    uint8_t tops[64];
-    memset(tops, static_cast<int>(head.base), sizeof tops);
+    uint64_t eights[8];
+    for (uint64_t& eight : eights) eight = head.base * (~uint64_t{0} / 255);
     for (uint32_t plane = 0; plane < head.planes; ++plane) {
-      uint64_t word;
-      memcpy(&word, codes + plane * bit_plane_bytes(count) + first / 8, sizeof word);
-      for (uint32_t i = 0; i < 64; ++i) {
-        tops[i] = static_cast<uint8_t>(tops[i] + ((word >> i & 1) << plane));
-      }
+      uint8_t bits[8];
+      memcpy(bits, codes + plane * bit_plane_bytes(count) + first / 8, sizeof bits);
+      // No byte carries into the next: the base and the largest code make 255 at most.
+      for (uint32_t i = 0; i < 8; ++i) eights[i] += bytes_of_bits(bits[i]) << plane;
     }
+    uint8_t tops[64];
+    memcpy(tops, eights, sizeof tops);
     for (uint32_t i = 0; i < some; ++i) {
       uint32_t turned = uint32_t{tops[i]} << (8 * low_bytes);
       for (uint32_t byte = 0; byte < low_bytes; ++byte) {

@@ -200,6 +200,131 @@ def test_shards_open_with_the_safetensors_library(tmp_path: Path, checkpoints: A
     assert offsets.size == 6 * 2 + 1
 
 
+def weights_of(pack_dir: Path) -> dict[str, Any]:
+    """{tensor: (index's record, bits)}."""
+    index = open_pack(pack_dir)
+    found = {}
+    for layer in index.layers:
+        data = read_layer(pack_dir, index, layer)
+        found |= {tensor.name: (tensor, tensor_bits(data, tensor)) for tensor in layer.tensors}
+    return found
+
+
+def test_each_matrix_gets_the_sparsity_that_its_name_says(tmp_path: Path, checkpoints: Any) -> None:
+    tensors = checkpoints.llama()
+    gate = "model.layers.1.mlp.gate.weight"
+    tensors[gate] = tensors["model.layers.1.self_attn.q_proj.weight"]
+    report = pack(
+        checkpoints.write(tmp_path / "m", tensors),
+        tmp_path / "p",
+        prune="magnitude",
+        sparsity=0.5,
+        sparsity_of=["model.layers.0=0.25", "*.down_proj=0.75"],
+        keep=["*.k_proj", "model.layers.2.mlp"],
+    )
+    for name, (_, bits) in weights_of(tmp_path / "p").items():
+        if (
+            not name.startswith("model.layers")
+            or "norm" in name
+            or name == gate
+            or "k_proj" in name
+            or "layers.2.mlp" in name
+        ):
+            expected = 0.0
+        elif "down_proj" in name:
+            expected = 0.75
+        else:
+            expected = 0.25 if "layers.0" in name else 0.5
+        assert (bits == 0).mean() == pytest.approx(expected, abs=0.001), name
+    assert report.pruned_tensors == 3 * 5 - 4
+    assert "--sparsity-of '*.down_proj=0.75'" in open_pack(tmp_path / "p").tool
+
+
+def test_quantised_are_the_linear_weights_that_are_not_to_be_kept(
+    tmp_path: Path, checkpoints: Any
+) -> None:
+    tensors = checkpoints.llama()
+    gate = "model.layers.1.mlp.gate.weight"
+    tensors[gate] = tensors["model.layers.1.self_attn.q_proj.weight"]
+    broken = "model.layers.1.mlp.up_proj.weight"
+    dtype, shape, data = tensors[broken]
+    tensors[broken] = (dtype, shape, data[:-2] + b"\x80\x7f")  # infinity
+    source = checkpoints.write(tmp_path / "m", tensors)
+    report = pack(source, tmp_path / "p", codec="int8", group=64, keep=["*.o_proj"])
+    assert report.codecs == {"dense": 5, "exponent-packed": 5, "int8": 11}
+    assert report.not_finite_tensors == [broken]
+    assert f"not finite, stored without loss instead: {broken}" in report.summary()
+    for name, (tensor, bits) in weights_of(tmp_path / "p").items():
+        lossless = "o_proj" in name or name in (gate, broken) or len(tensor.shape) == 1
+        if lossless or not name.startswith("model.layers"):
+            assert bits.tobytes() == tensors[name][2], name
+            assert tensor.group is None
+        else:
+            assert tensor.codec == "int8"
+            assert tensor.group == 64
+    verify(tmp_path / "p")
+
+
+def test_a_checkpoint_that_is_pruned_already_is_left_as_it_is_and_said_so(
+    tmp_path: Path, checkpoints: Any
+) -> None:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+    pack(source, tmp_path / "half", prune="magnitude", sparsity=0.5)
+    unpack(tmp_path / "half", tmp_path / "pruned")
+    report = pack(tmp_path / "pruned", tmp_path / "p", prune="magnitude", sparsity=0.505)
+    assert report.pruned_tensors == 0
+    assert len(report.left_tensors) == 15
+    assert "left as they are, pruned already: 15 tensors: " in report.summary()
+    unpack(tmp_path / "p", tmp_path / "out")
+    assert checkpoints.read(tmp_path / "out") == checkpoints.read(tmp_path / "pruned")
+    report = pack(tmp_path / "pruned", tmp_path / "p", prune="magnitude", sparsity=0.6)
+    assert (report.pruned_tensors, report.left_tensors) == (15, [])
+
+
+def test_what_was_done_to_layers_is_reported_by_the_run_that_takes_them_over(
+    tmp_path: Path, checkpoints: Any
+) -> None:
+    tensors = checkpoints.llama()
+    zeros = "model.layers.0.mlp.up_proj.weight"
+    dtype, shape, data = tensors[zeros]
+    tensors[zeros] = (dtype, shape, bytes(len(data)))
+    source = checkpoints.write(tmp_path / "m", tensors)
+    run_and_kill(source, tmp_path / "p", JOURNAL, 4)
+    report = pruned_pack(source, tmp_path / "p")
+    assert report.layers_reused == 3
+    assert (report.pruned_tensors, report.left_tensors) == (14, [zeros])
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"keep": ["model.layers.7"]}, r"keep 'model\.layers\.7' matches none of the 21 tensors"),
+        (
+            {"prune": "magnitude", "sparsity_of": ["lm_head=0.5"]},
+            "sparsity-of 'lm_head' matches none of the 15 linear weights",
+        ),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused(
+    tmp_path: Path, checkpoints: Any, settings: Any, text: str
+) -> None:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+    with pytest.raises(BadSetting, match=text):
+        pack(source, tmp_path / "p", **settings)
+    assert [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_tensor_named_like_a_part_of_another_is_refused_before_anything_is_written(
+    tmp_path: Path, checkpoints: Any
+) -> None:
+    tensors = checkpoints.llama(layers=1)
+    tensors["model.layers.0.mlp.up_proj.weight.heads"] = ("U8", (4,), b"1234")
+    source = checkpoints.write(tmp_path / "m", tensors)
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight\.heads' has the name that a pack"):
+        pack(source, tmp_path / "p")
+    assert [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
 # --------------------------------------------------------------------------------------------------
 # Settings and targets
 

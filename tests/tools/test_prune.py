@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tierd_tools.errors import BadSetting
-from tierd_tools.prune import DTYPES, magnitude
+from tierd_tools.prune import DTYPES, is_pruned, magnitude
 
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
@@ -102,3 +102,33 @@ def test_a_dtype_that_cannot_be_pruned_is_refused_by_name() -> None:
         magnitude(np.zeros(4, np.uint64), "I64", 0.5)
     with pytest.raises(BadSetting, match="uint32"):
         magnitude(np.zeros(4, np.uint32), "BF16", 0.5)
+
+
+def test_a_matrix_counts_as_pruned_from_a_hundredth_below_what_is_wanted() -> None:
+    bits = np.ones((100, 100), np.uint16)
+    bits.reshape(-1)[:4900] = 0
+    assert is_pruned(bits, 0.49)
+    assert is_pruned(bits, 0.5)
+    assert not is_pruned(bits, 0.51)
+    assert not is_pruned(np.ones((10, 10), np.uint16), 0.005)
+    assert not is_pruned(np.zeros((0, 4), np.uint16), 0.5)
+
+
+def test_negative_zeros_do_not_count_because_they_are_stored() -> None:
+    bits = np.full((8, 8), 0x8000, np.uint16)
+    assert not is_pruned(bits, 0.5)
+
+
+def test_two_of_four_counts_as_pruned_whatever_is_wanted() -> None:
+    bits = np.ones((64, 128), np.uint16)
+    bits.reshape(-1, 4)[:, 1:3] = 0
+    assert is_pruned(bits, 0.9)
+    bits[3, :4] = 0  # a weight that happens to be zero
+    assert is_pruned(bits, 0.9)
+    bits[3, :4] = [0, 1, 1, 1]
+    assert not is_pruned(bits, 0.9)
+    half = np.ones((64, 128), np.uint16)
+    half[:, ::2] = 0
+    half[:, :8] = [0, 0, 0, 0, 1, 1, 1, 1]
+    assert not is_pruned(half, 0.9)
+    assert not is_pruned(np.tile(np.array([0, 0, 1], np.uint16), (4, 1)), 0.9)

@@ -63,6 +63,76 @@ def test_a_sparsity_outside_its_range_is_usage(
     assert sparsity.rstrip("0").rstrip(".") in capsys.readouterr().err
 
 
+def test_every_setting_of_pack_reaches_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tierd_tools import pack
+
+    def called(*arguments: object, progress: object, **settings: object) -> dict[str, object]:
+        return {"arguments": [str(argument) for argument in arguments], **settings}
+
+    monkeypatch.setattr(pack, "pack", called)
+    argv = ["pack", "m", "p", "--json", "--codec", "int4", "--group", "64", "--prune", "wanda"]
+    argv += ["--sparsity", "0.5", "--sparsity-of", "a=0.1", "--sparsity-of", "b=0.2"]
+    argv += ["--keep", "c", "--keep", "d", "--calibration", "t", "--calibration-windows", "3"]
+    assert tierctl.main(argv) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "arguments": ["m", "p"],
+        "codec": "int4",
+        "group": 64,
+        "prune": "wanda",
+        "sparsity": 0.5,
+        "sparsity_of": ["a=0.1", "b=0.2"],
+        "keep": ["c", "d"],
+        "calibration": "t",
+        "calibration_windows": 3,
+    }
+    assert tierctl.main(["pack", "m", "p", "--json"]) == 0
+    defaults = json.loads(capsys.readouterr().out)
+    assert (defaults["codec"], defaults["prune"], defaults["group"]) == ("lossless", "none", None)
+
+
+def test_the_settings_of_eval_and_unpack_reach_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tierd_tools import evaluate, unpack
+
+    def called(*arguments: object, progress: object, **settings: object) -> dict[str, object]:
+        return {"arguments": [str(argument) for argument in arguments], **settings}
+
+    monkeypatch.setattr(evaluate, "evaluate", called)
+    monkeypatch.setattr(unpack, "unpack", called)
+    for argv, expected in (
+        (["eval", "p", "--text", "t"], {"arguments": ["p", "t"]}),
+        (
+            ["eval", "p", "--text", "t", "--windows", "2", "--window-tokens", "9"],
+            {"arguments": ["p", "t"], "windows": 2, "window_tokens": 9},
+        ),
+        (["unpack", "p", "o"], {"arguments": ["p", "o"], "format": "checkpoint"}),
+        (
+            ["unpack", "p", "o", "--format", "sparse-bitmask"],
+            {"arguments": ["p", "o"], "format": "sparse-bitmask"},
+        ),
+    ):
+        assert tierctl.main([*argv, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == expected
+
+
+def test_a_setting_that_is_refused_names_the_value_and_what_is_allowed(
+    packs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        tierctl.main(["pack", str(packs), str(tmp_path / "p"), "--codec", "int3"])
+    assert end.value.code == 2
+    assert "'int3' (choose from " in capsys.readouterr().err
+    for argv, text in (
+        (["--codec", "int8", "--group", "100"], "group 100 is not a positive multiple of 64"),
+        (["--prune", "magnitude", "--sparsity-of", "x"], "'x' is not PATTERN=S"),
+    ):
+        assert tierctl.main(["pack", str(packs), str(tmp_path / "p"), *argv]) == 2
+        assert text in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", ["", "/tmp/" + "s" * 103])
 def test_a_socket_that_cannot_be_a_path_is_usage_as_it_is_for_the_daemon(
     path: str, capsys: pytest.CaptureFixture[str]

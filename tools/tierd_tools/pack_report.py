@@ -28,6 +28,8 @@ class PackReport:
     layers: int
     tensors: int
     codecs: dict[str, int]  #: how many tensors each codec stores
+    compressed_source_bytes: int  #: of the tensors that are not dense
+    compressed_bytes: int  #: all their arrays
     masked_tensors: int  #: stored with a bitmap
     zero_share: float  #: of the elements of the masked tensors
     pruned_tensors: int
@@ -54,6 +56,7 @@ class PackReport:
     ) -> PackReport:
         """From what was written."""
         tensors = [tensor for layer in index.layers for tensor in layer.tensors]
+        compressed = [tensor for tensor in tensors if tensor.codec != "dense"]
         masked = [tensor for tensor in tensors if "bitmap" in tensor.arrays]
         elements = sum(prod(tensor.shape) for tensor in masked)
         nbytes = {tensor.name: tensor.dense_bytes for tensor in tensors}
@@ -64,6 +67,8 @@ class PackReport:
             layers=len(index.layers),
             tensors=len(tensors),
             codecs=dict(sorted(Counter(tensor.codec for tensor in tensors).items())),
+            compressed_source_bytes=sum(tensor.dense_bytes for tensor in compressed),
+            compressed_bytes=sum(x.nbytes for tensor in compressed for x in tensor.arrays.values()),
             masked_tensors=len(masked),
             zero_share=1.0 - sum(t.nnz for t in masked) / elements if elements else 0.0,
             pruned_tensors=sum(len(layer.pruned) for layer in finished),
@@ -82,15 +87,20 @@ class PackReport:
         ratio = self.source_bytes / self.pack_bytes if self.pack_bytes else 0.0
         rate = self.source_bytes / max(self.seconds, 1e-9) / 1e6
         codecs = ", ".join(f"{count} {codec}" for codec, count in self.codecs.items())
+        before, after = self.compressed_source_bytes, self.compressed_bytes
         lines = [
             f"{self.pack_dir}: {self.layers} layers, {self.tensors} tensors in {self.shards} shards"
             f"{' (replaced)' if self.replaced else ''}",
             f"{size_text(self.source_bytes)} -> {size_text(self.pack_bytes)} ({ratio:.2f}x) in "
             f"{self.seconds:.1f} s, {rate:,.0f} MB/s",
             f"tensors: {codecs}; {self.aliases} aliases",
-            f"{self.masked_tensors} tensors with bitmap, {100 * self.zero_share:.1f} % zeros; "
-            f"{self.pruned_tensors} pruned",
         ]
+        if after:
+            lines.append(
+                f"compressed ones: {size_text(before)} -> {size_text(after)} "
+                f"({before / after:.2f}x); {self.masked_tensors} with bitmap, "
+                f"{100 * self.zero_share:.1f} % zeros; {self.pruned_tensors} pruned"
+            )
         if self.imported:
             lines.append(f"imported: {self.imported}")
         if self.left_tensors:

@@ -51,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
     unpack = command("unpack", _unpack, "Turn a pack back into an ordinary checkpoint.")
     unpack.add_argument("pack_dir", type=Path)
     unpack.add_argument("out_dir", type=Path)
+    unpack.add_argument(
+        "--format",
+        choices=("checkpoint", "sparse-bitmask"),
+        default="checkpoint",
+        help="an ordinary checkpoint, or one of compressed-tensors",
+    )
 
     evaluate = command("eval", _eval, "Run a pack over a text: perplexity and speed.")
     evaluate.add_argument("pack_dir", type=Path)
@@ -141,7 +147,12 @@ def _verify(arguments: argparse.Namespace) -> Any:
 def _unpack(arguments: argparse.Namespace) -> Any:
     from tierd_tools import unpack
 
-    return unpack.unpack(arguments.pack_dir, arguments.out_dir, progress=_progress(arguments))
+    return unpack.unpack(
+        arguments.pack_dir,
+        arguments.out_dir,
+        format=arguments.format,
+        progress=_progress(arguments),
+    )
 
 
 def _eval(arguments: argparse.Namespace) -> Any:

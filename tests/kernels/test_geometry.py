@@ -410,7 +410,6 @@ def test_flipped_bits_give_what_the_reference_makes_of_them_never_a_crash(
         return
     expand(matrix, out, threads=2)
     linear(matrix, x, y, threads=2)
-    differ = out != wanted
-    # The scale of a level can become a NaN, of which there are many.
-    assert np.isnan(reference.decode(out[differ], dtype)).all()
-    assert np.isnan(reference.decode(wanted[differ], dtype)).all()
+    # A scale that is negative or not finite breaks the format: any value, but no crash.
+    if matrix.scales is None or (matrix.scales < 0x7F80).all():
+        np.testing.assert_array_equal(out, wanted)

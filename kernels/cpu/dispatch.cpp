@@ -8,6 +8,12 @@ bool plain_supported() { return true; }
 
 #if defined(__x86_64__)
 // GCC's builtin also asks whether the operating system saves the wide registers.
+bool avx2_supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+}
+
 bool avx512_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -20,6 +26,7 @@ bool avx512_supported() {
 const Kernels* const kAllKernels[] = {
     &kPlain,
 #if defined(__x86_64__)
+    &kAvx2,
     &kAvx512,
 #endif
     nullptr,

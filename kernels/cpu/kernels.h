@@ -72,9 +72,11 @@ struct Kernels {
 
 // In dispatch.cpp: no code of a unit runs before these said yes.
 bool plain_supported();
+bool avx2_supported();
 bool avx512_supported();
 
 extern const Kernels kPlain;
+extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 
 // Null-terminated, slowest first.

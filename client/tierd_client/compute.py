@@ -13,24 +13,29 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from tierd_client.blocks import blocked_product
 from tierd_client.errors import UnsupportedOperation
+from tierd_client.scratch import Scratch
 
 if TYPE_CHECKING:
     from tierd_client.leasing import LayerLeases
     from tierd_client.names import Stored
     from tierd_client.tensors import PackedTensor
 
-#: Fused multiplication up to this many rows of x; above, one expansion and a dense product win
+__all__ = ["FUSED_ROWS", "Arithmetic", "ArithmeticCounters", "Compute", "blocked_product"]
+
+#: Fused multiplication up to this many rows of x; above, blocks and dense products win
 #: (`make bench ONLY=kernels` has the rows around it).
 FUSED_ROWS = 16
-ALIGNMENT = 64  # a cache line; what torch's own CPU allocator gives
 
 
 class Compute(StrEnum):
     """How packed weights are multiplied.
 
     DENSE: always the whole matrix expanded, then exactly one `F.linear`: the bits of the in-memory
-    model. FUSED: up to FUSED_ROWS rows straight from the packed form, in float32, rounded once.
+    model. The weights of a lossy codec (int8, int4) are rounded to the model's dtype first.
+    FUSED: up to FUSED_ROWS rows straight from the packed form, in float32, rounded once, a lossy
+    codec's weights unrounded; more rows as DENSE, but a block of the matrix at a time.
     """
 
     DENSE = "dense"
@@ -39,27 +44,29 @@ class Compute(StrEnum):
 
 @dataclass(slots=True)
 class ArithmeticCounters:
-    """Calls and time of the two ways to use a packed weight; the expansions' products excluded."""
+    """Calls and time of the three ways to use a packed weight: expanded whole (the product that
+    follows is excluded), fused, and blocked (the products are included)."""
 
     expansions: int = 0
     expand_ns: int = 0
     fused_calls: int = 0
     fused_ns: int = 0
+    blocked_calls: int = 0
+    blocked_ns: int = 0
 
 
 class Arithmetic:
     """Computes `x @ W.T + b` for the packed and dense-stored weights of one model. Thread-safe.
 
-    largest_bytes: of the largest packed matrix when expanded; each thread that expands gets one
-    scratch buffer of this size, on first use, for as long as it lives.
+    Each thread that expands has one scratch buffer for as long as it lives: of the largest packed
+    matrix with DENSE, of a block with FUSED.
     """
 
-    def __init__(self, leases: LayerLeases, compute: Compute, largest_bytes: int) -> None:
+    def __init__(self, leases: LayerLeases, compute: Compute) -> None:
         self.compute = compute
         self._leases = leases
-        self._largest_bytes = largest_bytes
         self._local = threading.local()
-        self._scratches: weakref.WeakSet[_Scratch] = weakref.WeakSet()
+        self._scratches: weakref.WeakSet[Scratch] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._counters = ArithmeticCounters()
 
@@ -89,12 +96,15 @@ class Arithmetic:
         if not weight.packed:
             return _product(x, weight, None, bias)
         begin = perf_counter_ns()
-        if self.compute is Compute.FUSED and math.prod(x.shape[:-1]) <= FUSED_ROWS:
-            out = weight.linear(x, bias)
+        if self.compute is Compute.FUSED:
+            few = math.prod(x.shape[:-1]) <= FUSED_ROWS
+            out = weight.linear(x, bias) if few else weight.blocked(x, bias, self._scratch())
             elapsed = perf_counter_ns() - begin
             with self._lock:
-                self._counters.fused_calls += 1
-                self._counters.fused_ns += elapsed
+                self._counters.fused_calls += few
+                self._counters.fused_ns += few * elapsed
+                self._counters.blocked_calls += not few
+                self._counters.blocked_ns += (not few) * elapsed
             return out
         dense = weight.dense(self._scratch().matrix(weight.shape, weight.dtype))
         elapsed = perf_counter_ns() - begin
@@ -103,10 +113,10 @@ class Arithmetic:
             self._counters.expand_ns += elapsed
         return _product(x, weight, dense, bias)
 
-    def _scratch(self) -> _Scratch:
-        scratch: _Scratch | None = getattr(self._local, "scratch", None)
+    def _scratch(self) -> Scratch:
+        scratch: Scratch | None = getattr(self._local, "scratch", None)
         if scratch is None:
-            scratch = self._local.scratch = _Scratch(self._largest_bytes)
+            scratch = self._local.scratch = Scratch()
             self._scratches.add(scratch)
         return scratch
 
@@ -149,25 +159,3 @@ def _like_parameter(matrix: torch.Tensor) -> torch.Tensor:
     summed in another order. (`should_fold` in ATen/native/LinearAlgebra.cpp.)
     """
     return matrix.detach().requires_grad_()
-
-
-class _Scratch:
-    """A thread's reused buffer, ALIGNMENT-aligned, and the matrices that were laid over it."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        with torch.inference_mode(False):  # the thread may leave inference mode later
-            room = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
-        begin = -room.data_ptr() % ALIGNMENT
-        self._buffer = room[begin : begin + nbytes]
-        self._matrices: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
-
-    def matrix(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor at the buffer's start; the previous one's content is lost."""
-        found = self._matrices.get((shape, dtype))
-        if found is None:
-            nbytes = math.prod(shape) * dtype.itemsize
-            with torch.inference_mode(False):
-                found = _like_parameter(self._buffer[:nbytes].view(dtype).view(shape))
-            self._matrices[shape, dtype] = found
-        return found

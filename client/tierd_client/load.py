@@ -38,8 +38,11 @@ def load_model(
 
     compute: "dense" gives the bits of the in-memory model (under torch.no_grad, as `generate` runs
     it); "fused" multiplies a few tokens straight from the packed form, in float32 with one
-    rounding. socket: see `Client`. The model has `model.tierd`, with `.statistics()` and
-    `.close()`. Norms and biases stay on the meta device until their layer is first used.
+    rounding, and more of them with blocks of it that stay in cache. The in-memory model of a pack
+    in a lossy codec (int8, int4) is that of `tierctl unpack`, with the quantised weights rounded to
+    its dtype; "fused" multiplies a few tokens with the unrounded ones.
+    socket: see `Client`. The model has `model.tierd`, with `.statistics()` and `.close()`. Norms
+    and biases stay on the meta device until their layer is first used.
     Raises UnsupportedModel with the list of what stands in the way, ModelNotFound, PackInvalid,
     BudgetTooSmall, DaemonGone, PrivateDaemonFailed; ValueError for another `compute`.
     """
@@ -79,7 +82,7 @@ def _load(source: Source, compute: Compute) -> Any:
         model, mapping = _empty_model(opened, directory)
     placement = Placement(model, mapping)
     leases = LayerLeases(opened, placement.order)
-    arithmetic = Arithmetic(leases, compute, placement.largest_bytes)
+    arithmetic = Arithmetic(leases, compute)
     sites = placement.install(leases, arithmetic)
     copied_bytes = _copy_now(opened, placement.copied_now)
     served = Served(leases, arithmetic, sites, copied_bytes, source.close)

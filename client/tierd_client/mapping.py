@@ -14,8 +14,6 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tierd_client import fork
 from tierd_client.errors import ProtocolBroken
 from tierd_layouts.errors import FormatError
@@ -73,24 +71,13 @@ class Mapping:
         fork.in_child(self._span, _poison)
         self._address = address
         self._populated: set[int] = set()
-        self._arrays: dict[str, np.ndarray[Any, Any]] = {}
         self._tensors: dict[torch.dtype, torch.Tensor] = {}
         _libc.madvise(address, nbytes, MADV_HUGEPAGE)  # EINVAL without THP: then 4 KiB it is
         _libc.madvise(address, nbytes, MADV_DONTDUMP)  # a core dump needs no weights
 
-    def array(self, dtype: str, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
-        """A read-only array of `dtype` ("u1", "u2", "u4", "u8") over a range. No copy.
-
-        offset, nbytes: multiples of the item size, inside the mapping (the caller checked).
-        """
-        whole = self._arrays.get(dtype)
-        if whole is None:
-            item = np.dtype(dtype).itemsize
-            whole = np.frombuffer(self._span, dtype, self.nbytes // item)
-            whole.flags.writeable = False
-            self._arrays[dtype] = whole
-        shift = whole.itemsize.bit_length() - 1
-        return whole[offset >> shift : (offset + nbytes) >> shift]
+    def buffer(self, offset: int, nbytes: int) -> memoryview:
+        """A read-only view of a range inside the mapping (the caller checked). No copy."""
+        return memoryview(self._span).cast("B")[offset : offset + nbytes].toreadonly()
 
     def tensor(
         self, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
@@ -136,9 +123,14 @@ class TableMapping:
     def __init__(self, fd: int, nbytes: int) -> None:
         self._mapping = Mapping(fd, nbytes, "slot table")
         try:
-            self.table = SlotTable(self._mapping.array("u1", 0, nbytes).data)
+            self.table = SlotTable(self._mapping.buffer(0, nbytes))
         except FormatError as error:
             raise ProtocolBroken(f"unreadable slot table: {error}") from error
+
+    @property
+    def holders(self) -> int:
+        """Processes that work with leases now, as the daemon counts; 0 when it does not."""
+        return self.table.holders
 
     def generation(self, slot: int) -> int:
         """The generation that the slot holds now, 0 when it is free or unknown."""

@@ -15,6 +15,7 @@ from tierd_client.lease import Lease, PendingLease
 from tierd_client.mapping import mappings
 from tierd_layouts.errors import FormatError
 from tierd_layouts.index import INDEX_FILE, PackIndex
+from tierd_layouts.layer_reader import packed_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tierd_client.protocol import Reply
     from tierd_client.statistics import Counters
     from tierd_layouts.index import Layer, Tensor
+    from tierd_layouts.packed_matrix import PackedMatrix
 
 
 class OpenedModel:
@@ -62,6 +64,8 @@ class OpenedModel:
         finally:
             os.close(arena_fd)
             os.close(table_fd)
+        #: By tensor: where its layer lay when it was last used, and its arrays there.
+        self._matrices: dict[str, tuple[int, PackedMatrix]] = {}
         self._numbers = {layer.name: number for number, layer in enumerate(self.index.layers)}
 
     def __repr__(self) -> str:
@@ -92,6 +96,15 @@ class OpenedModel:
             if record.name == name:
                 return record
         return None
+
+    def packed_matrix(self, layer: Layer, record: Tensor, offset: int) -> PackedMatrix:
+        """A matrix of a layer that lies at `offset` of the arena. A layer mostly comes back to
+        where it was, so its arrays are made once."""
+        place, matrix = self._matrices.get(record.name, (-1, None))
+        if matrix is None or place != offset:
+            matrix = packed_matrix(self.mapping.buffer(offset, layer.nbytes), record)
+            self._matrices[record.name] = offset, matrix
+        return matrix
 
     def plan(self, order: Iterable[str | int], *, cyclic: bool = True, lookahead: int = 1) -> int:
         """Declare the order in which layers will be asked for; returns the bytes that the daemon

@@ -31,8 +31,7 @@ class Placement:
 
     model: as transformers' loader left it. mapping: its parameters' and buffers' stored tensors.
     order: layer numbers as modules were registered, the first guess of the order of use.
-    largest_bytes: of the packed matrices, expanded. copied_now: what no site will fill in; complete
-    after `install`. Raises UnsupportedModel.
+    copied_now: what no site will fill in; complete after `install`. Raises UnsupportedModel.
     """
 
     def __init__(self, model: Any, mapping: Mapping[str, Stored]) -> None:
@@ -44,10 +43,6 @@ class Placement:
         self._classify(mapping)
         self._sites = self._site_layers()
         self.order = list(self._sites.values())
-        self.largest_bytes = max(
-            (s.tensor.dense_bytes for s in self._linears.values() if s.tensor.codec != "dense"),
-            default=0,
-        )
 
     def _classify(self, mapping: Mapping[str, Stored]) -> None:
         model, unfit = self._model, []

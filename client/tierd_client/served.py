@@ -25,7 +25,8 @@ class ModelStatistics:
 
     entries: layers entered; leases: of them, those that asked the daemon; ahead: entries whose
     layer had been asked for ahead; stall_ns: time that entries waited. expansions, expand_ns:
-    packed matrices expanded into scratch; fused_calls, fused_ns: multiplied without it.
+    packed matrices expanded whole into scratch; fused_calls, fused_ns: multiplied without it;
+    blocked_calls, blocked_ns: multiplied a block at a time, expanding included.
     copied_bytes (norms, biases) and scratch_bytes are the model's own memory beside the arena.
     """
 
@@ -37,6 +38,8 @@ class ModelStatistics:
     expand_ns: int
     fused_calls: int
     fused_ns: int
+    blocked_calls: int
+    blocked_ns: int
     copied_bytes: int
     scratch_bytes: int
 
@@ -82,6 +85,8 @@ class Served:
             expand_ns=arithmetic.expand_ns,
             fused_calls=arithmetic.fused_calls,
             fused_ns=arithmetic.fused_ns,
+            blocked_calls=arithmetic.blocked_calls,
+            blocked_ns=arithmetic.blocked_ns,
             copied_bytes=self._copied_bytes + sum(site.copied_bytes for site in self._sites),
             scratch_bytes=self._arithmetic.scratch_bytes,
         )

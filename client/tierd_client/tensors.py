@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from tierd_client.lease import Lease
+    from tierd_client.scratch import Scratch
     from tierd_layouts.index import Tensor
     from tierd_layouts.packed_matrix import PackedMatrix
 
@@ -95,7 +96,7 @@ class PackedTensor:
         import tierd_kernels
 
         try:
-            tierd_kernels.expand(self._packed_matrix(), _bits(out))
+            tierd_kernels.expand(self._packed_matrix(), bits_of(out), threads=self._threads())
         except tierd_kernels.KernelError as error:
             raise self._corrupt(error) from error
         return out
@@ -171,7 +172,8 @@ class PackedTensor:
         out = torch.empty(tokens, rows, dtype=torch.float32)
         flat = x.detach().reshape(tokens, cols).contiguous()
         try:
-            tierd_kernels.linear(self._packed_matrix(), _bits(flat), out.numpy())
+            bits, matrix = bits_of(flat), self._packed_matrix()
+            tierd_kernels.linear(matrix, bits, out.numpy(), threads=self._threads())
         except tierd_kernels.KernelError as error:
             raise self._corrupt(error) from error
         if bias is not None:
@@ -182,23 +184,39 @@ class PackedTensor:
             out += bias.detach().float()
         return out.view(*x.shape[:-1], rows)
 
+    def blocked(self, x: torch.Tensor, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
+        """As `linear`, for many tokens and a compressed tensor only: torch multiplies with blocks
+        of rows that are expanded into `scratch`, and bias must be of the tensor's dtype."""
+        import tierd_kernels
+        from tierd_client.blocks import blocked_product
+
+        self._check_x(x)
+        rows, cols = self.shape
+        tokens = x.numel() // cols if cols else math.prod(x.shape[:-1])
+        try:
+            out = blocked_product(
+                self._packed_matrix(),
+                x.detach().reshape(tokens, cols),
+                bias,
+                scratch=scratch,
+                threads=self._threads(),
+            )
+        except tierd_kernels.KernelError as error:
+            raise self._corrupt(error) from error
+        return out.view(*x.shape[:-1], rows)
+
     # --------------------------------------------------------------------------------------- checks
+
+    def _threads(self) -> int:
+        from tierd_client.cores import kernel_threads
+
+        return kernel_threads(self._lease.opened.table.holders)
 
     def _packed_matrix(self) -> PackedMatrix:
         """Its arrays are read-only, in the arena."""
         if self._matrix is None:
-            from tierd_layouts.packed_matrix import PackedMatrix
-
-            stored, base = self._record.arrays, self._lease.offset
-            value = "u2" if self.dtype.itemsize == 2 else "u4"
-            bitmap, offsets, values = (
-                self._lease.mapping.array(kind, base + stored[part].offset, stored[part].nbytes)
-                for part, kind in (("bitmap", "u8"), ("offsets", "u4"), ("values", value))
-            )
-            rows, cols = self.shape
-            self._matrix = PackedMatrix(
-                self.codec, self._record.dtype, rows, cols, bitmap, offsets, values
-            )
+            lease = self._lease
+            self._matrix = lease.opened.packed_matrix(lease.layer, self._record, lease.offset)
         return self._matrix
 
     def _check_x(self, x: torch.Tensor) -> None:
@@ -242,7 +260,7 @@ class PackedTensor:
         return TensorCorrupt(f"{lease.opened.name}/{lease.layer.name}, {self.name!r}: {error}")
 
 
-def _bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def bits_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """The raw bits of a contiguous 16-bit or 32-bit tensor, uint16 or uint32, without a copy."""
     import torch
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from tierd_layouts import exponent_packed, packed_matrix, quantised
 from tierd_layouts.container import LayerBuilder, write_index, write_shard
 from tierd_layouts.index import PackIndex
 from tierd_layouts.slot_table import SlotState, SlotTable, table_bytes
@@ -31,15 +32,28 @@ SLOT_BYTES = 2 << 20
 F_ADD_SEALS, F_SEAL_SHRINK = 1033, 2
 _epochs = itertools.count(4711)
 FILES = ("config.json", "tierd.json")
+#: Matrices of layer `odd` in the other codecs: name -> codec, dtype, masked. Edge tiles everywhere.
+CODED = {
+    "odd.exponent": ("exponent-packed", "BF16", True),
+    "odd.exponent.dense": ("exponent-packed", "BF16", False),
+    "odd.exponent.half": ("exponent-packed", "F16", True),
+    "odd.exponent.single": ("exponent-packed", "F32", False),
+    "odd.int8": ("int8", "BF16", True),
+    "odd.int8.dense": ("int8", "F32", False),
+    "odd.int4": ("int4", "BF16", True),
+    "odd.int4.dense": ("int4", "F16", False),
+}
 
 
 @dataclass
 class TinyPack:
-    """A pack on disk and, by tensor name, the bits that went into it."""
+    """A pack on disk and, by tensor name, the bits that come out of it; of a lossy codec also the
+    weights before their rounding to the dtype."""
 
     folder: Path
     index: PackIndex
     bits: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    unrounded: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     def layer_bytes(self, number: int) -> bytes:
         (extent,) = self.index.layers[number].extents
@@ -63,10 +77,12 @@ def sparse_bits(
 
 
 def build_pack(folder: Path) -> TinyPack:
-    """Four layers: `embed` dense, `blocks.0` and `blocks.1` packed and dense, `odd` one of each."""
+    """Four layers: `embed` dense, `blocks.0` and `blocks.1` packed and dense, `odd` one of each
+    dtype and codec."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(7)
     bits: dict[str, np.ndarray[Any, Any]] = {}
+    unrounded: dict[str, np.ndarray[Any, Any]] = {}
     layers = []
 
     def raw(builder: LayerBuilder, name: str, shape: tuple[int, int], dtype: str) -> None:
@@ -92,6 +108,15 @@ def build_pack(folder: Path) -> TinyPack:
     raw(builder, "odd.single", (64, 128), "F32")
     raw(builder, "odd.bfloat", (1, 3), "BF16")
     dense(builder, "odd.nothing", (0, 4))
+    for name, (codec, dtype, masked) in CODED.items():
+        source = sparse_bits(rng, (130, 200), dtype)
+        if codec == exponent_packed.CODEC:
+            matrix = exponent_packed.encode(source, dtype, masked=masked)
+        else:
+            matrix = quantised.encode(source, dtype, codec=codec, group=128, masked=masked)
+            unrounded[name] = quantised.weights(matrix)
+        bits[name] = packed_matrix.decode(matrix)
+        builder.add_matrix(name, matrix)
     layers.append(builder.finish())
     shard, records = write_shard(folder / "tierd-00001.safetensors", 0, layers)
     index = PackIndex(
@@ -104,7 +129,7 @@ def build_pack(folder: Path) -> TinyPack:
     )
     (folder / "config.json").write_text('{"model_type": "tiny"}')
     write_index(folder, index)
-    return TinyPack(folder, index, bits)
+    return TinyPack(folder, index, bits, unrounded)
 
 
 class FakeDaemon:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,6 +11,9 @@ from torch.nn import functional
 from tierd_client import compute
 from tierd_client.compute import Arithmetic, Compute
 from tierd_client.errors import UnsupportedOperation
+
+if TYPE_CHECKING:
+    from tierd_client.scratch import Scratch
 
 STORED: Any = SimpleNamespace(name="w", layer=5)
 
@@ -25,6 +28,7 @@ class FakeWeight:
         self.dtype = matrix.dtype
         self.outs: list[torch.Tensor] = []
         self.fused_rows: list[int] = []
+        self.blocked_rows: list[int] = []
 
     def dense(self, out: torch.Tensor) -> torch.Tensor:
         out.detach().copy_(self.matrix)
@@ -33,6 +37,12 @@ class FakeWeight:
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         self.fused_rows.append(x.numel() // x.shape[-1])
+        return functional.linear(x, self.matrix, bias)
+
+    def blocked(self, x: torch.Tensor, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
+        self.blocked_rows.append(x.numel() // x.shape[-1])
+        block = scratch.matrix((1, 6), self.dtype)
+        assert not block.is_inference()
         return functional.linear(x, self.matrix, bias)
 
     def unchecked_view(self) -> torch.Tensor:
@@ -58,8 +68,8 @@ class FakeLeases:
         self.log.append(f"leave {layer}")
 
 
-def arithmetic(leases: Any, mode: str = "dense", nbytes: int = 4096) -> Arithmetic:
-    return Arithmetic(leases, Compute(mode), nbytes)
+def arithmetic(leases: Any, mode: str = "dense") -> Arithmetic:
+    return Arithmetic(leases, Compute(mode))
 
 
 @pytest.mark.parametrize("rows", [1, 100])
@@ -95,7 +105,9 @@ def test_the_product_is_that_of_a_linear_in_memory(
     with torch.no_grad():
         got = arithmetic(FakeLeases(weight), mode).linear(STORED, x, linear.bias)
         assert torch.equal(got, linear(x))
-    assert bool(weight.outs) == (packed and (mode == "dense" or 2 * rows > 32))
+    assert bool(weight.outs) == (packed and mode == "dense")
+    assert bool(weight.fused_rows) == (packed and mode == "fused" and rows == 1)
+    assert bool(weight.blocked_rows) == (packed and mode == "fused" and rows == 100)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -107,20 +119,32 @@ def test_a_strided_batch_is_multiplied_as_a_parameter_would_be(packed: bool) -> 
     x = torch.randn(2, 9, 60)[:, -1:, :]
     with torch.no_grad():
         plain = functional.linear(x, linear.weight.detach())
-        got = arithmetic(FakeLeases(weight), nbytes=48000).linear(STORED, x, None)
+        got = arithmetic(FakeLeases(weight)).linear(STORED, x, None)
         assert torch.equal(got, linear(x))
     if torch.equal(plain, linear(x)):
         pytest.skip("this torch sums both in the same order")
 
 
-def test_fused_is_for_few_rows() -> None:
+def test_fused_is_for_few_rows_and_blocked_for_more() -> None:
     weight = FakeWeight(torch.randn(5, 6), packed=True)
     fused = arithmetic(FakeLeases(weight), "fused")
     for rows in (1, compute.FUSED_ROWS, compute.FUSED_ROWS + 1):
         fused.linear(STORED, torch.randn(rows, 6), None)
     assert weight.fused_rows == [1, compute.FUSED_ROWS]
+    assert weight.blocked_rows == [compute.FUSED_ROWS + 1]
     counters = fused.counters()
-    assert (counters.fused_calls, counters.expansions) == (2, 1)
+    assert (counters.fused_calls, counters.blocked_calls, counters.expansions) == (2, 1, 0)
+    assert counters.fused_ns > 0
+    assert counters.blocked_ns > 0
+    assert counters.expand_ns == 0
+
+
+def test_expansions_are_counted_without_their_products() -> None:
+    weight = FakeWeight(torch.randn(5, 6), packed=True)
+    dense = arithmetic(FakeLeases(weight))
+    dense.linear(STORED, torch.randn(1, 6), None)
+    counters = dense.counters()
+    assert (counters.fused_calls, counters.blocked_calls, counters.expansions) == (0, 0, 1)
     assert counters.expand_ns > 0
 
 
@@ -137,7 +161,15 @@ def test_scratch_is_one_aligned_buffer_for_a_thread() -> None:
     thread.join()
     assert len({out.data_ptr() for out in weight.outs}) == 2
     weight.outs.clear()
-    assert dense.scratch_bytes == 4096  # the other thread's went with it
+    assert dense.scratch_bytes == 5 * 6 * 4  # the other thread's went with it
+
+
+def test_scratch_of_fused_products_is_a_block() -> None:
+    fused = arithmetic(FakeLeases(FakeWeight(torch.randn(5, 6), packed=True)), "fused")
+    fused.linear(STORED, torch.randn(1, 6), None)
+    assert fused.scratch_bytes == 0
+    fused.linear(STORED, torch.randn(100, 6), None)
+    assert fused.scratch_bytes == 1 * 6 * 4
 
 
 def test_matrices_of_all_dtypes_share_the_scratch() -> None:

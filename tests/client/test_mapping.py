@@ -34,7 +34,7 @@ def mapped() -> int:
 
 def test_arrays_show_the_memory_itself_and_cannot_be_written(memfd: int) -> None:
     mapping = Mapping(memfd, SPAN, "arena 0")
-    array = mapping.array("u2", 4096, 8)
+    array = np.frombuffer(mapping.buffer(4096, 8), np.uint16)
     assert array.tolist() == [0, 0, 0, 0]
     os.pwrite(memfd, np.arange(4, dtype=np.uint16).tobytes(), 4096)
     assert array.tolist() == [0, 1, 2, 3]
@@ -47,12 +47,12 @@ def test_tensors_lie_where_the_arrays_lie(memfd: int) -> None:
     os.pwrite(memfd, np.arange(6, dtype=np.float32).tobytes(), 512)
     tensor = mapping.tensor(torch.float32, (2, 3), (3, 1), 512)
     assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert tensor.data_ptr() == mapping.array("u1", 512, 1).ctypes.data
+    assert tensor.data_ptr() == np.frombuffer(mapping.buffer(512, 1), np.uint8).ctypes.data
 
 
 def test_the_mapping_starts_where_a_huge_page_can(memfd: int) -> None:
     mapping = Mapping(memfd, SPAN, "arena 0")
-    assert mapping.array("u1", 0, 1).ctypes.data % HUGE_BYTES == 0
+    assert np.frombuffer(mapping.buffer(0, 1), np.uint8).ctypes.data % HUGE_BYTES == 0
 
 
 @pytest.mark.parametrize("nbytes", [SPAN + 1, 0])
@@ -64,7 +64,7 @@ def test_a_file_shorter_than_announced_is_refused_with_both_sizes(memfd: int, nb
 def test_memory_is_unmapped_when_the_last_array_or_tensor_is_gone(memfd: int) -> None:
     before = mapped()
     mapping = Mapping(memfd, SPAN, "arena 0")
-    array = mapping.array("u1", 0, 10)
+    array = np.frombuffer(mapping.buffer(0, 10), np.uint8)
     tensor = mapping.tensor(torch.uint8, (4,), (1,), 0)
     exporter = mapping.exporter(0, 4)
     assert mapped() == before + 1
@@ -81,7 +81,7 @@ def test_populating_makes_the_range_present(memfd: int) -> None:
     mapping = Mapping(memfd, SPAN, "arena 0")
 
     def present() -> int:
-        begin = mapping.array("u1", 0, 1).ctypes.data
+        begin = np.frombuffer(mapping.buffer(0, 1), np.uint8).ctypes.data
         with open("/proc/self/smaps") as smaps:
             inside = False
             for line in smaps:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.client.conftest import CODED
 from tierd_client import Client
 from tierd_client.errors import BadTensorArgument, PackedView, TensorCorrupt
+from tierd_client.scratch import Scratch
 from tierd_client.tensors import TORCH_NAMES, torch_dtype
 from tierd_layouts.dtypes import ITEM_BYTES
 
@@ -16,11 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.client.conftest import FakeDaemon, TinyPack
-    from tierd_client import Lease
+    from tierd_client import Lease, PackedTensor
 
 PACKED = {
     "blocks.0": ["blocks.0.up.weight", "blocks.0.down.weight"],
-    "odd": ["odd.half", "odd.single", "odd.bfloat"],
+    "odd": ["odd.half", "odd.single", "odd.bfloat", *CODED],
 }
 NAMES = [(layer, name) for layer, names in PACKED.items() for name in names]
 UP = "blocks.0.up.weight"
@@ -123,27 +125,56 @@ def test_a_view_of_a_packed_tensor_is_refused_by_name(block: Lease) -> None:
 # ------------------------------------------------------------------------------------------ linear
 
 
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((got.double() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt())
+
+
+def unrounded(tensor: PackedTensor, pack: TinyPack) -> torch.Tensor:
+    """The weights in float64; of a lossy codec as they are before the rounding to the dtype."""
+    found = pack.unrounded.get(tensor.name)
+    return tensor.dense().double() if found is None else torch.from_numpy(found).double()
+
+
 @pytest.mark.parametrize(("layer", "name"), NAMES)
-@pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 5)], ids=str)
-@pytest.mark.parametrize("with_bias", [False, True])
 def test_linear_is_close_to_the_float64_product_for_any_leading_dimensions(
-    client: Client, layer: str, name: str, lead: tuple[int, ...], with_bias: bool
+    client: Client, pack: TinyPack, layer: str, name: str
 ) -> None:
     torch.manual_seed(3)
     with client.lease("tiny", layer) as lease:
         tensor = lease[name]
         rows, cols = tensor.shape
-        x = torch.randn(*lead, cols).to(tensor.dtype)
-        bias = torch.randn(rows).to(tensor.dtype) if with_bias else None
-        exact = x.double() @ tensor.dense().double().t()
-        if bias is not None:
-            exact = exact + bias.double()
-        single = tensor.linear_f32(x, bias)
-        assert (single.shape, single.dtype) == ((*lead, rows), torch.float32)
-        scale = exact.pow(2).mean().sqrt()
-        assert (single.double() - exact).pow(2).mean().sqrt() <= 1e-5 * scale
-        rounded = tensor.linear(x, bias)
-        assert torch.equal(rounded, single.to(tensor.dtype))  # rounded once
+        weight = unrounded(tensor, pack)
+        for lead in ((), (1,), (3,), (2, 5)):
+            x = torch.randn(*lead, cols).to(tensor.dtype)
+            for bias in (None, torch.randn(rows).to(tensor.dtype)):
+                exact = x.double() @ weight.t()
+                if bias is not None:
+                    exact = exact + bias.double()
+                single = tensor.linear_f32(x, bias)
+                assert (single.shape, single.dtype) == ((*lead, rows), torch.float32)
+                assert relative_error(single, exact) <= 1e-5
+                rounded = tensor.linear(x, bias)
+                assert torch.equal(rounded, single.to(tensor.dtype))  # rounded once
+
+
+@pytest.mark.parametrize(("layer", "name"), NAMES)
+def test_a_blocked_product_errs_as_little_as_torchs_own_with_the_dense_weight(
+    client: Client, layer: str, name: str
+) -> None:
+    torch.manual_seed(5)
+    with client.lease("tiny", layer) as lease:
+        tensor = lease[name]
+        rows, cols = tensor.shape
+        x, weight = torch.randn(4, 10, cols).to(tensor.dtype), tensor.dense()
+        for bias in (None, torch.randn(rows).to(tensor.dtype)):
+            exact = x.double() @ weight.double().t()
+            if bias is not None:
+                exact = exact + bias.double()
+            got = tensor.blocked(x, bias, Scratch())
+            assert (got.shape, got.dtype) == ((4, 10, rows), tensor.dtype)
+            assert got.is_contiguous()
+            theirs = relative_error(torch.nn.functional.linear(x, weight, bias), exact)
+            assert relative_error(got, exact) <= 1.05 * theirs
 
 
 def test_linear_takes_a_transposed_x_and_no_tokens(block: Lease) -> None:
@@ -215,6 +246,7 @@ def test_bytes_that_do_not_decode_name_model_layer_and_tensor(
     with client.lease("tiny", "blocks.0") as lease:
         uses: list[Callable[[], object]]
         uses = [lease[UP].dense, lambda: lease[UP].linear(x), lambda: lease[UP].linear_f32(x)]
+        uses.append(lambda: lease[UP].blocked(x, None, Scratch()))
         for use in uses:
             with pytest.raises(TensorCorrupt, match=r"tiny/blocks\.0, 'blocks\.0\.up\.weight'"):
                 use()

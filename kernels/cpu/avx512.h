@@ -24,25 +24,34 @@ struct alignas(kVector) RunCopy {
   uint8_t bytes[kLongestRecord + kVector];
 };
 
-// Expansion from a register. Given a load, the compiler would fold it into vpexpand's memory form:
-// alone it is as fast, but between the stores of the fused product it took 320 ns a tile instead of
-// 180 (Zen 5).
-inline __m512i in_register(const uint8_t* run) {
-  __m512i vector = _mm512_loadu_si512(run);
-  asm("" : "+v"(vector));
-  return vector;
+// A zero that the compiler does not know: vpexpand then merges into it. With zero-masking vpexpand
+// waits for the old content of its destination all the same (Zen 5: one per cycle becomes one per
+// 5 cycles), and whichever sum the register held before chains the rows together.
+inline __m512i fresh_zero() {
+  __m512i zero;
+  asm("vpxord %0, %0, %0" : "=v"(zero));
+  return zero;
 }
 
 inline __m512i expand32x16(uint32_t bits, const uint8_t* run) {
-  return _mm512_maskz_expand_epi16(bits, in_register(run));
+  return _mm512_mask_expand_epi16(fresh_zero(), bits, _mm512_loadu_si512(run));
 }
 
 inline __m512i expand16x32(uint32_t bits, const uint8_t* run) {
-  return _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), in_register(run));
+  return _mm512_mask_expand_epi32(fresh_zero(), static_cast<__mmask16>(bits),
+                                  _mm512_loadu_si512(run));
 }
 
-inline void prefetch(const void* at) {
-  _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
+// Bytes of values ahead of the load. Runs are consecutive, but the hardware's prefetcher stops at
+// each 4 KiB page. Measured on Zen 5, one core, 4096 x 4096 in bf16 at 50 %: 512 B 32, 1.5 KiB 43,
+// 4 KiB 48, 8 KiB 48 GB/s of dense bytes. Asking beyond the end of the values is harmless.
+constexpr uint64_t kAhead = 4096;
+
+template <uint32_t lines>
+inline void prefetch(const uint8_t* at) {
+  for (uint32_t line = 0; line < lines; ++line) {
+    _mm_prefetch(reinterpret_cast<const char*>(at + line * kVector), _MM_HINT_T0);
+  }
 }
 
 inline bool quantised(const Packed& m) {

@@ -17,8 +17,10 @@ struct alignas(kVector) Items {
   uint8_t bytes[kTile * kTile * 4 + kVector];
 };
 
-// Both put 64 top bytes, or 16, in order: base plus the bits of the planes, of which the first
-// `planes` words lie `stride` bytes apart.
+// Prefetched behind the end of the record: all parts of a record are read from the first element on.
+constexpr uint64_t kAheadOfRecord = 1536;
+
+// 64 top bytes: the base and the code's bits, of which the words lie `stride` bytes apart.
 template <uint32_t planes>
 inline __m512i top_bytes(__m512i base, const uint8_t* codes, uint64_t stride) {
   __m512i top = base;
@@ -39,7 +41,10 @@ void decode16(const Head& head, uint32_t count, const uint8_t* low, const uint8_
   const uint64_t stride = bit_plane_bytes(count);
   const __m512i base = _mm512_set1_epi8(static_cast<char>(head.base));
   const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const uint8_t* ahead = codes + planes * stride + kAheadOfRecord;
   for (uint32_t first = 0; first < count; first += 64, to += 2 * kVector) {
+    prefetch<2>(ahead);
+    ahead += 64 + 8 * planes;
     const __m512i lows = _mm512_permutexvar_epi64(halves, _mm512_loadu_si512(low + first));
     const __m512i tops =
         _mm512_permutexvar_epi64(halves, top_bytes<planes>(base, codes + first / 8, stride));
@@ -56,7 +61,10 @@ void decode32(const Head& head, uint32_t count, const uint8_t* low, const uint8_
   const uint64_t stride = bit_plane_bytes(count);
   const uint64_t bytes = byte_plane_bytes(count);
   const __m512i base = _mm512_set1_epi8(static_cast<char>(head.base));
+  const uint8_t* ahead = codes + planes * stride + kAheadOfRecord;
   for (uint32_t first = 0; first < count; first += 64) {
+    prefetch<4>(ahead);
+    ahead += 3 * 64 + 8 * planes;
     alignas(kVector) uint8_t tops[kVector];
     _mm512_store_si512(tops, top_bytes<planes>(base, codes + first / 8, stride));
     for (uint32_t i = 0; i < 64; i += 16, to += kVector) {
@@ -131,6 +139,7 @@ inline __m512i upper_halves(__m512 one, __m512 two) {
 
 inline void decode_int8(Dtype dtype, uint32_t count, const uint8_t* record, uint8_t* to) {
   for (uint32_t first = 0; first < count; first += 32, record += 32) {
+    prefetch<1>(record + kAhead);
     const auto level = [record](uint32_t at) {
       const __m128i* from = reinterpret_cast<const __m128i*>(record + at);
       return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from)));
@@ -169,6 +178,7 @@ inline void decode_int4(Dtype dtype, uint32_t count, const uint8_t* record, uint
   if (dtype == Dtype::kF32) {
     const __m512i levels = _mm512_load_si512(kLevelsF32);
     for (uint32_t first = 0; first < count; first += 16, record += 8, to += kVector) {
+      prefetch<1>(record + kAhead);
       const __m512i bytes = _mm512_cvtepu8_epi64(
           _mm_loadl_epi64(reinterpret_cast<const __m128i*>(record)));
       const __m512i numbers = _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28));
@@ -179,6 +189,7 @@ inline void decode_int4(Dtype dtype, uint32_t count, const uint8_t* record, uint
   const __m512i levels = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(
       dtype == Dtype::kBF16 ? kLevelsBF16 : kLevelsF16)));
   for (uint32_t first = 0; first < count; first += 32, record += 16, to += kVector) {
+    prefetch<1>(record + kAhead);
     const __m512i bytes = _mm512_cvtepu8_epi32(
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(record)));
     const __m512i numbers = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));

@@ -9,17 +9,12 @@ namespace tierd {
 namespace avx512 {
 namespace {
 
-#ifndef TOG
-#define TOG 4
-#endif
-constexpr uint32_t kTogether = TOG;
+constexpr uint32_t kTogether = 4;
 
-// Bytes of values ahead of the load: what the tiles beside take, so that these are there when their
-// turn comes.
-#ifndef AHD
-#define AHD 4608*TOG
-#endif
-constexpr uint64_t kAhead = AHD;
+// Bytes of values ahead of the load: what the tiles side by side take, so that the next ones are
+// there when their turn comes. Without, `raw` ran at 19 GB/s of dense bytes instead of 23 on one
+// core, at 33 instead of 40 on two (4096 x 4096 in bf16 at 50 %, Zen 5).
+constexpr uint64_t kRowAhead = 4608 * kTogether;
 
 struct Row16 {
   using Element = uint16_t;
@@ -144,7 +139,7 @@ void expand_tiles(const Ready* tiles, typename Row::Element* out, uint64_t strid
   for (uint32_t row = 0; row < rows; ++row, out += stride) {
     for (uint32_t i = 0; i < count; ++i) {
       Row expanded;
-      prefetch(run[i] + kAhead);
+      prefetch<1>(run[i] + kRowAhead);
       run[i] = expanded.load(tiles[i].words[row], run[i]);
       if constexpr (Values::kScaled) Values::scale(expanded, scale_of(tiles[i].scales, row));
       store<streaming>(expanded, out + i * kTile);

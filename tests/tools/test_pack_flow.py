@@ -66,7 +66,7 @@ class Watched:
     def run(self, tensors: list[PlannedTensor], *, ahead: int) -> list[str]:
         names = []
         with ThreadPoolExecutor(4) as pool:
-            for encoded in pack_flow._in_order(pool, self.encode, tensors, ahead=ahead):
+            for encoded in pack_flow.encoded_in_order(pool, self.encode, tensors, ahead=ahead):
                 names.append(encoded.name)
                 assert encoded.nbytes
                 self.count(-encoded.nbytes)
@@ -98,7 +98,7 @@ def test_an_encoder_that_fails_ends_the_run_with_its_error() -> None:
         raise ValueError(tensor.source.name)
 
     with ThreadPoolExecutor(2) as pool, pytest.raises(ValueError, match="0"):
-        list(pack_flow._in_order(pool, encode, [planned("0", 1), planned("1", 1)], ahead=4))
+        list(pack_flow.encoded_in_order(pool, encode, [planned("0", 1), planned("1", 1)], ahead=4))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,23 +1,22 @@
-"""Many tensors through a few threads, in order, within a bound on memory.
+"""How many tensors may be on their way at a time: threads, and the memory of the packer.
 
-A tensor is admitted when what it may take, beside all that are under way, fits the limit: first its
-source and a little more, when it is encoded only what it was encoded to, nothing once it is
-written. One tensor is always admitted, so the limit must not be below the largest.
+A tensor takes first its source and a little more, when it is encoded only what it was encoded to,
+and nothing once it is written.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from tierd_tools.in_flight import in_order
 from tierd_tools.pack_tensor import BAND_BYTES, EncodedTensor, TensorEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Executor
 
     from tierd_tools.pack_plan import PlannedTensor
     from tierd_tools.pack_tensor import Norms
@@ -60,62 +59,29 @@ def encoding(
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tierd-tensor")
     encoder = TensorEncoder(prune, group, norms, bands)
     try:
-        yield _in_order(pool, encoder.encode, tensors, ahead=2 * workers)
+        yield encoded_in_order(pool, encoder.encode, tensors, ahead=2 * workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         bands.shutdown(wait=True)
 
 
-class _UnderWay:
-    """The bytes of the tensors that are admitted and not yet written."""
-
-    def __init__(self, limit: int) -> None:
-        self.changed = threading.Condition()
-        self._limit = limit
-        self._nbytes = 0
-
-    def fits(self, nbytes: int) -> bool:
-        return not self._nbytes or self._nbytes + nbytes <= self._limit
-
-    def add(self, nbytes: int) -> None:
-        """`nbytes` may be negative."""
-        with self.changed:
-            self._nbytes += nbytes
-            self.changed.notify_all()
-
-
-def _in_order(
-    pool: ThreadPoolExecutor,
+def encoded_in_order(
+    pool: Executor,
     encode: Callable[[PlannedTensor], EncodedTensor],
     tensors: Sequence[PlannedTensor],
     *,
     ahead: int,
 ) -> Iterator[EncodedTensor]:
-    under_way = _UnderWay(limit_bytes(tensors))
-
-    def admitted(tensor: PlannedTensor) -> EncodedTensor:
-        encoded = encode(tensor)
-        under_way.add(encoded.nbytes - cost_bytes(tensor))
-        return encoded
-
-    running: deque[Future[EncodedTensor]] = deque()
-    waiting = deque(tensors)
-
-    def next_fits() -> bool:
-        return bool(waiting) and len(running) < ahead and under_way.fits(cost_bytes(waiting[0]))
-
-    while waiting or running:
-        with under_way.changed:
-            under_way.changed.wait_for(lambda: next_fits() or (running and running[0].done()))
-        while next_fits():
-            tensor = waiting.popleft()
-            under_way.add(cost_bytes(tensor))
-            future = pool.submit(admitted, tensor)
-            future.add_done_callback(lambda _: under_way.add(0))
-            running.append(future)
-        if running[0].done():
-            encoded = running.popleft().result()
-            nbytes = encoded.nbytes
-            yield encoded
-            encoded.arrays.clear()
-            under_way.add(-nbytes)
+    """As many tensors at a time as fit."""
+    results = in_order(
+        pool,
+        encode,
+        tensors,
+        cost_bytes=cost_bytes,
+        result_bytes=lambda encoded: encoded.nbytes,
+        limit_bytes=limit_bytes(tensors),
+        ahead=ahead,
+    )
+    for encoded in results:
+        yield encoded
+        encoded.arrays.clear()  # whoever asked for it may still hold it

@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tierd_layouts.container import open_pack, pack_folder, read_layer, validate_layer
 from tierd_tools.errors import VerifyError
+from tierd_tools.in_flight import in_order
 from tierd_tools.pack_staging import size_text
 from tierd_tools.progress import Progress, SilentProgress
+
+if TYPE_CHECKING:
+    from tierd_layouts.index import Layer
+
+MAX_WORKERS = 8
+#: layers that are checked at a time take no more than this, or are one
+LIMIT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +52,8 @@ class VerifyReport:
 def verify(pack_dir: str | os.PathLike[str], *, progress: Progress | None = None) -> VerifyReport:
     """Reads all of a pack: index, headers, sizes, the hash of every block, the rules of every tile.
 
-    Needs the memory of one layer. Raises the FormatError that names the first thing that is wrong
-    (of a block: layer, checksum expected and found), or VerifyError.
+    Needs the memory of one layer, or of several up to 1 GiB. Raises the FormatError that names the
+    first thing that is wrong (of a block: layer, checksum expected and found), or VerifyError.
     """
     started = time.monotonic()
     progress = progress or SilentProgress()
@@ -52,10 +62,29 @@ def verify(pack_dir: str | os.PathLike[str], *, progress: Progress | None = None
         index = open_pack(folder, where=where)
         if not (Path(pack_dir) / "config.json").is_file():
             raise VerifyError(f"{where} has no config.json: no model can be built from it")
-        with progress.stage("verifying", index.pack_bytes) as stage:
-            for layer in index.layers:
-                validate_layer(read_layer(folder, index, layer, where=where), layer)
-                stage.advance(layer.nbytes)
+
+        def check(layer: Layer) -> int:
+            validate_layer(read_layer(folder, index, layer, where=where), layer)
+            return layer.nbytes
+
+        workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+        with (
+            progress.stage("verifying", index.pack_bytes) as stage,
+            ThreadPoolExecutor(workers, thread_name_prefix="tierd-verify") as pool,
+        ):
+            try:
+                for nbytes in in_order(
+                    pool,
+                    check,
+                    index.layers,
+                    cost_bytes=lambda layer: layer.nbytes,
+                    result_bytes=lambda _: 0,
+                    limit_bytes=LIMIT_BYTES,
+                    ahead=2 * workers,
+                ):
+                    stage.advance(nbytes)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
     tensors = [tensor for layer in index.layers for tensor in layer.tensors]
     return VerifyReport(
         pack_dir=where,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 TILE = 64
 TILE_ELEMENTS = TILE * TILE
+#: numpy counts bytes in 63 bits, also those of an array without any, and a weight may be a float32.
+MAX_ELEMENTS = (1 << 61) - 1
 #: 512 tiles are 4 MiB of 16-bit elements: temporaries stay near the processor's caches.
 _PIECE_TILES = 512
 
@@ -42,6 +44,10 @@ class TileGrid:
     def __post_init__(self) -> None:
         if self.rows < 0 or self.cols < 0:
             raise BadMatrix(f"shape [{self.rows}, {self.cols}] has a dimension below 0")
+        if max(self.rows, 1) * max(self.cols, 1) > MAX_ELEMENTS:
+            raise BadMatrix(
+                f"shape [{self.rows}, {self.cols}] is above the limit of {MAX_ELEMENTS} elements"
+            )
 
     @property
     def tile_rows(self) -> int:

@@ -10,6 +10,7 @@ from tierd_layouts import exponent_packed, packed_matrix, quantised, tiles
 from tierd_layouts.errors import (
     ArraySetWrong,
     BadGroup,
+    BadMatrix,
     BitmapWrong,
     OffsetsWrong,
     TileError,
@@ -118,3 +119,19 @@ def test_a_shape_far_larger_than_the_arrays_is_refused_before_memory_is_taken(
 ) -> None:
     with pytest.raises((OffsetsWrong, BitmapWrong), match="needs"):
         packed_matrix.decode(replace(matrix, rows=1 << 30, cols=1 << 30))
+
+
+@pytest.mark.parametrize("shape", [(0, 1 << 61), (1 << 61, 0), (0, 1 << 64), (1 << 31, 1 << 31)])
+@pytest.mark.parametrize("matrix", list(all_forms()), ids=lambda m: f"{m.codec}-{m.masked}")
+def test_a_shape_that_numpy_cannot_express_is_our_error(
+    matrix: PackedMatrix, shape: tuple[int, int]
+) -> None:
+    """Found by tests/fuzz: numpy refused to make such an array, with a plain ValueError."""
+    rows, cols = shape
+    empty: dict[str, Any] = {name: array[:0] for name, array in matrix.arrays().items()}
+    empty["offsets"] = matrix.offsets[:1]
+    nothing = replace(matrix, rows=rows, cols=cols, **empty)
+    with pytest.raises(BadMatrix, match="is above the limit of 2305843009213693951 elements"):
+        packed_matrix.validate(nothing, 0)
+    with pytest.raises(BadMatrix, match="is above the limit"):
+        packed_matrix.decode(nothing)

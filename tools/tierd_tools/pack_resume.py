@@ -77,8 +77,10 @@ def _as_planned(
 
 def _right(staging: Path, journal: Journal, progress: Progress) -> int:
     """How many of the layers read back as they were written."""
+    if not journal.finished:
+        return 0
     shards: list[Shard] = []
-    for number in range(1 + max((finished.shard for finished in journal.finished), default=-1)):
+    for number in range(1 + max(finished.shard for finished in journal.finished)):
         final, temporary = staging / shard_file_name(number), temporary_path(staging, number)
         path = final if final.exists() else temporary
         shards.append(Shard(path.name, path.stat().st_size if path.exists() else 0))

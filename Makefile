@@ -3,19 +3,23 @@ PYTHON ?= python3
 SIZE ?= full
 MODEL ?=
 ONLY ?=
+SECONDS ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.tierd-installed
+MODULES := _cpu _encode
 NATIVE := $(wildcard kernels/cpu/*) kernels/CMakeLists.txt
 
-.PHONY: help venv test check pytest demo bench stub clean
+.PHONY: help venv test check pytest sanitize fuzz demo bench stub clean
 
 help:
-	@echo "make demo    environment, build, and the main job end to end (SIZE=small, MODEL=path)"
-	@echo "make test    every check: make check, the tests, a small demo"
-	@echo "make bench   all benchmarks (ONLY=name for one)"
-	@echo "make check   format, lint, types, import layers, the kernel stub"
-	@echo "make venv    the environment alone"
+	@echo "make demo      environment, build, and the main job end to end (SIZE=small, MODEL=path)"
+	@echo "make test      every check: make check, the tests, make sanitize, a small demo"
+	@echo "make bench     all benchmarks (ONLY=name for one)"
+	@echo "make check     format, lint, types, import layers, the kernel stub"
+	@echo "make sanitize  the kernels' tests with AddressSanitizer and UBSan in the C++ modules"
+	@echo "make fuzz      hostile files, guided by coverage, sanitized (SECONDS=60; findings: build/fuzz)"
+	@echo "make venv      the environment alone"
 
 venv: $(STAMP)
 
@@ -34,14 +38,27 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@mkdir -p build
-	@$(BIN)/python -m nanobind.stubgen -q -m tierd_kernels._cpu -o build/_cpu.pyi && \
-	    diff -u kernels/tierd_kernels/_cpu.pyi build/_cpu.pyi
+	@for module in $(MODULES); do \
+	    $(BIN)/python -m nanobind.stubgen -q -m tierd_kernels.$$module -o build/$$module.pyi && \
+	    diff -u kernels/tierd_kernels/$$module.pyi build/$$module.pyi || exit 1; \
+	done
 
 pytest: $(STAMP)
 	$(BIN)/python -m pytest -q
 
 test: check pytest
+	$(MAKE) sanitize
 	$(MAKE) demo SIZE=small
+
+sanitize: $(STAMP)
+	tools/sanitize
+
+fuzz: $(STAMP)
+	@$(BIN)/python -c 'import atheris' || { echo "make fuzz needs atheris: $(BIN)/pip install -e '.[fuzz]'"; exit 1; }
+	@mkdir -p build/fuzz/corpus
+	$(BIN)/python tests/fuzz/fuzz_pack.py build/fuzz/corpus -max_total_time=$(SECONDS) \
+	    -timeout=60 -rss_limit_mb=4096 -artifact_prefix=build/fuzz/
+	tools/sanitize $(BIN)/python tests/fuzz/fuzz_pack.py --replay build/fuzz/corpus
 
 demo: $(STAMP)
 	$(BIN)/python -m tierd_tools.demo --size $(SIZE) $(if $(MODEL),--model '$(MODEL)')
@@ -50,7 +67,10 @@ bench: $(STAMP)
 	$(BIN)/python -m tierd_tools.bench $(ONLY)
 
 stub: $(STAMP)
-	$(BIN)/python -m nanobind.stubgen -q -m tierd_kernels._cpu -o kernels/tierd_kernels/_cpu.pyi
+	@for module in $(MODULES); do \
+	    $(BIN)/python -m nanobind.stubgen -q -m tierd_kernels.$$module \
+	        -o kernels/tierd_kernels/$$module.pyi || exit 1; \
+	done
 
 clean:
 	rm -rf build

@@ -1,10 +1,7 @@
 """Kernels one by one, and packed matrices to feed them."""
 
-import importlib.machinery
-import importlib.util
 import os
 import runpy
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -16,16 +13,7 @@ from numpy.typing import NDArray
 
 if "TIERD_CPU_MODULE" in os.environ or "TIERD_ENCODE_MODULE" in os.environ:
     # Other builds of the C++ modules, with sanitizers: see kernels/README.md.
-    for variable, name in (
-        ("TIERD_CPU_MODULE", "tierd_kernels._cpu"),
-        ("TIERD_ENCODE_MODULE", "tierd_kernels._encode"),
-    ):
-        if path := os.environ.get(variable):
-            loader = importlib.machinery.ExtensionFileLoader(name, path)
-            spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-            assert spec is not None
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-            loader.exec_module(sys.modules[name])
+    runpy.run_path(str(Path(__file__).parents[1] / "native_modules.py"))
 
 from tierd_kernels import dispatch, encode
 from tierd_layouts import exponent_packed, packed_matrix, quantised

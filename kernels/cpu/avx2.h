@@ -86,23 +86,26 @@ constexpr Tables kTables;
 
 // Byte `piece` of a row's word, times 32: so it addresses a table without another shift, and its
 // population is still that of the byte.
-inline uint32_t piece_of(uint64_t word, uint32_t piece) {
-  const uint64_t moved = piece == 0 ? word << 5 : word >> (kPiece * piece - 5);
-  return static_cast<uint32_t>(moved) & 0x1fe0;
+inline uint64_t piece_of(uint64_t word, uint32_t piece) {
+  return (piece == 0 ? word << 5 : word >> (kPiece * piece - 5)) & 0x1fe0;
+}
+
+inline uint64_t kept_of(uint64_t piece) {
+  return static_cast<uint64_t>(__builtin_popcountll(piece));
 }
 
 template <typename Row>
-inline const uint8_t* entry(const Row* rows, uint32_t piece) {
+inline const uint8_t* entry(const Row* rows, uint64_t piece) {
   return reinterpret_cast<const uint8_t*>(rows) + piece / (32 / sizeof(Row));
 }
 
 // Eight columns of 16-bit values.
-inline __m128i expand8x16(uint32_t piece, const uint8_t* run) {
+inline __m128i expand8x16(uint64_t piece, const uint8_t* run) {
   return _mm_shuffle_epi8(load16(run), load16(entry(kTables.words, piece)));
 }
 
 // Eight columns of 32-bit values.
-inline __m256i expand8x32(uint32_t piece, const uint8_t* run) {
+inline __m256i expand8x32(uint64_t piece, const uint8_t* run) {
   const __m256i from = _mm256_cvtepi8_epi32(
       _mm_loadl_epi64(reinterpret_cast<const __m128i*>(entry(kTables.dwords, piece))));
   const __m256 values = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(load32(run), from));
@@ -112,7 +115,7 @@ inline __m256i expand8x32(uint32_t piece, const uint8_t* run) {
 
 // Eight columns of a run of `items`, as floats.
 template <Dtype items>
-inline __m256 expand_floats(uint32_t piece, const uint8_t* run) {
+inline __m256 expand_floats(uint64_t piece, const uint8_t* run) {
   if constexpr (items == Dtype::kF32) {
     return _mm256_castsi256_ps(expand8x32(piece, run));
   } else if constexpr (items == Dtype::kF16) {
@@ -149,14 +152,21 @@ inline const uint8_t* for_pieces(uint64_t word, const uint8_t* run, Take take) {
     return run + kTile * kItemBytes<items>;
   } else {
     // The next row starts from the whole word's population: it does not wait for eight additions.
-    const uint8_t* behind = run + kItemBytes<items> * __builtin_popcountll(word);
+    const uint8_t* behind = run + kItemBytes<items> * kept_of(word);
     for (uint32_t i = 0; i < kPieces; ++i) {
-      const uint32_t piece = piece_of(word, i);
+      const uint64_t piece = piece_of(word, i);
       take(i, expand_floats<items>(piece, run));
-      run += kItemBytes<items> * static_cast<uint32_t>(__builtin_popcount(piece));
+      run += kItemBytes<items> * kept_of(piece);
     }
     return behind;
   }
+}
+
+// What a row takes that is full, or half full. Asking beyond the end of the values is harmless.
+template <Dtype items, bool full>
+inline void prefetch_row(const uint8_t* run) {
+  constexpr uint64_t row_bytes = kTile * kItemBytes<items> / (full ? 1 : 2);
+  for (uint64_t at = 0; at < row_bytes; at += 64) prefetch(run + kAhead + at);
 }
 
 // ----------------------------------------------------------------------------------------- tiles

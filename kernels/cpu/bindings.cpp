@@ -325,6 +325,13 @@ NB_MODULE(_cpu, module) {
   module.def("kernel_names", &tierd::kernel_names,
              nb::sig("def kernel_names() -> tuple[tuple[str, bool], ...]"),
              "(name, whether this processor can run it) of every kernel built, slowest first.");
+  module.def(
+      "share_threads",
+      [](uintptr_t runtime, int team) {
+        tierd::share_threads(reinterpret_cast<tierd::OpenMp>(runtime), team);
+      },
+      "runtime"_a, "team"_a,
+      "Run loops on the team of the OpenMP runtime whose GOMP_parallel this is the address of.");
   tierd::bind<uint16_t>(module);
   tierd::bind<uint32_t>(module);
 }

@@ -126,13 +126,24 @@ class Pool {
 
 std::atomic<Pool*> g_pool{nullptr};
 
-// The child has no worker, and its copy of the pool may be locked for ever: it is left behind.
-void forget_pool_in_child() { g_pool.store(nullptr, std::memory_order_relaxed); }
+std::atomic<OpenMp> g_runtime{nullptr};
+std::atomic<int> g_team{1};
+
+// The child has no worker, and its copy of the pool may be locked for ever: it is left behind. The
+// runtime's threads are not there either, and it does not know.
+void forget_threads_in_child() {
+  g_pool.store(nullptr, std::memory_order_relaxed);
+  g_runtime.store(nullptr, std::memory_order_relaxed);
+}
+
+void watch_forks() {
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, forget_threads_in_child); });
+}
 
 // Never destroyed: workers sleep in it until the process ends.
 Pool& pool() {
-  static std::once_flag once;
-  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, forget_pool_in_child); });
+  watch_forks();
   Pool* current = g_pool.load(std::memory_order_acquire);
   if (current == nullptr) {
     Pool* fresh = new Pool;
@@ -142,12 +153,54 @@ Pool& pool() {
   return *current;
 }
 
+// A loop on a runtime's team. Whoever comes when all seats are taken has nothing to do.
+struct Loop {
+  std::atomic<int> seats;
+  std::atomic<uint32_t> next;
+  uint32_t count;
+  Task task;
+  void* context;
+
+  static void body(void* self) {
+    Loop& loop = *static_cast<Loop*>(self);
+    if (loop.seats.fetch_sub(1, std::memory_order_relaxed) <= 0) return;
+    for (;;) {
+      const uint32_t index = loop.next.fetch_add(1, std::memory_order_relaxed);
+      if (index >= loop.count) return;
+      loop.task(loop.context, index);
+    }
+  }
+};
+
+// The team is as large as the runtime's other regions: a smaller one would end the other threads.
+bool run_shared(OpenMp runtime, uint32_t count, int threads, Task task, void* context) {
+  static std::mutex caller;
+  std::unique_lock<std::mutex> mine(caller, std::try_to_lock);
+  if (!mine.owns_lock()) return false;
+  Loop loop{{threads}, {0}, count, task, context};
+  const int team = std::max(threads, g_team.load(std::memory_order_relaxed));
+  runtime(Loop::body, &loop, static_cast<unsigned>(team), 0);
+  return true;
+}
+
 }  // namespace
+
+void share_threads(OpenMp runtime, int team) {
+  watch_forks();
+  g_team.store(std::clamp(team, 1, kMaxThreads), std::memory_order_relaxed);
+  g_runtime.store(runtime, std::memory_order_release);
+}
 
 void parallel_for(uint32_t count, int threads, Task task, void* context) {
   threads = static_cast<int>(
       std::min<uint32_t>(static_cast<uint32_t>(std::clamp(threads, 1, kMaxThreads)), count));
-  if (threads > 1 && pool().run(count, threads, task, context)) return;
+  if (threads > 1) {
+    const OpenMp runtime = g_runtime.load(std::memory_order_acquire);
+    if (runtime != nullptr ? run_shared(runtime, count, threads, task, context)
+                           : pool().run(count, threads, task, context)) {
+      return;
+    }
+  }
   for (uint32_t index = 0; index < count; ++index) task(context, index);
 }
 

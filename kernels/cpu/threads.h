@@ -17,4 +17,15 @@ using Task = void (*)(void* context, uint32_t index);
 // put more threads on the machine than one was allowed. After fork() the child makes its own.
 void parallel_for(uint32_t count, int threads, Task task, void* context);
 
+// libgomp's GOMP_parallel, which other OpenMP runtimes have too: calls body(context) on a team of
+// `threads`, the caller among them, and returns when all calls have returned.
+using OpenMp = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+
+// From now on loops run on a team of this runtime instead of our workers; null: on ours again, as
+// in a child after fork(). Of a team of at least `team` no more than parallel_for's `threads` work.
+//
+// After a parallel region the runtime's threads keep their processors for milliseconds, to be at
+// hand for the next one. Workers of our own would share the processors with them.
+void share_threads(OpenMp runtime, int team);
+
 }  // namespace tierd

@@ -36,6 +36,7 @@ __all__ = [
     "kernel_name",
     "linear",
     "set_threads",
+    "share_threads",
 ]
 
 _threads = 0
@@ -109,6 +110,16 @@ def set_threads(threads: int) -> None:
 def get_threads() -> int:
     """Return the number of threads that a call uses which names none."""
     return _threads_for(0)
+
+
+def share_threads(runtime: int, team: int) -> None:
+    """Run kernels on the threads of an OpenMP runtime that the process has anyway, torch's.
+
+    runtime: the address of its function GOMP_parallel; 0 is our own threads, also in a child after
+    a fork. team: threads of its other parallel regions; of them a call uses as many as it may.
+    A runtime's threads spin for milliseconds after a region, where our own would have to wait.
+    """
+    _cpu_kernels.share_threads(runtime, _checked_threads(team))
 
 
 def _threads_for(threads: int) -> int:

@@ -38,6 +38,11 @@ class CpuKernel:
             raise KernelError(str(error)) from None
 
 
+def share_threads(runtime: int, team: int) -> None:
+    """See `tierd_kernels.share_threads`."""
+    _cpu.share_threads(runtime, team)
+
+
 def supported_kernels() -> tuple[CpuKernel, ...]:
     """Kernels that this processor runs, slowest first."""
     return tuple(CpuKernel(name) for name, supported in _cpu.kernel_names() if supported)

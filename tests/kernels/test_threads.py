@@ -1,5 +1,6 @@
 """Threads change the time, never the result, and survive fork and company."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -163,3 +164,108 @@ def test_a_wrong_number_of_threads_is_refused(threads: int) -> None:
     empty = np.zeros((0, 0), np.uint16)
     with pytest.raises(KernelError, match=f"threads {threads}"):
         expand(encode_raw(empty, "BF16"), empty, threads=threads)
+
+
+class Runtime:
+    """An OpenMP runtime as the kernels see it: GOMP_parallel on Python threads."""
+
+    def __init__(self) -> None:
+        self.teams: list[int] = []
+        self.bodies = 0
+        body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+        def parallel(address: int, context: int, threads: int, flags: int) -> None:
+            def run() -> None:
+                self.bodies += 1
+                body(address)(context)
+
+            self.teams.append(threads)
+            others = [threading.Thread(target=run) for _ in range(threads - 1)]
+            for other in others:
+                other.start()
+            run()
+            for other in others:
+                other.join()
+
+        signature = ctypes.CFUNCTYPE(
+            None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+        )
+        self._parallel = signature(parallel)
+        address = ctypes.cast(self._parallel, ctypes.c_void_p).value
+        assert address is not None
+        self.address = address
+
+
+@pytest.fixture
+def runtime() -> Iterator[Runtime]:
+    yield Runtime()
+    tierd_kernels.share_threads(0, 1)
+
+
+def test_loops_run_on_the_team_of_a_runtime_until_told_otherwise(
+    native_kernel: str, random_bits: Callable[..., Any], runtime: Runtime
+) -> None:
+    matrix = random_bits(5, 300, 300, "BF16", 0.5)
+    packed = encode_raw(matrix, "BF16")
+    tierd_kernels.share_threads(runtime.address, 1)
+    assert work(packed, matrix, 3)
+    assert runtime.teams == [3]
+    assert work(packed, matrix, 1)
+    assert runtime.teams == [3], "one thread needs no team"
+    tierd_kernels.share_threads(0, 1)
+    assert work(packed, matrix, 3)
+    assert runtime.teams == [3]
+
+
+def test_a_call_leaves_the_team_as_large_as_it_is_and_takes_its_threads_of_it(
+    native_kernel: str, random_bits: Callable[..., Any], runtime: Runtime
+) -> None:
+    matrix = random_bits(6, 1000, 300, "BF16", 0.5)
+    packed = encode_raw(matrix, "BF16")
+    tierd_kernels.share_threads(runtime.address, 4)
+    assert work(packed, matrix, 2)
+    assert runtime.teams == [4]
+    assert runtime.bodies == 4
+
+
+def test_a_second_caller_does_its_job_alone(
+    native_kernel: str, random_bits: Callable[..., Any], runtime: Runtime
+) -> None:
+    matrix = random_bits(7, 300, 300, "BF16", 0.5)
+    packed = encode_raw(matrix, "BF16")
+    inside: list[bool] = []
+    run = threading.Thread.run
+
+    def run_and_call(thread: threading.Thread) -> None:
+        inside.append(work(packed, matrix, 2))  # while the first caller has the team
+        run(thread)
+
+    tierd_kernels.share_threads(runtime.address, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "run", run_and_call)
+        assert work(packed, matrix, 2)
+    assert inside == [True]
+    assert runtime.teams == [2]
+
+
+def test_a_forked_child_does_not_wait_for_the_runtimes_threads(
+    native_kernel: str, random_bits: Callable[..., Any], runtime: Runtime
+) -> None:
+    matrix = random_bits(8, 300, 300, "BF16", 0.5)
+    packed = encode_raw(matrix, "BF16")
+    tierd_kernels.share_threads(runtime.address, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        right = work(packed, matrix, 3)
+        os._exit(0 if right and not runtime.teams else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert work(packed, matrix, 2)
+    assert runtime.teams == [2]
+
+
+def test_a_team_of_more_threads_than_kernels_know_is_refused() -> None:
+    with pytest.raises(KernelError, match=r"threads 129 is not in 0\.\.128"):
+        tierd_kernels.share_threads(0, 129)

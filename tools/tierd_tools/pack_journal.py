@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from tierd_tools.pack_tensor import EncodedTensor
+
 JOURNAL_FILE = ".tierd-journal"
 
 
@@ -46,6 +48,33 @@ class FinishedLayer:
     def shard(self) -> int:
         """Position of its shard in the index."""
         return self.layer.extents[0].shard
+
+
+class LayerNotes:
+    """Collects what happens to the tensors of one layer."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
+        self._pruned: list[str] = []
+        self._left: list[str] = []
+        self._not_finite: list[str] = []
+
+    def add(self, tensor: EncodedTensor) -> None:
+        """A tensor that was written."""
+        self._digests[tensor.name] = tensor.source_digest
+        for happened, names in (
+            (tensor.pruned, self._pruned),
+            (tensor.left, self._left),
+            (tensor.not_finite, self._not_finite),
+        ):
+            if happened:
+                names.append(tensor.name)
+
+    def finished(self, layer: Layer) -> FinishedLayer:
+        """All of them, with what the index says of their layer."""
+        return FinishedLayer(
+            layer, self._digests, tuple(self._pruned), tuple(self._left), tuple(self._not_finite)
+        )
 
 
 @dataclass(slots=True)

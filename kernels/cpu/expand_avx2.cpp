@@ -1,7 +1,7 @@
 // Bitmap decompression with AVX2: one table shuffle for each eight columns of a row.
 //
 // As in the AVX-512 unit, tiles side by side are expanded together, row by row, so that the
-// stores of a row lie in one place. Two, not four: 330 ns a tile instead of 420 (Zen 5, output in L2).
+// stores of a row lie in one place. Two, not four: 330 ns a tile instead of 420 (Zen 5, in L2).
 #include "decode_avx2.h"
 
 namespace tierd {

@@ -32,7 +32,7 @@ from tierd_layouts.excerpt import excerpt
 from tierd_layouts.names import check_tensor_name
 from tierd_layouts.quantised import scale_count
 from tierd_layouts.runs import RUN_ALIGNMENT
-from tierd_layouts.tile_grid import TILE, TileGrid
+from tierd_layouts.tile_grid import MAX_ELEMENTS, TILE, TileGrid
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -65,8 +65,9 @@ def check_tensor(tensor: Tensor, where: str) -> None:
     if len(tensor.shape) > MAX_DIMENSIONS:
         raise BadShape(f"{where}: {len(tensor.shape)} dimensions, the limit is {MAX_DIMENSIONS}")
     # Zero-sized tensors too: 0 x 2^62 has no bytes, but its tile count would not fit anywhere.
-    extent = prod(max(size, 1) for size in tensor.shape) * ITEM_BYTES[tensor.dtype]
-    if min(tensor.shape, default=0) < 0 or extent > MAX_TENSOR_BYTES:
+    extent = prod(max(size, 1) for size in tensor.shape)
+    most = MAX_TENSOR_BYTES // ITEM_BYTES[tensor.dtype] if tensor.codec == "dense" else MAX_ELEMENTS
+    if min(tensor.shape, default=0) < 0 or extent > most:
         raise BadShape(
             f"{where}: shape {excerpt(list(tensor.shape))} has a dimension below 0 or is too large"
         )

@@ -368,6 +368,12 @@ WRONG: list[tuple[str, type[FormatError], str, Callable[[dict[str, Any]], object
     ("65 dimensions", errors.BadShape, "limit is 64", put(f"{DENSE_TENSOR}/shape", [1] * 65)),
     ("huge", errors.BadShape, "too large", put(f"{RAW_TENSOR}/shape", [2**40, 2**40])),
     ("huge and empty", errors.BadShape, "too large", put(f"{RAW_TENSOR}/shape", [0, 2**62])),
+    (
+        "just too large for a matrix",
+        errors.BadShape,
+        "weight.: shape .*too large",
+        put(f"{RAW_TENSOR}/shape", [0, 2**61]),
+    ),
     ("tile", errors.BadTile, r"codec raw has \(64, 64\)", put(f"{RAW_TENSOR}/tile", [32, 64])),
     ("no tile", errors.BadTile, "codec raw", put(f"{RAW_TENSOR}/tile", None)),
     ("dense tile", errors.BadTile, "dense has none", put(f"{DENSE_TENSOR}/tile", [64, 64])),

@@ -45,7 +45,7 @@ def cases() -> Iterator[Case]:
                     )
                     tokens = int(rng.choice(TOKENS))
                     # Below one half in any dtype: no product overflows.
-                    x = rng.integers(0, 0x3800, (tokens, cols)).astype(ELEMENT[dtype])
+                    x: Any = rng.integers(0, 0x3800, (tokens, cols)).astype(ELEMENT[dtype])
                     yield matrix, x << 16 if dtype == "F32" else x
                     yield flipped(rng, matrix), x
                     yield replace(matrix, values=matrix.values[: -16 // matrix.values.itemsize]), x

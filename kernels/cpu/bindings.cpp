@@ -268,8 +268,9 @@ void linear(const std::string& codec, const std::string& dtype, size_t rows, siz
       job.out = out.data() + first * m.rows;
       float* prepared = scratch(job.tokens * columns);
       job.prepared = prepared;
-      for (uint32_t token = 0; token < job.tokens; token += kTokenBlock) {
-        const uint32_t tokens = job.tokens - token < kTokenBlock ? job.tokens - token : kTokenBlock;
+      const uint32_t block = job.kernels.token_block;
+      for (uint32_t token = 0; token < job.tokens; token += block) {
+        const uint32_t tokens = job.tokens - token < block ? job.tokens - token : block;
         job.kernels.prepare(m, x.data() + (first + token) * m.cols, tokens,
                             prepared + token * columns);
       }
@@ -278,12 +279,13 @@ void linear(const std::string& codec, const std::string& dtype, size_t rows, siz
           [](void* context, uint32_t tile_row) {
             Job& j = *static_cast<Job*>(context);
             const uint64_t columns = uint64_t{j.m.tile_cols} * kTile;
-            for (uint32_t token = 0; token < j.tokens; token += kTokenBlock) {
+            const uint32_t block = j.kernels.token_block;
+            for (uint32_t token = 0; token < j.tokens; token += block) {
               const uint32_t left = j.tokens - token;
               uint64_t tile = 0;
               const Fault fault = j.kernels.linear(
                   j.m, tile_row, j.prepared + token * columns,
-                  left < kTokenBlock ? left : kTokenBlock, j.out + uint64_t{token} * j.m.rows,
+                  left < block ? left : block, j.out + uint64_t{token} * j.m.rows,
                   j.m.rows, &tile);
               j.faults.report(fault, tile);
             }

@@ -21,6 +21,10 @@ bool avx512_supported() {
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
          __builtin_cpu_supports("popcnt");
 }
+
+bool avx512bf16_supported() {
+  return avx512_supported() && __builtin_cpu_supports("avx512bf16");
+}
 #endif
 
 const Kernels* const kAllKernels[] = {
@@ -28,6 +32,7 @@ const Kernels* const kAllKernels[] = {
 #if defined(__x86_64__)
     &kAvx2,
     &kAvx512,
+    &kAvx512Bf16,
 #endif
     nullptr,
 };

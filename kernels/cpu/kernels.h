@@ -15,7 +15,8 @@ constexpr uint32_t kTile = 64;
 constexpr uint32_t kRunUnit = 16;
 static_assert(kTile == 8 * sizeof(uint64_t), "one bitmap word is one row of a tile");
 
-// Tokens that one call of a linear kernel takes. A longer batch is cut into blocks of this size.
+// Tokens that one call of a linear kernel takes, unless its record says otherwise. A longer batch is
+// cut into blocks of this size, and the matrix is expanded for each of them.
 constexpr uint32_t kTokenBlock = 8;
 
 enum class Dtype : int { kBF16 = 0, kF16 = 1, kF32 = 2 };
@@ -65,19 +66,22 @@ struct Kernels {
   // [tokens][cols].
   void (*prepare)(const Packed&, const void* x, uint32_t tokens, float* prepared);
   // out[token * stride + row] = sum over columns, for the rows of `tile_row`, of at most
-  // kTokenBlock tokens.
+  // `token_block` tokens.
   Fault (*linear)(const Packed&, uint32_t tile_row, const float* prepared, uint32_t tokens,
                   float* out, uint64_t stride, uint64_t* tile);
+  uint32_t token_block;
 };
 
 // In dispatch.cpp: no code of a unit runs before these said yes.
 bool plain_supported();
 bool avx2_supported();
 bool avx512_supported();
+bool avx512bf16_supported();
 
 extern const Kernels kPlain;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 
 // Null-terminated, slowest first.
 extern const Kernels* const kAllKernels[];

@@ -211,7 +211,7 @@ Fault linear(const Packed& m, uint32_t tile_row, const float* prepared, uint32_t
 }  // namespace avx2
 
 extern const Kernels kAvx2 = {
-    "avx2", avx2_supported, avx2::expand, avx2::prepare, avx2::linear,
+    "avx2", avx2_supported, avx2::expand, avx2::prepare, avx2::linear, kTokenBlock,
 };
 
 }  // namespace tierd

@@ -27,7 +27,8 @@ void prepare(const Packed& m, const void* x, uint32_t tokens, float* prepared) {
 }  // namespace avx512
 
 extern const Kernels kAvx512 = {
-    "avx512", avx512_supported, avx512::expand, avx512::prepare, avx512::linear,
+    "avx512",        avx512_supported, avx512::expand,
+    avx512::prepare, avx512::linear,   avx512::kTokensTogether,
 };
 
 }  // namespace tierd

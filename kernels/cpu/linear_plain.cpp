@@ -90,7 +90,7 @@ Fault linear(const Packed& m, uint32_t tile_row, const float* prepared, uint32_t
 }  // namespace plain
 
 extern const Kernels kPlain = {
-    "plain", plain_supported, plain::expand, plain::prepare, plain::linear,
+    "plain", plain_supported, plain::expand, plain::prepare, plain::linear, kTokenBlock,
 };
 
 }  // namespace tierd

@@ -3,9 +3,11 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "encode.h"
 #include "encode_passes.h"
@@ -66,7 +68,8 @@ void check_written(uint64_t wrong_tile) {
 }
 
 template <typename Element>
-nb::tuple measure(const Rows<const Element>& bits, const std::string& encoder) {
+std::tuple<uint64_t, uint64_t, uint64_t> measure(const Rows<const Element>& bits,
+                                                 const std::string& encoder) {
   const Encoder& with = encoder_named(encoder);
   const Matrix m = matrix(bits);
   Sizes sizes;
@@ -74,7 +77,7 @@ nb::tuple measure(const Rows<const Element>& bits, const std::string& encoder) {
     nb::gil_scoped_release released;
     sizes = encode::measure(with, m);
   }
-  return nb::make_tuple(sizes.raw, sizes.masked, sizes.dense_form);
+  return {sizes.raw, sizes.masked, sizes.dense_form};
 }
 
 template <typename Element>

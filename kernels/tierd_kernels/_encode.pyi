@@ -12,10 +12,10 @@ def encoder_names() -> tuple[tuple[str, bool], ...]:
     """
 
 @overload
-def measure(bits: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), device='cpu', writable=False)], encoder: str) -> tuple: ...
+def measure(bits: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), device='cpu', writable=False)], encoder: str) -> tuple[int, int, int]: ...
 
 @overload
-def measure(bits: Annotated[NDArray[numpy.uint32], dict(shape=(None, None), device='cpu', writable=False)], encoder: str) -> tuple:
+def measure(bits: Annotated[NDArray[numpy.uint32], dict(shape=(None, None), device='cpu', writable=False)], encoder: str) -> tuple[int, int, int]:
     """
     Units of values: raw, exponent-packed with a bitmap, and in the dense form.
     """

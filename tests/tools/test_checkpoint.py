@@ -9,6 +9,7 @@ import pytest
 
 from tierd_tools.checkpoint import Checkpoint
 from tierd_tools.errors import CheckpointError, CheckpointMissing
+from tierd_tools.source_tensor import FileTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -135,6 +136,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(
 ) -> None:
     folder = checkpoints.write(tmp_path / "m", TENSORS)
     tensor = Checkpoint.open(folder).tensors["c.index"]
+    assert isinstance(tensor, FileTensor)
     os.truncate(folder / "model.safetensors", tensor.begin + 8)
     with pytest.raises(CheckpointError, match=rf"ends at byte {tensor.begin + 8}, .*'c\.index'"):
         tensor.read()

@@ -163,7 +163,8 @@ def _tiled_csl(bits: Bits) -> int:
 
 def _csr(bits: Bits) -> int:
     """A value and a 32-bit column for every non-zero, a 32-bit pointer for every row."""
-    return 6 * int(np.count_nonzero(bits)) + 4 * (bits.shape[0] + 1)
+    rows: int = bits.shape[0]
+    return 6 * int(np.count_nonzero(bits)) + 4 * (rows + 1)
 
 
 def _tca_bme(bits: Bits) -> int:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from tierd_kernels import _cpu
 from tierd_kernels.errors import KernelError
-from tierd_kernels.geometry import Bits
+from tierd_kernels.geometry import TILE, Bits, tiles_over
 from tierd_layouts.packed_matrix import PackedMatrix
 
 MAX_THREADS: Final = _cpu.MAX_THREADS
@@ -54,13 +54,16 @@ def unsupported_names() -> tuple[str, ...]:
 
 
 def _arguments(matrix: PackedMatrix) -> tuple[Any, ...]:
-    """Return a matrix as the bindings take it: `values` are bytes for every codec."""
+    """Return a matrix as the bindings take it: `values` are bytes for every codec.
+
+    A group of any number of columns is one of as many as there are: they count it in 32 bits.
+    """
     return (
         matrix.codec,
         matrix.dtype,
         matrix.rows,
         matrix.cols,
-        matrix.group,
+        min(matrix.group, tiles_over(matrix.cols) * TILE or TILE),
         matrix.bitmap,
         matrix.offsets,
         matrix.values.view(np.uint8),

@@ -12,7 +12,7 @@ TILE: Final = 64
 RUN_UNIT: Final = 16
 """Bytes of one step of `offsets`."""
 MAX_LENGTH: Final = 2**32 - 1 - TILE
-"""Most rows, columns, or columns of a group."""
+"""Most rows or columns."""
 
 Dtype = Literal["BF16", "F16", "F32"]
 Bits = NDArray[np.uint16] | NDArray[np.uint32]
@@ -85,7 +85,7 @@ def check_matrix(matrix: PackedMatrix) -> None:
         _check_length("heads", "entries", matrix.heads, np.uint32, tiles, f"{tiles} tiles")
     elif codec != "raw":
         group = matrix.group
-        if group % TILE or not 0 < group <= MAX_LENGTH:
+        if group <= 0 or group % TILE:
             raise KernelError(f"group of {group} columns is not a positive multiple of {TILE}")
         scales = tile_rows * -(-matrix.cols // group) * TILE
         why = f"[{matrix.rows}, {matrix.cols}] in groups of {group} columns"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierd_kernels import PackedMatrix, expand, reference
+from tierd_kernels import PackedMatrix, expand, linear, reference
 from tierd_kernels.geometry import ELEMENT
 
 LENGTHS = st.one_of(
@@ -187,3 +187,19 @@ def test_a_level_times_its_scale_is_rounded_once_to_the_nearest_of_two_to_the_ev
     assert numbers[0, :4].tolist() == first
     assert numbers[1, :2].tolist() == second
     assert (out[2:] == 0).all()
+
+
+@pytest.mark.parametrize("cols", [0, 3, 200])
+def test_a_group_wider_than_32_bits_is_one_of_all_columns(
+    kernel: str, random_packed: Callable[..., PackedMatrix], cols: int
+) -> None:
+    whole = random_packed(5, 130, cols, "BF16", ("int4", True), 0.5, group=256)
+    huge = replace(whole, group=2**40)
+    out: Any = np.full((130, cols), 0x5555, np.uint16)
+    expand(huge, out)
+    np.testing.assert_array_equal(out, specified(whole))
+    x: Any = np.full((2, cols), 0x3F80, np.uint16)
+    sums = [np.zeros((2, 130), np.float32) for _ in range(2)]
+    for matrix, found in zip((whole, huge), sums, strict=True):
+        linear(matrix, x, found)
+    np.testing.assert_array_equal(*sums)

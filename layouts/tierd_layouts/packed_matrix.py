@@ -53,7 +53,7 @@ def validate(matrix: PackedMatrix, nnz: int) -> None:
 
 
 def _raw_arrays(matrix: PackedMatrix) -> tuple[U64Array, U32Array, BitsArray]:
-    assert matrix.bitmap is not None  # `_check_set`
+    assert matrix.bitmap is not None  # `check_set`
     if matrix.values.dtype != bits_dtype(matrix.dtype):
         raise ValuesWrong(
             f"values are {matrix.values.dtype}, {matrix.dtype} needs {bits_dtype(matrix.dtype)}"

@@ -1,7 +1,6 @@
 """Codec `raw`: a matrix as bitmap, offsets and the packed bits of its non-zeros.
 
-This is the specification: every kernel is tested against `decode`. All work is done in pieces of a
-few MiB, so that a matrix of any size needs no large temporaries.
+All work is done in pieces of a few MiB, so that a matrix of any size needs no large temporaries.
 Source: FORMAT.md, section "raw".
 """
 

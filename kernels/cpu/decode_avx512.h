@@ -17,7 +17,7 @@ struct alignas(kVector) Items {
   uint8_t bytes[kTile * kTile * 4 + kVector];
 };
 
-// Prefetched behind the end of the record: all parts of a record are read from the first element on.
+// Prefetched behind the end of the record: all its parts are read from the first element on.
 constexpr uint64_t kAheadOfRecord = 1536;
 
 // 64 top bytes: the base and the code's bits, of which the words lie `stride` bytes apart.

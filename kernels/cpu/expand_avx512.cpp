@@ -66,8 +66,8 @@ struct ScaledBF16 {
   static void scale(Row16& row, __m512 by) {
     const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     for (__m512i& part : row.part) {
-      const __m512i even = rounded(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(part, 16)), by));
-      const __m512i odd = rounded(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(part, top)), by));
+      const __m512i even = rounded(_mm512_slli_epi32(part, 16), by);
+      const __m512i odd = rounded(_mm512_and_si512(part, top), by);
       // odd's upper halves over even's, moved down: (odd & top) | (even >> 16)
       part = _mm512_ternarylogic_epi32(top, odd, _mm512_srli_epi32(even, 16), 0xca);
     }
@@ -75,8 +75,8 @@ struct ScaledBF16 {
 
  private:
   // Never a NaN: both factors are finite.
-  static __m512i rounded(__m512 weight) {
-    const __m512i bits = _mm512_castps_si512(weight);
+  static __m512i rounded(__m512i level, __m512 by) {
+    const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(level), by));
     const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
   }
@@ -207,9 +207,12 @@ Fault expand(const Packed& m, uint32_t tile_row, void* out, uint64_t stride, boo
                              : expand_as<Row32, Plain>(m, tile_row, out, stride, streaming, tile);
   }
   switch (m.dtype) {
-    case Dtype::kBF16: return expand_as<Row16, ScaledBF16>(m, tile_row, out, stride, streaming, tile);
-    case Dtype::kF16: return expand_as<Row16, ScaledF16>(m, tile_row, out, stride, streaming, tile);
-    default: return expand_as<Row32, ScaledF32>(m, tile_row, out, stride, streaming, tile);
+    case Dtype::kBF16:
+      return expand_as<Row16, ScaledBF16>(m, tile_row, out, stride, streaming, tile);
+    case Dtype::kF16:
+      return expand_as<Row16, ScaledF16>(m, tile_row, out, stride, streaming, tile);
+    default:
+      return expand_as<Row32, ScaledF32>(m, tile_row, out, stride, streaming, tile);
   }
 }
 

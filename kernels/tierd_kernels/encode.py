@@ -6,7 +6,7 @@ releases the GIL: whoever has several matrices encodes them in several threads. 
 it needs a few KiB. The matrix must not change during a call.
 """
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,11 @@ from tierd_kernels import _encode, dispatch
 from tierd_kernels.errors import KernelError
 from tierd_kernels.geometry import Bits
 from tierd_layouts import runs
-from tierd_layouts.codecs import LEVEL_LIMITS
-from tierd_layouts.errors import BadGroup, BadMatrix, UnknownCodec
+from tierd_layouts.codecs import fixed_bytes
+from tierd_layouts.errors import BadMatrix
+from tierd_layouts.float_bits import INFINITY
 from tierd_layouts.packed_matrix import PackedMatrix
-from tierd_layouts.quantised import scale_count
+from tierd_layouts.quantised import check_codec
 from tierd_layouts.tile_grid import TILE, TileGrid, check_matrix
 
 # Which overload is meant follows from dtypes that were checked at run time, which mypy cannot see.
@@ -26,8 +27,6 @@ _native: Any = _encode
 
 Form = tuple[str, bool]
 """(codec, masked)."""
-
-_INFINITY: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 
 def encoder_name() -> str:
@@ -53,7 +52,7 @@ def encode_raw(bits: Bits, dtype: str) -> PackedMatrix:
     bitmap = np.empty(grid.bitmap_words, np.uint64)
     offsets = np.empty(grid.offset_count, np.uint32)
     units = _native.raw_structure(bits, bitmap, offsets, encoder_name())
-    values = np.empty(_checked_bytes(units) // bits.itemsize, bits.dtype)
+    values = np.empty(runs.values_bytes(units) // bits.itemsize, bits.dtype)
     _native.raw_values(bits, bitmap, offsets, values, encoder_name())
     return PackedMatrix("raw", dtype, grid.rows, grid.cols, bitmap, offsets, values)
 
@@ -68,7 +67,7 @@ def encode_exponent(bits: Bits, dtype: str, *, masked: bool) -> PackedMatrix:
     offsets = np.empty(grid.offset_count, np.uint32)
     heads = np.empty(grid.tiles, np.uint32)
     units = _native.exponent_structure(bits, bitmap, offsets, heads, encoder_name())
-    values = np.empty(_checked_bytes(units), np.uint8)
+    values = np.empty(runs.values_bytes(units), np.uint8)
     _native.exponent_values(bits, bitmap, offsets, heads, values, encoder_name())
     return PackedMatrix(
         "exponent-packed", dtype, grid.rows, grid.cols, bitmap, offsets, values, heads=heads
@@ -81,20 +80,17 @@ def quantise(bits: Bits, dtype: str, *, codec: str, group: int, masked: bool) ->
     group: columns that share a scale, a multiple of 64.
     Raises UnknownCodec, BadGroup; BadMatrix as `encode_raw` does and for an infinity or a NaN.
     """
-    if codec not in LEVEL_LIMITS:
-        raise UnknownCodec(f"codec {codec!r}, quantised ones are {', '.join(LEVEL_LIMITS)}")
-    if group <= 0 or group % TILE:
-        raise BadGroup(f"group of {group} columns, needs a positive multiple of {TILE}")
+    check_codec(codec, group)
     grid = _checked(bits, dtype)
     # A group that is wider than the matrix is as wide: of any size in Python, below 2^64 there.
     how = (dtype, codec == "int4", min(group, max(1, grid.tile_cols) * TILE))
-    scales = np.empty(scale_count(grid, group), np.uint16)
+    scales = np.empty(grid.scale_count(group), np.uint16)
     if not _native.choose_scales(bits, *how, scales, encoder_name()):
         raise BadMatrix(f"a weight is not finite, codec {codec} cannot hold it")
     bitmap = np.empty(grid.bitmap_words, np.uint64) if masked else None
     offsets = np.empty(grid.offset_count, np.uint32)
     units = _native.level_structure(bits, *how, scales, bitmap, offsets, encoder_name())
-    values = np.empty(_checked_bytes(units), np.uint8)
+    values = np.empty(runs.values_bytes(units), np.uint8)
     _native.level_values(bits, *how, scales, bitmap, offsets, values, encoder_name())
     return PackedMatrix(
         codec, dtype, grid.rows, grid.cols, bitmap, offsets, values, scales=scales, group=group
@@ -110,12 +106,15 @@ def sizes(bits: Bits, dtype: str) -> dict[Form, int]:
     """
     grid = _checked(bits, dtype)
     raw, masked, dense_form = _native.measure(bits, encoder_name())
-    bitmap, offsets, heads = 8 * grid.bitmap_words, 4 * grid.offset_count, 4 * grid.tiles
-    return {
-        ("dense", False): bits.size * bits.itemsize,
-        ("raw", True): bitmap + offsets + raw * runs.RUN_ALIGNMENT,
-        ("exponent-packed", True): bitmap + offsets + heads + masked * runs.RUN_ALIGNMENT,
-        ("exponent-packed", False): offsets + heads + dense_form * runs.RUN_ALIGNMENT,
+    units = {
+        ("raw", True): raw,
+        ("exponent-packed", True): masked,
+        ("exponent-packed", False): dense_form,
+    }
+    return {("dense", False): bits.size * bits.itemsize} | {
+        (codec, has_bitmap): count * runs.RUN_ALIGNMENT
+        + sum(fixed_bytes(codec, grid, masked=has_bitmap).values())
+        for (codec, has_bitmap), count in units.items()
     }
 
 
@@ -131,7 +130,7 @@ def prune_magnitude(bits: Bits, dtype: str, sparsity: float) -> None:
         raise KernelError(f"sparsity {sparsity} is outside [0, 1)")
     if not bits.flags.writeable:
         raise KernelError("bits are read-only, pruning is in place")
-    _native.prune(bits, _INFINITY[dtype], round(sparsity * bits.size))
+    _native.prune(bits, INFINITY[dtype], round(sparsity * bits.size))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,13 +144,3 @@ def _checked(bits: NDArray[Any], dtype: str) -> TileGrid:
     if not bits.flags.aligned or (bits.size and row_stride % bits.itemsize):
         raise BadMatrix(f"elements do not start on multiples of {bits.itemsize} bytes")
     return grid
-
-
-def _checked_bytes(units: int) -> int:
-    """Return the bytes of so many units, once offsets can count them."""
-    if units > runs.MAX_RUN_UNITS:
-        raise BadMatrix(
-            f"{units * runs.RUN_ALIGNMENT} bytes of values, offsets address "
-            f"{runs.MAX_RUN_UNITS * runs.RUN_ALIGNMENT}: split the matrix"
-        )
-    return units * runs.RUN_ALIGNMENT

@@ -52,6 +52,21 @@ def stored_dtype(codec: str, dtype: str, array_name: str) -> str:
     return _DTYPE_OF_ARRAY[array_name]
 
 
+def fixed_bytes(codec: str, grid: TileGrid, *, masked: bool, group: int = 0) -> dict[str, int]:
+    """Returns the bytes of each array of a matrix but `values`: shape and group decide them."""
+    entries = {
+        "bitmap": grid.bitmap_words,
+        "offsets": grid.offset_count,
+        "heads": grid.tiles,
+        "scales": grid.scale_count(group) if group else 0,
+    }
+    return {
+        name: entries[name] * ITEM_BYTES[_DTYPE_OF_ARRAY[name]]
+        for name in array_names(codec, masked=masked)
+        if name != "values"
+    }
+
+
 def values_range(codec: str, dtype: str, grid: TileGrid, nnz: int, *, masked: bool) -> Range:
     """Returns the fewest and the most bytes that `values` can have, as far as the index tells.
 

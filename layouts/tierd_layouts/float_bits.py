@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 F32Array = npt.NDArray[np.float32]
 
+#: The bits of infinity: what is above them, without its sign, is a NaN.
+INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 #: The largest finite number of each dtype.
 LARGEST = {
     "BF16": np.uint32(0x7F7F0000).view(np.float32),

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from tierd_layouts.tile_grid import BitsArray, CountArray, Piece, U8Array, U16Array
 
 
-DEFAULT_GROUP = 128
 #: The largest scales (bf16 bits) with which every product is finite and exact in float32.
 _MAX_SCALE = {"int8": 0x7C01, "int4": 0x7E12}
 
@@ -59,7 +58,7 @@ def encode(bits: BitsArray, dtype: str, *, codec: str, group: int, masked: bool)
     masked: keep the elements with q != 0; else keep all, without a bitmap.
     Raises UnknownCodec, BadGroup, BadMatrix: not 2-D, another dtype, not all finite, too large.
     """
-    limit = _check_codec(codec, group)
+    limit = check_codec(codec, group)
     grid = check_matrix(bits, dtype)
     scales = choose_scales(bits, dtype, codec, group, grid)
     bitmap = np.zeros(grid.bitmap_words, np.uint64) if masked else None
@@ -136,7 +135,7 @@ def validate(matrix: PackedMatrix, nnz: int) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def _check_codec(codec: str, group: int) -> int:
+def check_codec(codec: str, group: int) -> int:
     if codec not in LEVEL_LIMITS:
         raise UnknownCodec(f"codec {codec!r}, quantised ones are {', '.join(LEVEL_LIMITS)}")
     if group <= 0 or group % TILE:
@@ -147,11 +146,6 @@ def _check_codec(codec: str, group: int) -> int:
 def _levels(quotients: F32Array, limit: int) -> npt.NDArray[np.int8]:
     levels: npt.NDArray[np.int8] = np.clip(np.rint(quotients), -limit, limit).astype(np.int8)
     return levels
-
-
-def scale_count(grid: TileGrid, group: int) -> int:
-    """Returns how many scales a matrix has: 64 for every group of every tile row."""
-    return grid.tile_rows * -(-grid.cols // group) * TILE
 
 
 def _tile_scales(scales: U16Array, grid: TileGrid, group: int, piece: Piece) -> F32Array:
@@ -165,7 +159,7 @@ def _tile_scales(scales: U16Array, grid: TileGrid, group: int, piece: Piece) -> 
 def _check_scales(matrix: PackedMatrix, grid: TileGrid) -> U16Array:
     scales = matrix.scales
     assert scales is not None  # `check_set`
-    count = scale_count(grid, matrix.group)
+    count = grid.scale_count(matrix.group)
     if scales.dtype != np.uint16 or scales.shape != (count,):
         raise ScalesWrong(
             f"scales are {scales.dtype}{list(scales.shape)}, [{grid.rows}, {grid.cols}] in groups "
@@ -187,7 +181,7 @@ def _check_scales(matrix: PackedMatrix, grid: TileGrid) -> U16Array:
 def _check_structure(matrix: PackedMatrix, grid: TileGrid) -> tuple[CountArray, U16Array]:
     """Returns kept counts and scales, once everything but the levels agrees."""
     check_set(matrix)
-    _check_codec(matrix.codec, matrix.group)
+    check_codec(matrix.codec, matrix.group)
     runs.check_offsets_form(matrix.offsets, grid)  # first: from here on memory has its bounds
     if matrix.bitmap is not None:
         check_bitmap(matrix.bitmap, grid)

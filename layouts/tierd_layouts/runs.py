@@ -57,14 +57,21 @@ def units(record_bytes: CountArray) -> CountArray:
     return (record_bytes + (RUN_ALIGNMENT - 1)) // RUN_ALIGNMENT
 
 
+def values_bytes(total_units: int) -> int:
+    """Returns the bytes of so many units. Raises BadMatrix: more than the offsets can address."""
+    nbytes = total_units * RUN_ALIGNMENT
+    if total_units > MAX_RUN_UNITS:
+        raise BadMatrix(
+            f"{nbytes} bytes of values, offsets address {MAX_RUN_UNITS * RUN_ALIGNMENT}: split the "
+            "matrix"
+        )
+    return nbytes
+
+
 def make_offsets(record_bytes: CountArray) -> U32Array:
     """Returns uint32[records + 1]. Raises BadMatrix: more bytes than the offsets can address."""
     ends = np.cumsum(units(record_bytes))
-    if ends.size and int(ends[-1]) > MAX_RUN_UNITS:
-        raise BadMatrix(
-            f"{int(ends[-1]) * RUN_ALIGNMENT} bytes of values, offsets address "
-            f"{MAX_RUN_UNITS * RUN_ALIGNMENT}: split the matrix"
-        )
+    values_bytes(int(ends[-1]) if ends.size else 0)
     offsets = np.zeros(len(record_bytes) + 1, np.uint32)
     offsets[1:] = ends
     return offsets

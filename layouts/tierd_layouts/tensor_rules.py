@@ -13,6 +13,7 @@ from tierd_layouts.codecs import (
     ARRAYS_OF_CODEC,
     LEVEL_LIMITS,
     array_names,
+    fixed_bytes,
     values_range,
 )
 from tierd_layouts.dtypes import ITEM_BYTES, RAW_VALUES_DTYPE
@@ -30,7 +31,6 @@ from tierd_layouts.errors import (
 )
 from tierd_layouts.excerpt import excerpt
 from tierd_layouts.names import check_tensor_name
-from tierd_layouts.quantised import scale_count
 from tierd_layouts.runs import RUN_ALIGNMENT
 from tierd_layouts.tile_grid import MAX_ELEMENTS, TILE, TileGrid
 
@@ -114,15 +114,9 @@ def _check_matrix(tensor: Tensor, where: str, *, masked: bool) -> None:
         kept = "at most" if masked else "without a bitmap all"
         raise NnzWrong(f"{where}: nnz {tensor.nnz}, {kept} {elements} elements are stored")
     grid = TileGrid(*tensor.shape)
-    lengths = {
-        "bitmap": grid.bitmap_words * 8,
-        "offsets": grid.offset_count * 4,
-        "heads": grid.tiles * 4,
-        "scales": scale_count(grid, tensor.group or 1) * 2,
-    }
-    for name in tensor.arrays:
-        if name != "values":
-            _check_bytes(tensor, name, lengths[name], where)
+    lengths = fixed_bytes(codec, grid, masked=masked, group=tensor.group or 0)
+    for name, needed in lengths.items():
+        _check_bytes(tensor, name, needed, where)
     nbytes = tensor.arrays["values"].nbytes
     fewest, most = values_range(codec, tensor.dtype, grid, tensor.nnz, masked=masked)
     if nbytes % RUN_ALIGNMENT or not fewest <= nbytes <= most:

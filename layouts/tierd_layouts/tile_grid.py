@@ -71,6 +71,10 @@ class TileGrid:
         """uint32 offsets: one for each tile, and the end."""
         return self.tiles + 1
 
+    def scale_count(self, group: int) -> int:
+        """uint16 scales of groups of so many columns: 64 for every group of every tile row."""
+        return self.tile_rows * -(-self.cols // group) * TILE
+
     def pieces(self) -> Iterator[Piece]:
         """Yields all tiles in order."""
         if not self.tiles:

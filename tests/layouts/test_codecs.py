@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from tierd_layouts import exponent_packed, packed_matrix, quantised
-from tierd_layouts.codecs import ARRAYS_OF_CODEC, array_names, stored_dtype, values_range
+from tierd_layouts.codecs import (
+    ARRAYS_OF_CODEC,
+    array_names,
+    fixed_bytes,
+    stored_dtype,
+    values_range,
+)
 from tierd_layouts.tile_grid import TileGrid
 
 
@@ -58,6 +64,9 @@ def test_what_the_encoders_write_is_inside_the_range(shape: tuple[int, int], kin
         grid = TileGrid(matrix.rows, matrix.cols)
         fewest, most = values_range(matrix.codec, "BF16", grid, matrix.nnz, masked=matrix.masked)
         assert fewest <= matrix.values.nbytes <= most, matrix.codec
+        fixed = fixed_bytes(matrix.codec, grid, masked=matrix.masked, group=matrix.group)
+        found = {name: array.nbytes for name, array in matrix.arrays().items() if name != "values"}
+        assert fixed == found, matrix.codec
         if kind == "one a tile" and matrix.masked and matrix.codec != "exponent-packed":
             assert matrix.values.nbytes == most
 

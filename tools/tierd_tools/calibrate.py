@@ -15,6 +15,7 @@ import torch
 
 from tierd_tools.errors import CalibrationError
 from tierd_tools.layered_model import LayeredModel
+from tierd_tools.pack_settings import DEFAULT_WINDOWS
 from tierd_tools.progress import SilentProgress
 from tierd_tools.prune import DTYPES
 from tierd_tools.token_windows import read_tokens, spread
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from tierd_tools.layered_model import Place
     from tierd_tools.progress import Progress
 
-WINDOWS, WINDOW_TOKENS = 32, 256
+WINDOW_TOKENS = 256
 #: bytes of an element -> the types that show its bits to torch and to `wanda`
 _INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 
@@ -47,7 +48,7 @@ def input_norms(
     text_path: str | os.PathLike[str],
     sparsities: Shares,
     *,
-    windows: int = WINDOWS,
+    windows: int = DEFAULT_WINDOWS,
     window_tokens: int = WINDOW_TOKENS,
     progress: Progress | None = None,
 ) -> dict[str, NDArray[np.float32]]:

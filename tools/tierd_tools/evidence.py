@@ -24,10 +24,10 @@ import torch
 
 from tierd_tools.bench.__main__ import hardware
 from tierd_tools.calibrate import WINDOW_TOKENS as CALIBRATION_TOKENS
-from tierd_tools.calibrate import WINDOWS as CALIBRATION_WINDOWS
 from tierd_tools.errors import CheckpointMissing, EvaluationError, ToolError
 from tierd_tools.evaluate import WINDOW_TOKENS, WINDOWS, EvalReport, evaluate
 from tierd_tools.pack import pack
+from tierd_tools.pack_settings import DEFAULT_WINDOWS as CALIBRATION_WINDOWS
 from tierd_tools.render import size
 
 if TYPE_CHECKING:

@@ -13,11 +13,14 @@ import numpy as np
 
 from tierd_kernels import encode as native
 from tierd_layouts import exponent_packed
-from tierd_layouts.codecs import ALWAYS_MASKED
+from tierd_layouts.codecs import ALWAYS_MASKED, fixed_bytes
+from tierd_layouts.float_bits import INFINITY
 from tierd_layouts.records import ARRAY_ALIGNMENT
-from tierd_layouts.tile_grid import TILE, TileGrid
+from tierd_layouts.tile_grid import TileGrid
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from tierd_layouts.packed_matrix import PackedMatrix
     from tierd_layouts.tile_grid import BitsArray
 
@@ -53,13 +56,13 @@ def values_bytes(bits: BitsArray, dtype: str) -> dict[Form, int]:
     sizes = native.sizes(bits, dtype)
     grid = TileGrid(*bits.shape)
     return {
-        form: sizes[form.codec, form.masked] - sum(_array_bytes(form, grid)) for form in LOSSLESS
+        form: sizes[form.codec, form.masked] - sum(_fixed_bytes(form, grid)) for form in LOSSLESS
     }
 
 
 def stored_bytes(form: Form, grid: TileGrid, values: int, group: int = 0) -> int:
     """Returns what all arrays of a matrix take in a layer: each one begins on 256 bytes."""
-    return sum(aligned(nbytes) for nbytes in (values, *_array_bytes(form, grid, group)))
+    return sum(aligned(nbytes) for nbytes in (values, *_fixed_bytes(form, grid, group)))
 
 
 def aligned(nbytes: int) -> int:
@@ -78,18 +81,9 @@ def encode(bits: BitsArray, dtype: str, form: Form, group: int = 0) -> PackedMat
 
 def all_finite(bits: BitsArray, dtype: str) -> bool:
     """Whether no element is infinite or NaN."""
-    infinity = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}[dtype]
     mask = bits.dtype.type((1 << (bits.dtype.itemsize * 8 - 1)) - 1)
-    return bool(np.all((bits & mask) < infinity))
+    return bool(np.all((bits & mask) < INFINITY[dtype]))
 
 
-def _array_bytes(form: Form, grid: TileGrid, group: int = 0) -> list[int]:
-    """Of all arrays but `values`."""
-    arrays = [4 * grid.offset_count]
-    if form.masked:
-        arrays.append(8 * grid.bitmap_words)
-    if form.codec == exponent_packed.CODEC:
-        arrays.append(4 * grid.tiles)
-    if group:
-        arrays.append(2 * TILE * grid.tile_rows * -(-grid.cols // group))
-    return arrays
+def _fixed_bytes(form: Form, grid: TileGrid, group: int = 0) -> Iterable[int]:
+    return fixed_bytes(form.codec, grid, masked=form.masked, group=group).values()

@@ -19,8 +19,7 @@ import xxhash
 from tierd_kernels import encode as native
 from tierd_layouts.codecs import LEVEL_LIMITS
 from tierd_layouts.dtypes import ITEM_BYTES
-from tierd_layouts.errors import BadMatrix
-from tierd_layouts.runs import MAX_RUN_UNITS, RUN_ALIGNMENT
+from tierd_layouts.runs import MAX_RUN_UNITS, RUN_ALIGNMENT, values_bytes
 from tierd_layouts.tile_grid import TILE, TileGrid
 from tierd_tools import pack_encode
 from tierd_tools.errors import PackError
@@ -192,11 +191,11 @@ def _bands(bits: BitsArray) -> list[BitsArray]:
 
 
 def _joined_offsets(parts: list[NDArray[Any]]) -> NDArray[np.uint32]:
+    """Raises BadMatrix: more bytes than they can address."""
     base = 0
     joined: list[NDArray[Any]] = [np.zeros(1, np.uint32)]
     for offsets in parts:
-        if base + int(offsets[-1]) > MAX_RUN_UNITS:
-            raise BadMatrix(f"more than {MAX_RUN_UNITS * RUN_ALIGNMENT} bytes of values")
+        values_bytes(base + int(offsets[-1]))
         joined.append(offsets[1:] + np.uint32(base))
         base += int(offsets[-1])
     return np.concatenate(joined)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tierd_layouts.float_bits import INFINITY
+from tierd_layouts.tile_grid import bits_dtype
 from tierd_tools.errors import BadSetting
 from tierd_tools.sparsity import check_sparsity
 
@@ -21,13 +23,7 @@ if TYPE_CHECKING:
 
     Bits = NDArray[np.unsignedinteger[Any]]
 
-#: dtype -> (bits type, infinity): a pattern above infinity, sign removed, is a NaN
-_PATTERNS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
-    "BF16": (np.uint16, 0x7F80),
-    "F16": (np.uint16, 0x7C00),
-    "F32": (np.uint32, 0x7F800000),
-}
-DTYPES = frozenset(_PATTERNS)
+DTYPES = frozenset(INFINITY)
 
 #: how much less than wanted counts as pruned already
 _TOLERANCE = 0.01
@@ -44,18 +40,18 @@ def magnitude(bits: Bits, dtype: str, sparsity: float) -> Bits:
     Raises BadSetting for a dtype that is not BF16, F16 or F32, or a sparsity outside [0, 1).
     """
     check_sparsity(sparsity)
-    if dtype not in _PATTERNS:
+    if dtype not in DTYPES:
         raise BadSetting(f"cannot prune dtype {dtype}: only {', '.join(sorted(DTYPES))}")
-    kind, infinity = _PATTERNS[dtype]
+    kind = bits_dtype(dtype)
     if bits.dtype != kind:
-        raise BadSetting(f"{dtype} bits must be {np.dtype(kind)}, not {bits.dtype}")
+        raise BadSetting(f"{dtype} bits must be {kind}, not {bits.dtype}")
 
     flat = bits.reshape(-1)
     zeros = flat.size - int(np.count_nonzero(flat))
     wanted = round(sparsity * flat.size) - zeros
     if wanted <= 0:
         return bits
-    threshold, ties = _threshold(flat, infinity, zeros, wanted)
+    threshold, ties = _threshold(flat, INFINITY[dtype], zeros, wanted)
     return _cut(flat, threshold, ties).reshape(bits.shape)
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tierd_layouts.float_bits import widened
+from tierd_layouts.tile_grid import bits_dtype
 from tierd_tools.errors import BadSetting
 from tierd_tools.prune import DTYPES
 from tierd_tools.sparsity import check_sparsity
@@ -37,7 +39,7 @@ def wanda(bits: Bits, dtype: str, norms: NDArray[np.float32], sparsity: float) -
     check_sparsity(sparsity)
     if dtype not in DTYPES:
         raise BadSetting(f"cannot prune dtype {dtype}: only {', '.join(sorted(DTYPES))}")
-    if bits.ndim != 2 or bits.dtype != (np.uint32 if dtype == "F32" else np.uint16):
+    if bits.ndim != 2 or bits.dtype != bits_dtype(dtype):
         raise BadSetting(f"{bits.dtype}{list(bits.shape)} is no matrix of {dtype} bits")
     rows, cols = bits.shape
     if norms.shape != (cols,) or norms.dtype != np.float32:
@@ -64,7 +66,7 @@ def _keys(step: Bits, dtype: str, norms: NDArray[np.float64]) -> NDArray[np.int6
     The bits of IEEE numbers that are not negative have the order of the numbers.
     """
     with np.errstate(invalid="ignore"):  # a signalling NaN, and infinity * 0
-        values = np.abs(_floats(step, dtype)).astype(np.float64)
+        values = np.abs(widened(step, dtype)).astype(np.float64)
         scores = values * norms
     keys: NDArray[np.int64] = scores.view(np.int64)
     special = ~np.isfinite(values)
@@ -87,9 +89,3 @@ def _kept(keys: NDArray[np.int64], pruned: int) -> NDArray[np.bool_]:
         keep[several] |= equal[several] & (rank > ties[several, None])
     keep |= keys == _NAN
     return keep
-
-
-def _floats(step: Bits, dtype: str) -> NDArray[np.floating[Any]]:
-    if dtype == "BF16":
-        return (step.astype(np.uint32) << 16).view(np.float32)
-    return step.view(np.float16 if dtype == "F16" else np.float32)

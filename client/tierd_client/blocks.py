@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 import tierd_kernels
 from tierd_client.scratch import Scratch
@@ -27,7 +26,7 @@ def blocked_product(
     scratch: Scratch | None = None,
     threads: int = 0,
 ) -> torch.Tensor:
-    """`x @ W.T + bias`, every block of rows one `torch.nn.functional.linear`.
+    """`x @ W.T + bias`, one product of torch for every block of rows.
 
     x: [tokens, cols] of the matrix's dtype. bias: [rows] of it. threads: of the expansion (0: the
     kernels' default); the products take torch's own. Returns [tokens, rows].
@@ -37,15 +36,19 @@ def blocked_product(
     rows, dtype = matrix.rows, torch_dtype(matrix.dtype)
     step = block_rows(matrix.cols, dtype.itemsize, threads or tierd_kernels.get_threads())
     with torch.no_grad():
-        out = torch.empty(x.shape[0], rows, dtype=dtype)
+        # Transposed: the operand that torch copies for each product is then x and not the block.
+        turned, x_turned = torch.empty(rows, x.shape[0], dtype=dtype), x.t()
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
             block = scratch.matrix((end - begin, matrix.cols), dtype)
             tile_rows = (begin // TILE, -(-end // TILE))
             tierd_kernels.expand(matrix, bits_of(block), tile_rows=tile_rows, threads=threads)
-            part = None if bias is None else bias[begin:end]
-            out[:, begin:end] = functional.linear(x, block, part)
-    return out
+            part = turned[begin:end]
+            if bias is None:
+                torch.mm(block, x_turned, out=part)
+            else:
+                torch.addmm(bias[begin:end, None], block, x_turned, out=part)
+        return turned.t().contiguous()
 
 
 def block_rows(cols: int, item_bytes: int, threads: int) -> int:

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
+import tierd_kernels
 from tierd_client import cores
 from tierd_kernels.cpu import MAX_THREADS
+from tierd_layouts.packed_matrix import encode_raw
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +44,32 @@ def test_a_kernel_takes_its_share_of_the_processors(
     monkeypatch.setattr(cores, "processors", lambda: processors)
     torch.set_num_threads(wanted)
     assert cores.kernel_threads(holders) == threads
+
+
+@pytest.mark.usefixtures("torch_threads")
+def test_kernels_run_on_torchs_threads_as_many_as_those_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(cores, "_team", 0)
+    monkeypatch.setattr(tierd_kernels, "share_threads", lambda *call: told.append(call))
+    torch.set_num_threads(2)
+    for _ in range(3):
+        cores.kernel_threads(1)
+    torch.set_num_threads(1)
+    cores.kernel_threads(1)
+    assert told == [(cores.openmp(), 2), (cores.openmp(), 1)]
+
+
+def test_the_runtime_of_this_torch_is_found_and_expands() -> None:
+    if "OpenMP" not in torch.__config__.parallel_info():
+        pytest.skip("this torch has other threads")
+    assert cores.openmp() != 0
+    bits = np.random.default_rng(0).integers(0, 3, (1000, 100), np.uint16)
+    out = np.empty_like(bits)
+    tierd_kernels.share_threads(cores.openmp(), 2)
+    tierd_kernels.expand(encode_raw(bits, "BF16"), out, threads=2)
+    np.testing.assert_array_equal(out, bits)
 
 
 def test_the_processors_are_those_of_the_kernels() -> None:

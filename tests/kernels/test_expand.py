@@ -202,4 +202,4 @@ def test_a_group_wider_than_32_bits_is_one_of_all_columns(
     sums = [np.zeros((2, 130), np.float32) for _ in range(2)]
     for matrix, found in zip((whole, huge), sums, strict=True):
         linear(matrix, x, found)
-    np.testing.assert_array_equal(*sums)
+    np.testing.assert_array_equal(sums[0], sums[1])

@@ -61,10 +61,10 @@ def run() -> list[Row]:
 
 
 def _rows() -> Iterator[Row]:
-    gaussian = [_gaussian()]
-    trained = list(_trained()) if MODELS.is_dir() else []
+    normal = [gaussian()]
+    learned = list(trained())
     for (kind, zeros), bounds in BOUNDS.items():
-        matrices = gaussian if kind == "gaussian" else trained
+        matrices = normal if kind == "gaussian" else learned
         label = f"{kind}, {zeros:.0%} zeros"
         if not matrices:
             yield Row(label, None, None, "B/weight", not_applicable=NO_MODELS)
@@ -124,13 +124,17 @@ def _quantised(bits: Bits, codec: str) -> int:
 # ----------------------------------------------------------------------------------------- matrices
 
 
-def _gaussian() -> Bits:
+def gaussian() -> Bits:
+    """A matrix of normal weights, as an initialisation leaves them."""
     weights = np.random.default_rng(3).standard_normal(GAUSSIAN, np.float32) * np.float32(0.02)
     bits = weights.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # nearest even
 
 
-def _trained() -> Iterator[Bits]:
+def trained() -> Iterator[Bits]:
+    """The linear layers of the trained models; nothing where they are not."""
+    if not MODELS.is_dir():
+        return
     for folder in sorted(path for path in MODELS.iterdir() if (path / "config.json").exists()):
         for tensor in Checkpoint.open(folder).tensors.values():
             if is_prunable(tensor) and tensor.dtype == "BF16":

@@ -7,15 +7,13 @@ somebody waits.
 
 from __future__ import annotations
 
-import array
 import contextlib
-import os
 import socket
 import struct
 import threading
 import weakref
 from collections import deque
-from time import monotonic, perf_counter_ns
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from tierd_client import fork
@@ -27,19 +25,17 @@ from tierd_client.errors import (
     ProtocolBroken,
     TierdError,
 )
+from tierd_client.inbox import Inbox, Piece, close_all
 from tierd_client.protocol import NO_REPLY, ClientProtocol, Reply
-from tierd_layouts.wire import MAX_FDS, MAX_REQUEST_BYTES, encode
+from tierd_layouts.wire import MAX_REQUEST_BYTES, encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tierd_client.lease import Lease
 
-RECEIVE_BYTES = 64 << 10
 #: Longest sleep in one system call; deadlines are checked at least this often.
 SLICE_S = 0.5
-#: How long a reader looks for an answer before it lets the processor sleep.
-POLL_NS = 60_000
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
@@ -64,8 +60,7 @@ class Connection:
         self._life = fork.current()
         self._socket = sock
         self._protocol = ClientProtocol()
-        #: What recvmsg returned and nobody has looked at: at most one piece.
-        self._inbox: deque[tuple[bytes, list[tuple[int, int, bytes]], int, object]] = deque()
+        self._inbox = Inbox(sock)
         self._send_lock = threading.Lock()
         # Guards the protocol, the replies and who reads.
         self._lock = threading.Lock()
@@ -250,60 +245,36 @@ class Connection:
                 self._delivered.notify_all()
 
     def _receive(self) -> None:
-        """Read once and deliver. The caller is the one reader."""
+        """Read once and deliver. The caller is the one reader, and looks at its deadline."""
         try:
-            if not self._inbox and not self._poll_briefly():
-                # One call from the socket into the inbox: a signal's exception comes before or
-                # after it, never between, so what was read is never lost.
-                self._inbox.extend(map(self._socket.recvmsg, *_RECEIVE_ARGUMENTS))
-        except BlockingIOError:
-            return  # the slice is over; the caller looks at its deadline
+            if not self._inbox.wait():
+                return
         except OSError as error:
             self._end(DaemonGone, self._gone(error.strerror))
             return
         try:
-            self._deliver(*self._inbox.popleft())
+            self._deliver(self._inbox.take())
         except BaseException:
             self._end(ClientClosed, f"reading from {self.path} was interrupted")
             raise
 
-    def _poll_briefly(self) -> bool:
-        """Whether something came at once. An answer about a resident layer takes the daemon tens
-        of microseconds; a processor that fell asleep meanwhile needs about as long to wake up."""
-        until = perf_counter_ns() + POLL_NS
-        while perf_counter_ns() < until:
-            try:
-                self._inbox.extend(map(self._socket.recvmsg, *_POLL_ARGUMENTS))
-            except BlockingIOError:
-                continue
-            return True
-        return False
-
-    def _deliver(
-        self, data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int, _: object
-    ) -> None:
-        fds: list[int] = []
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                received = array.array("i")
-                received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
-                fds.extend(received)
-        if flags & _TRUNCATED:
-            _close_all(fds)
+    def _deliver(self, piece: Piece) -> None:
+        if piece.truncated:
+            close_all(piece.fds)
             text = f"descriptors from {self.path} were cut off (limit of open files reached?)"
             self._end(ProtocolBroken, text)
             return
-        if not data:
+        if not piece.data:
             self._end(DaemonGone, self._gone("it closed the connection"))
             return
         unwanted = []
         with self._lock:
             self._abandon_left_behind()
             try:
-                replies = self._protocol.receive(data, fds)
+                replies = self._protocol.receive(piece.data, piece.fds)
             except ProtocolBroken as error:
                 self._end(ProtocolBroken, f"tierd at {self.path}: {error}")
-                _close_all(self._protocol.drop_fds())
+                close_all(self._protocol.drop_fds())
                 return
             for reply in replies:
                 lease = reply.fields.get("lease")
@@ -326,7 +297,7 @@ class Connection:
                 self._give_back(reply)
 
     def _give_back(self, reply: Reply) -> None:
-        _close_all(reply.fds)
+        close_all(reply.fds)
         lease = reply.fields.get("lease")
         if reply.op == "acquire" and type(lease) is int:
             self.release([lease])
@@ -366,19 +337,9 @@ class Connection:
 
     def _close_in_child(self) -> None:
         self._socket.close()  # no shutdown: the parent still uses it
-        _close_all(self._protocol.drop_fds())
+        close_all(self._protocol.drop_fds())
         for reply in self._replies.values():
-            _close_all(reply.fds)
-
-
-# Plain numbers: `&` on the enumeration costs as much as the system call.
-_TRUNCATED = int(socket.MSG_CTRUNC)
-_RECEIVE_ARGUMENTS = (
-    (RECEIVE_BYTES,),
-    (socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize),),
-    (int(socket.MSG_CMSG_CLOEXEC),),
-)
-_POLL_ARGUMENTS = (*_RECEIVE_ARGUMENTS[:2], (int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT),))
+            close_all(reply.fds)
 
 
 def leases_of_the_dead(path: str) -> list[int]:
@@ -401,8 +362,3 @@ def _release_orphans(path: str, leases: list[int]) -> None:
                 for lease in leases
                 if lease in successor.orphans and lease not in successor.held
             )
-
-
-def _close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -30,7 +30,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from tierd_client import blocks
+import tierd_kernels
+from tierd_client import blocks, cores
 from tierd_client.client import Client
 from tierd_client.errors import DaemonNotRunning
 from tierd_client.load import load_model, load_tokenizer
@@ -483,6 +484,70 @@ def test_fused_prefill_and_decode_are_close(
         check(prompt(reference, seed, 2, 5))
         assert model.tierd.statistics().fused_calls == packed_tensors(zoo, name)
         assert sampled(model, seed).sequences.shape == (2, 15)
+
+
+HOLDER = textwrap.dedent(
+    """
+    import sys
+    from tierd_client.client import Client
+    with Client(sys.argv[1]) as client:
+        opened = client.open(sys.argv[2])
+        leases = [opened.acquire(0), opened.acquire(1)]
+        print("holding", flush=True)
+        sys.stdin.read()
+        for lease in leases:
+            lease.release()
+    """
+)
+
+
+@contextmanager
+def holder(zoo: Zoo, name: str) -> Iterator[None]:
+    """Another process that works with leases."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, zoo.socket, name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holding\n"
+        yield
+        process.communicate()
+    assert process.returncode == 0
+
+
+def test_kernels_leave_other_processes_their_share_of_the_processors(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    linear = tierd_kernels.linear
+
+    def note(*arguments: Any, threads: int) -> None:
+        used.append(threads)
+        linear(*arguments, threads=threads)
+
+    monkeypatch.setattr(tierd_kernels, "linear", note)
+    monkeypatch.setattr(cores, "processors", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    name, others = name_of(zoo, 0), name_of(zoo, 5)
+    logits = []
+
+    def threads() -> set[int]:
+        used.clear()
+        with torch.no_grad():
+            logits.append(model(torch.arange(3, 8)[None]).logits)
+        return set(used)
+
+    with zoo.served(name, "fused") as model:
+        assert threads() == {4}
+        with holder(zoo, others):
+            assert threads() == {2}
+            with holder(zoo, others):
+                assert threads() == {2}, "two processors for each of three, rather than one"
+        assert threads() == {4}
+    assert all(torch.equal(each, logits[0]) for each in logits)
 
 
 # ---------------------------------------------------------------------------------- trained models

@@ -122,7 +122,7 @@ def test_norms_are_those_of_hooks_on_the_whole_model(
     checkpoint = Checkpoint.open(tmp_path / "model")
     norms = input_norms(checkpoint, text, Sparsities(), windows=5, window_tokens=24)
     linears = linears_of(model, checkpoint)
-    batch = spread(read_tokens(tmp_path / "model", text), 5, 24)
+    batch = spread(read_tokens(tmp_path / "model", text), 5, 24, where="the text")
     expected = hooked_norms(model, linears, batch)
     assert norms.keys() == expected.keys()
     for name, norm in norms.items():
@@ -135,7 +135,7 @@ def test_a_bf16_model_is_calibrated_in_bf16(tiny_models: Any, tmp_path: Path, te
     model = tiny_models.write(tmp_path / "model", CONFIGS["llama"](), torch.bfloat16)
     checkpoint = Checkpoint.open(tmp_path / "model")
     norms = input_norms(checkpoint, text, Sparsities(), windows=1, window_tokens=24)
-    batch = spread(read_tokens(tmp_path / "model", text), 1, 24)
+    batch = spread(read_tokens(tmp_path / "model", text), 1, 24, where="the text")
     expected = hooked_norms(model, linears_of(model, checkpoint), batch)
     for name, norm in norms.items():
         assert relative_error(norm, expected[name]) < 1e-4, name
@@ -150,7 +150,7 @@ def test_each_layer_sees_what_the_pruned_layers_before_it_make(
     sparsities = Sparsities(0.5, exceptions=(("*.1", 0.25),))
     norms = input_norms(checkpoint, text, sparsities, windows=4, window_tokens=24)
     linears = linears_of(model, checkpoint)
-    batch = spread(read_tokens(tmp_path / "model", text), 4, 24)
+    batch = spread(read_tokens(tmp_path / "model", text), 4, 24, where="the text")
     # The whole model in memory, pruned up to the layer before: one layer further each time.
     layers = sorted({next(p for p in name.split(".") if p.isdigit()) for name in linears})
     unpruned = hooked_norms(model, linears, batch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 
 from tierd_kernels import encode
@@ -12,6 +11,7 @@ from tierd_tools.bench import codecs
 from tierd_tools.prune import magnitude
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tierd_layouts.container import open_pack
@@ -64,7 +65,7 @@ def packed(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def perplexity_in_memory(folder: Path, text: Path, windows: int, window_tokens: int) -> float:
     """One window at a time, by the definition."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = consecutive(read_tokens(folder, text), windows, window_tokens)
+    ids = consecutive(read_tokens(folder, text), windows, window_tokens, where="the text")
     losses = []
     with torch.no_grad():
         for row in ids:
@@ -181,3 +182,24 @@ def test_a_trained_model_scores_as_in_memory(name: str, tmp_path: Path) -> None:
     expected = perplexity_in_memory(TRAINED / name, text, 3, 256)
     assert 5 < expected < 50, "this is no trained model"
     assert report.perplexity == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_folder_of_the_same_name_where_the_command_runs_is_not_scored(
+    packed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / packed.name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    report = evaluate(packed, text, windows=1, window_tokens=8, dram=DRAM)
+    assert report.pack_dir == str(packed.resolve())
+
+
+def test_a_model_whose_loss_is_no_number_has_no_perplexity(
+    tiny_models: Any, text: Path, tmp_path: Path
+) -> None:
+    tiny_models.write(tmp_path / "source", config(), torch.bfloat16)
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors["model.norm.weight"][:] = torch.nan
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    pack(tmp_path / "source", tmp_path / "packed")
+    with pytest.raises(EvaluationError, match="the loss is nan nats a token"):
+        evaluate(tmp_path / "packed", text, windows=1, window_tokens=8, dram=DRAM)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tierd_tools.errors import BadSetting
+from tierd_tools.errors import BadSetting, TextRefused
 from tierd_tools.pack_settings import DEFAULT_GROUP, DEFAULT_WINDOWS, Settings
 
 if TYPE_CHECKING:
@@ -50,11 +50,16 @@ def test_a_group_that_is_no_multiple_of_64_is_refused_by_its_value(group: int) -
         Settings.check(codec="int8", group=group)
 
 
+def test_a_group_that_no_index_can_hold_is_refused_before_anything_is_written() -> None:
+    with pytest.raises(BadSetting, match=rf"group {1 << 63} is above {(1 << 63) - 1}"):
+        Settings.check(codec="int8", group=1 << 63)
+
+
 def test_a_calibration_that_cannot_be_read_or_says_nothing_is_refused(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text(" \n")
     for calibration, text in ((tmp_path / "none", "none: No such file"), (empty, "holds no text")):
-        with pytest.raises(BadSetting, match=text):
+        with pytest.raises(TextRefused, match=text):
             Settings.check(prune="wanda", sparsity=0.5, calibration=calibration)
     empty.write_text("once")
     with pytest.raises(BadSetting, match="calibration-windows 0: at least 1"):

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import errno
 import math
 import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tierd_tools import pack_staging
 from tierd_tools.errors import (
     BadSetting,
     CheckpointError,
     CheckpointMissing,
+    DiskFull,
     PackError,
     TargetBusy,
     TargetRefused,
@@ -173,3 +176,31 @@ def test_a_tensor_named_like_a_part_of_another_is_refused_before_anything_is_wri
     with pytest.raises(CheckpointError, match=r"up_proj\.weight\.heads' has the name that a pack"):
         pack(source, tmp_path / "p")
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_full_disk_leaves_no_lock_behind(
+    tmp_path: Path, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(DiskFull, match="file system full"):
+        pack(source, tmp_path / "p")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_journal_that_cannot_be_begun_leaves_nothing_behind(
+    tmp_path: Path, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoints.write(tmp_path / "m", checkpoints.llama())
+
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pack_staging, "fsync_file", full)
+    with pytest.raises(DiskFull, match="file system full"):
+        pack(source, tmp_path / "p")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m"]

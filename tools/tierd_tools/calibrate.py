@@ -63,7 +63,12 @@ def input_norms(
     tokens = read_tokens(checkpoint.path, text_path)
     model = LayeredModel(checkpoint)
     _refuse_unreachable(checkpoint, model, sparsities)
-    batch = spread(tokens, windows, min(window_tokens, model.max_tokens or window_tokens))
+    batch = spread(
+        tokens,
+        windows,
+        min(window_tokens, model.max_tokens or window_tokens),
+        where=str(text_path),
+    )
     outputs: list[Any] = [None] * windows
     norms: dict[str, NDArray[np.float32]] = {}
     sizes = [sum(place.source.nbytes for place in layer) for layer in model.layers]

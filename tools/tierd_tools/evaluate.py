@@ -106,12 +106,12 @@ def evaluate(
         raise BadSetting(f"compute {compute!r} is unknown: dense, fused")
     path = Path(pack_dir).resolve()
     index = open_pack(path)
-    batch = consecutive(read_tokens(path, text_path), windows, window_tokens)
+    batch = consecutive(read_tokens(path, text_path), windows, window_tokens, where=str(text_path))
     flags = ["--pack", str(path), "--no-populate", "--log-level", "error"]
     flags += ["--dram", dram] if dram else []
     with serve(flags) as daemon:
         try:
-            model: Any = load_model(path.name, compute=compute, socket=daemon.socket)
+            model: Any = load_model(path, compute=compute, socket=daemon.socket)
             with model.tierd, torch.inference_mode():
                 _refuse_long(model, window_tokens)
                 loss, seconds = _score(model, batch, index.pack_bytes, progress)
@@ -199,10 +199,14 @@ def _decode(model: Any, window: torch.Tensor) -> tuple[int, float]:
 
 
 def _perplexity(loss: float) -> float:
+    """Of a loss per token. Raises EvaluationError for a loss that stands for no number."""
     try:
-        return math.exp(loss)
+        perplexity = math.exp(loss)
     except OverflowError:
-        return math.inf
+        perplexity = math.inf
+    if not math.isfinite(perplexity):
+        raise EvaluationError(f"the loss is {loss} nats a token: there is no perplexity")
+    return perplexity
 
 
 def _linear_sizes(index: PackIndex) -> tuple[int, int, dict[str, int]]:

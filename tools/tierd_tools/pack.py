@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tierd_layouts.errors import NameRefused
+from tierd_layouts.errors import FormatError, NameRefused
 from tierd_layouts.index import INDEX_FILE
 from tierd_layouts.names import check_model_name
 from tierd_tools.checkpoint import Checkpoint
@@ -79,6 +79,8 @@ def pack(
             replaced = run.publish(index)
         except ToolError as error:
             raise type(error)(f"{error}; {run.what_is_kept()}") from error
+        except FormatError as error:
+            raise PackError(f"{error}; {run.what_is_kept()}") from error
     return PackReport.of(
         index,
         run.finished,

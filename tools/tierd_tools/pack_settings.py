@@ -13,8 +13,9 @@ import xxhash
 
 from tierd import __version__
 from tierd_layouts.codecs import LEVEL_LIMITS
+from tierd_layouts.index_json import MAX_INTEGER
 from tierd_layouts.tile_grid import TILE
-from tierd_tools.errors import BadSetting
+from tierd_tools.errors import BadSetting, TextRefused
 from tierd_tools.sparsity import Sparsities
 
 if TYPE_CHECKING:
@@ -118,9 +119,9 @@ def _calibration_text(
     try:
         text = Path(calibration).read_bytes()
     except OSError as error:
-        raise BadSetting(f"calibration {calibration}: {error.strerror}") from error
+        raise TextRefused(f"calibration {calibration}: {error.strerror}") from error
     if not text.strip():
-        raise BadSetting(f"calibration {calibration} holds no text")
+        raise TextRefused(f"calibration {calibration} holds no text")
     return text
 
 
@@ -132,4 +133,6 @@ def _group(codec: str, group: int | None) -> int:
     group = DEFAULT_GROUP if group is None else group
     if group < TILE or group % TILE:
         raise BadSetting(f"group {group} is not a positive multiple of {TILE}")
+    if group > MAX_INTEGER:
+        raise BadSetting(f"group {group} is above {MAX_INTEGER}, the most that an index can hold")
     return group

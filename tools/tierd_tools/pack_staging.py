@@ -177,9 +177,13 @@ def copy_file(source: Path, target: Path) -> None:
 def write_file(target: Path, content: bytes) -> None:
     """Writes a small file whole: temporary name, fsync, rename."""
     temporary = target.with_name(target.name + ".tmp")
-    temporary.write_bytes(content)
-    fsync_file(temporary)
-    temporary.rename(target)
+    try:
+        temporary.write_bytes(content)
+        fsync_file(temporary)
+        temporary.rename(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_directory(target.parent)
 
 
@@ -224,6 +228,7 @@ def _lock(lock: Path, target: Path) -> int:
                 f"{target} is being written by another process (pid {holder})"
             ) from error
         except OSError:
+            lock.unlink(missing_ok=True)
             os.close(descriptor)
             raise
         os.close(descriptor)

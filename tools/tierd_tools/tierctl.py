@@ -182,7 +182,7 @@ def _failed(result: Any) -> bool:
 def _show(arguments: argparse.Namespace, result: Any) -> None:
     if arguments.json:
         plain = result if isinstance(result, dict) else dataclasses.asdict(result)
-        print(json.dumps(plain, indent=1, default=str))
+        print(json.dumps(plain, indent=1, default=str, allow_nan=False))
     elif arguments.command in render.TABLES:
         render.TABLES[arguments.command](result)
     else:

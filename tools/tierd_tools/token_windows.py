@@ -20,15 +20,20 @@ if TYPE_CHECKING:
 _TOKENIZERS = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "*.vocab")
 
 
-def consecutive(tokens: torch.Tensor, windows: int, window_tokens: int) -> torch.Tensor:
-    """The first windows, end to end: int64[windows, window_tokens]. Raises TextRefused."""
-    _check(tokens, windows, window_tokens)
+def consecutive(
+    tokens: torch.Tensor, windows: int, window_tokens: int, *, where: str
+) -> torch.Tensor:
+    """The first windows, end to end: int64[windows, window_tokens]. Raises TextRefused.
+
+    where: the text's name, for the error.
+    """
+    _check(tokens, windows, window_tokens, where)
     return tokens[: windows * window_tokens].reshape(windows, window_tokens)
 
 
-def spread(tokens: torch.Tensor, windows: int, window_tokens: int) -> torch.Tensor:
+def spread(tokens: torch.Tensor, windows: int, window_tokens: int, *, where: str) -> torch.Tensor:
     """Windows at equal distances from the start of the text to its end, without overlap."""
-    _check(tokens, windows, window_tokens)
+    _check(tokens, windows, window_tokens, where)
     room = len(tokens) - windows * window_tokens
     starts = [
         i * window_tokens + (i * room // (windows - 1) if windows > 1 else 0)
@@ -64,11 +69,11 @@ def read_tokens(
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _check(tokens: torch.Tensor, windows: int, window_tokens: int) -> None:
+def _check(tokens: torch.Tensor, windows: int, window_tokens: int, where: str) -> None:
     if windows < 1 or window_tokens < 2:
         raise BadSetting(f"{windows} windows of {window_tokens} tokens: at least 1 of 2 is needed")
     if len(tokens) < windows * window_tokens:
         raise TextRefused(
-            f"the text has {len(tokens):,} tokens, {windows} windows of {window_tokens} take "
+            f"{where} has {len(tokens):,} tokens, {windows} windows of {window_tokens} take "
             f"{windows * window_tokens:,}"
         )

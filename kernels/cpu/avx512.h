@@ -47,10 +47,14 @@ inline __m512i expand16x32(uint32_t bits, const uint8_t* run) {
 // 4 KiB 48, 8 KiB 48 GB/s of dense bytes. Asking beyond the end of the values is harmless.
 constexpr uint64_t kAhead = 8192;
 
+// The same for bitmaps, of which a tile takes 512 bytes: with it two cores went from 55 to 65 GB/s.
+constexpr uint64_t kBitmapAhead = 2048;
+
+// Not to be kept: every byte is used once. Against _MM_HINT_T0 4 % faster with two cores.
 template <uint32_t lines>
 inline void prefetch(const uint8_t* at) {
   for (uint32_t line = 0; line < lines; ++line) {
-    _mm_prefetch(reinterpret_cast<const char*>(at + line * kVector), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(at + line * kVector), _MM_HINT_NTA);
   }
 }
 
@@ -93,6 +97,7 @@ inline Fault check_tile(const Packed& m, uint64_t tile, uint32_t rows, uint32_t 
     const __m512i beyond = _mm512_set1_epi64(static_cast<long long>(~low_bits(cols)));
     for (uint32_t row = 0; row < kTile; row += 8) {
       const __m512i eight = _mm512_loadu_si512(words + row);
+      prefetch<1>(reinterpret_cast<const uint8_t*>(words + row) + kBitmapAhead);
       bits = _mm512_add_epi64(bits, _mm512_popcnt_epi64(eight));
       outside = _mm512_or_si512(outside, _mm512_and_si512(eight, beyond));
     }

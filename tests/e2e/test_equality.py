@@ -329,7 +329,7 @@ def alone(zoo: Zoo, name: str, compute: str) -> Iterator[Any]:
 
 
 def test_three_processes_at_once_get_the_same_bits(zoo: Zoo) -> None:
-    jobs = [f"dense:{name_of(zoo, seed)}" for seed in range(4, 8)]
+    jobs = [f"dense:{name_of(zoo, seed)}" for seed in (4, 5)]
     jobs += [f"fused:{name_of(zoo, seed)}" for seed in (9, 10)]
     command = [sys.executable, "-c", PROCESSES, zoo.socket, *jobs]
     process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)

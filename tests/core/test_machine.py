@@ -619,3 +619,29 @@ def test_slots_beyond_the_limit_cannot_be_adopted() -> None:
     machine.handle(ArenaAdded(0, 0, 64 * G))
     with pytest.raises(IllegalEvent, match="the limit is 2 slots"):
         machine.handle(Adopted(0, (AdoptedSlot(2, 0, 0, G, 1, None, (7,)),)))
+
+
+def test_slots_of_a_dead_client_stay_in_quarantine_until_its_holder_is_gone() -> None:
+    machine = machine_of(2, (1, 1, 1), clients=1)
+    feed(machine, Acquire(0, 1, 1, key(0)), ReadDone(0, 0), ClientGone(1, 1, holder=77))
+    assert machine.snapshot().memory.quarantined_bytes == G
+    assert machine.snapshot().memory.reserved_bytes == 0
+    feed(machine, ClientJoined(2, 2), Acquire(2, 2, 1, key(1)), ReadDone(2, 1))
+    actions = feed(machine, Acquire(3, 2, 2, key(2)))
+    assert [action.code for action in actions if isinstance(action, Refuse)] == ["lease_limit"]
+    feed(machine, HolderGone(4, 77))
+    actions = feed(machine, Acquire(5, 2, 3, key(2)))
+    assert [action.slot for action in actions if isinstance(action, Evict)] == [0]
+
+
+def test_layers_beside_a_plan_count_for_its_reserve_and_are_not_fetched() -> None:
+    machine = machine_of(4, (1, 3, 1), clients=1)
+    actions = feed(machine, Plan(0, 1, 1, 0, (0,), beside=(1,)), ReadDone(0, 0))
+    assert Admit(1, 1, 3 * G) in actions
+    assert [action.key for action in actions if isinstance(action, Read)] == [key(0)]
+    assert feed(machine, Plan(1, 1, 2, 0, (0,), beside=(9,)))[0] == Refuse(
+        1,
+        2,
+        "bad_request",
+        "a plan over model 'm0' needs layers 0 to 2 and a lookahead >= 0; this one has layer 9",
+    )

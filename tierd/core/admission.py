@@ -27,7 +27,8 @@ class Admission:
             self._answers.refuse(event, model, f"model {event.model} is not served")
             return
         layers = len(model.slots)
-        wrong = next((layer for layer in event.order if not 0 <= layer < layers), None)
+        named = (*event.order, *event.beside)
+        wrong = next((layer for layer in named if not 0 <= layer < layers), None)
         if not event.order or event.lookahead < 0 or wrong is not None:
             what = f"layer {wrong}" if wrong is not None else f"lookahead {event.lookahead}"
             self._answers.refuse(
@@ -41,7 +42,7 @@ class Admission:
             self.withdraw(
                 self._books.plans[client.id], "bad_request", "a later plan replaces this one"
             )
-        largest = max(event.order, key=lambda layer: model.charges[layer])
+        largest = model.largest(event)
         reserve = model.charges[largest]
         if self._books.ledger.admits(client.id, reserve=reserve):
             self._admit(event, client, model, reserve)
@@ -58,15 +59,14 @@ class Admission:
         """Admits the plans that fit now, refuses those that have waited long enough."""
         for plan in list(self._books.plans.values()):
             model = self._books.models[plan.model]
-            reserve = max(model.charges[layer] for layer in plan.order)
+            reserve = model.charges[model.largest(plan)]
             if self._books.ledger.admits(plan.client, reserve=reserve):
                 self.stop_waiting(plan.client)
                 self._admit(plan, self._books.clients[plan.client], model, reserve)
             elif self._books.now - plan.at_ns >= self._books.config.admission_patience_ns:
                 self.stop_waiting(plan.client)
-                largest = max(plan.order, key=lambda layer: model.charges[layer])
                 self._answers.refuse_too_small(
-                    plan, model, largest, self._books.clients[plan.client]
+                    plan, model, model.largest(plan), self._books.clients[plan.client]
                 )
 
     def withdraw(self, plan: Plan, code: str, text: str) -> None:
@@ -75,8 +75,8 @@ class Admission:
 
     def stop_waiting(self, client: int) -> None:
         plan = self._books.plans.pop(client)
-        charges = self._books.models[plan.model].charges
-        self._books.ledger.awaited -= max(charges[layer] for layer in plan.order)
+        model = self._books.models[plan.model]
+        self._books.ledger.awaited -= model.charges[model.largest(plan)]
 
     def _admit(self, event: Plan, client: Client, model: ModelState, reserve: int) -> None:
         self._books.ledger.set_reserve(client.id, reserve)

@@ -59,7 +59,7 @@ def _check_slots(books: Books) -> None:
 
 def _check_clients(books: Books) -> None:
     awaited = sum(
-        max(books.models[plan.model].charges[layer] for layer in plan.order)
+        books.models[plan.model].charges[books.models[plan.model].largest(plan)]
         for plan in books.plans.values()
     )
     if awaited != books.ledger.awaited:

@@ -203,6 +203,8 @@ class TierMachine:
         del self._books.clients[client.id]
         self._books.ledger.close(client.id)
         for slot in {slot.id: slot for slot in leases}.values():
+            if event.holder is not None:
+                self._restart.quarantine(slot, event.holder)
             self._books.policy.resident(slot)
             self._fetcher.no_longer_used(slot)
         self._books.tell("gone", None, "client {} left {} leases behind", client.id, len(leases))

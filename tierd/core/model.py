@@ -87,6 +87,7 @@ class Plan:
     order: tuple[int, ...]
     cyclic: bool = True
     lookahead: int = 1  #: leases that the client wants to hold ahead of the one it computes with
+    beside: tuple[int, ...] = ()  #: layers that it may ask for too: they count for its reserve only
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +110,15 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class ClientGone:
-    """The connection closed or the process died: everything that it held ends now."""
+    """The connection closed or the process died: everything that it held ends now.
+
+    `holder`: its leases end, but a device may still read their slots: these stay in quarantine
+    under this id until `HolderGone` says that nobody does.
+    """
 
     at_ns: int
     client: int
+    holder: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

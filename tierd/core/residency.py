@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tierd.core.memory import Claim
+    from tierd.core.model import Plan
     from tierd.core.placement import Place
     from tierd.core.plans import PlanState
 
@@ -89,6 +90,10 @@ class ModelState:
         self.users = [0] * len(self.layer_bytes)  #: plans that use the layer
         self.kept = bytearray(len(self.layer_bytes))  #: `retention`: layers that should stay
         self.kept_for: tuple[PlanState, int] | None = None  #: the plan and share that chose them
+
+    def largest(self, plan: Plan) -> int:
+        """The layer that decides what the plan reserves."""
+        return max((*plan.order, *plan.beside), key=lambda layer: self.charges[layer])
 
     def put(self, slot: Slot) -> None:
         assert slot.key is not None

@@ -1,4 +1,7 @@
-"""A warm restart: slots that the previous daemon left behind, and who still reads them."""
+"""A warm restart: slots that the previous daemon left behind, and who still reads them.
+
+Quarantine serves the slots of a dead client of a GPU too: its device may read them for a while.
+"""
 
 from __future__ import annotations
 
@@ -65,16 +68,22 @@ class Restart:
             model.put(slot)
             self._books.policy.resident(slot)
         for holder in found.holders:
-            slot.holders[holder] = None
-            self._books.holders.setdefault(holder, []).append(slot)
-        if slot.holders:
-            self._books.ledger.quarantined += place.range.granules
-            self._books.ledger.quarantined_slots += 1
+            self.quarantine(slot, holder)
         what = "resident" if key is not None else "not served"
         self._books.tell("adopt", key, "slot {}: {}, held by {} processes", slot.id, what,
             len(slot.holders),
         )  # fmt: skip
         self._fetcher.no_longer_used(slot)
+
+    def quarantine(self, slot: Slot, holder: int) -> None:
+        """Keeps the slot as it is until `holder_gone`."""
+        if holder in slot.holders:
+            return
+        if not slot.holders:
+            self._books.ledger.quarantined += slot.place.range.granules
+            self._books.ledger.quarantined_slots += 1
+        slot.holders[holder] = None
+        self._books.holders.setdefault(holder, []).append(slot)
 
     def holder_gone(self, event: HolderGone) -> None:
         for slot in self._books.holders.pop(event.holder, ()):

@@ -27,12 +27,19 @@ bool avx512bf16_supported() {
 }
 #endif
 
+#if defined(__aarch64__)
+// Every 64-bit Arm processor that runs Linux has it.
+bool neon_supported() { return true; }
+#endif
+
 const Kernels* const kAllKernels[] = {
     &kPlain,
 #if defined(__x86_64__)
     &kAvx2,
     &kAvx512,
     &kAvx512Bf16,
+#elif defined(__aarch64__)
+    &kNeon,
 #endif
     nullptr,
 };

@@ -77,11 +77,13 @@ bool plain_supported();
 bool avx2_supported();
 bool avx512_supported();
 bool avx512bf16_supported();
+bool neon_supported();
 
 extern const Kernels kPlain;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
+extern const Kernels kNeon;
 
 // Null-terminated, slowest first.
 extern const Kernels* const kAllKernels[];

@@ -20,6 +20,7 @@ from tierd.core.story import Story
 if TYPE_CHECKING:
     from tierd.core.model import Action, CoreConfig, LayerKey, Plan
     from tierd.core.plans import PlanState
+    from tierd.core.story import Told
 
 
 @dataclass(slots=True, eq=False)
@@ -72,11 +73,12 @@ class Books:
         self.plans: dict[int, Plan] = {}  #: by client: plans that wait until others hold less
         self.now = 0
         self.actions: list[Action] = []
+        self.told: list[Told] = []  #: decisions of the event that is being handled
         self.count = Counter[str]()
 
     def tell(self, what: str, key: LayerKey | None, reason: str, *values: object) -> None:
         """Records a decision (`story`)."""
-        self.story.tell(self.now, what, key, reason, *values)
+        self.told.append((what, key, reason, values))
 
     def served(self, model: int) -> ModelState | str:
         """The model, or the code of the refusal."""

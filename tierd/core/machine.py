@@ -66,6 +66,7 @@ class TierMachine:
         self._books.now = max(before_ns, event.at_ns)
         actions: list[Action] = []
         self._books.actions = actions
+        self._books.told = []
         try:
             self._decide(event)
         except IllegalEvent:
@@ -74,6 +75,7 @@ class TierMachine:
         if self._books.plans:
             self._admission.admit_waiting()
         self._fetcher.advance()
+        self._books.story.keep(self._books.now, event, actions, self._books.told)
         return actions
 
     def _decide(self, event: Event) -> None:

@@ -22,7 +22,7 @@ class CoreConfig:
     small_layer_bytes: int = 2 << 20  #: layers below this start on 4 KiB, others on a granule
     reads_in_flight: int = 2  #: reads that may run at once
     slot_limit: int = 1 << 30  #: slots that may exist at once: entries of the slot table
-    story_length: int = 10_000  #: decisions that the record keeps
+    story_length: int = 50_000  #: events, actions and decisions that the record keeps
     admission_patience_ns: int = 2_000_000_000  #: for which a plan waits for leases of others
     first_generation: int = 1  #: after a restart: above every generation in the slot table
     first_lease: int = 1  #: after a restart: above every lease in the slot table

@@ -1,13 +1,35 @@
-"""The record of what was decided and why: bounded, always on, formatted only when read."""
+"""The record of every decision: bounded, always on, formatted only when it is read.
+
+An entry is one event, the actions that it led to, and the decisions that were told meanwhile. The
+records are immutable, so they are kept as they are: an entry costs a tuple and an append. What the
+ring forgets is counted; the arenas, models, clients and plans that a replay of the rest needs are
+remembered beyond it (`opening`).
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
+from tierd.core.model import (
+    ArenaAdded,
+    ClientGone,
+    ClientJoined,
+    ModelAdded,
+    ModelRemoved,
+    Plan,
+    Refuse,
+)
+
 if TYPE_CHECKING:
-    from tierd.core.model import LayerKey
+    from collections.abc import Iterator
+
+    from tierd.core.model import Action, Event, LayerKey
+
+    #: what, layer, reason with `{}` where the values go, values
+    Told = tuple[str, LayerKey | None, str, tuple[object, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,24 +42,112 @@ class Decision:
     reason: str  #: why, with `{}` where `values` go
     values: tuple[object, ...] = ()
 
+    @property
+    def text(self) -> str:
+        """The reason in words."""
+        return self.reason.format(*self.values)
+
     def __str__(self) -> str:
         layer = f" {self.key.model}/{self.key.layer}" if self.key is not None else ""
-        return f"{self.at_ns / 1e9:.6f} {self.what}{layer}: {self.reason.format(*self.values)}"
+        return f"{self.at_ns / 1e9:.6f} {self.what}{layer}: {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one event led to. Numbers count from 0 and never start again."""
+
+    number: int
+    at_ns: int
+    event: Event
+    actions: tuple[Action, ...]
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much the record holds: entries `[first, end)`; those before `first` are forgotten."""
+
+    first: int
+    end: int
+    first_ns: int | None  #: of the first entry that is kept; None while there is none
+    forgotten_decisions: int
 
 
 class Story:
-    """The last `length` decisions."""
+    """The last entries, as many as fit into `length` events, actions and decisions together."""
 
     def __init__(self, length: int) -> None:
-        self._decisions: deque[Decision] = deque(maxlen=length)
+        self._length = length
+        self._kept = 0  #: events, actions and decisions in the ring
+        self._ring: deque[tuple[int, Event, tuple[Action, ...], tuple[Told, ...]]] = deque()
+        self._first = 0
+        self._forgotten_decisions = 0
+        self._arenas: dict[int, ArenaAdded] = {}
+        self._models: dict[int, ModelAdded] = {}
+        self._clients: dict[int, ClientJoined] = {}
+        self._plans: dict[int, Plan] = {}
 
-    def tell(
-        self, at_ns: int, what: str, key: LayerKey | None, reason: str, *values: object
-    ) -> None:
-        self._decisions.append(Decision(at_ns, what, key, reason, values))
+    def keep(self, at_ns: int, event: Event, actions: list[Action], told: list[Told]) -> None:
+        """The event was decided. Forgets the oldest entries where the ring is full."""
+        self._ring.append((at_ns, event, tuple(actions), tuple(told)))
+        self._kept += 1 + len(actions) + len(told)
+        while self._kept > self._length:
+            self._forget()
+
+    def _forget(self) -> None:
+        _, event, actions, told = self._ring.popleft()
+        self._kept -= 1 + len(actions) + len(told)
+        self._first += 1
+        self._forgotten_decisions += len(told)
+        match event:
+            case ArenaAdded():
+                self._arenas[event.arena] = event
+            case ModelAdded():
+                self._models[event.model] = event
+            case ModelRemoved():
+                self._models.pop(event.model, None)
+            case ClientJoined():
+                self._clients[event.client] = event
+            case ClientGone():
+                self._clients.pop(event.client, None)
+                self._plans.pop(event.client, None)
+            case Plan() if not any(isinstance(action, Refuse) for action in actions):
+                self._plans[event.client] = event
+            case _:
+                pass
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(
+            self._first,
+            self._first + len(self._ring),
+            self._ring[0][0] if self._ring else None,
+            self._forgotten_decisions,
+        )
+
+    def opening(self) -> list[Event]:
+        """What was there when the first entry that is kept began: arenas, models, clients, plans,
+        with the times at which they came."""
+        plans = [plan for plan in self._plans.values() if plan.model in self._models]
+        return [
+            *self._arenas.values(), *self._models.values(), *self._clients.values(), *plans,
+        ]  # fmt: skip
+
+    def entries(self, first: int = 0, limit: int | None = None) -> Iterator[Entry]:
+        """The entries from number `first` on that are still kept, oldest first."""
+        skip = max(first - self._first, 0)
+        stop = None if limit is None else skip + limit
+        for offset, (at_ns, event, actions, told) in enumerate(
+            islice(self._ring, skip, stop), start=self._first + skip
+        ):
+            decisions = tuple(Decision(at_ns, *one) for one in told)
+            yield Entry(offset, at_ns, event, actions, decisions)
 
     def about(self, key: LayerKey | None = None) -> list[Decision]:
         """The decisions about one layer, or all of them; oldest first."""
-        if key is None:
-            return list(self._decisions)
-        return [decision for decision in self._decisions if decision.key == key]
+        return [
+            Decision(at_ns, what, about, reason, values)
+            for at_ns, _, _, told in self._ring
+            for what, about, reason, values in told
+            if key is None or about == key
+        ]

@@ -1,0 +1,201 @@
+"""What storage costs: a device's bandwidth against chunk size and queue depth, and what follows.
+
+A read of `chunk` bytes takes a latency and then flows; `depth` of them at once share the device up
+to what it can give (LLM in a flash, section 4.1: large chunks, many at once):
+
+    bandwidth(chunk, depth) = min(ceiling, depth * chunk / (latency + chunk / stream))
+
+The curve is fitted to a few measured points, and corrected by real reads (`DeviceCost.observe`).
+Bytes, nanoseconds, bytes per second everywhere. Pure: what it is told is all that it knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, log, log2
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SECOND_NS = 1_000_000_000
+MIB = 1 << 20
+
+CHUNKS = tuple(MIB << power for power in range(5))  #: 1 MiB to 16 MiB: what may be chosen
+DEPTHS = (2, 4, 8, 16)  #: reads at once; one alone would leave the device idle while it is verified
+USUAL_CHUNK = 4 * MIB  #: one hash each; smaller ones cost more calls per byte
+NEAR_BEST = 0.95  #: of the best bandwidth is as good as the best
+WORTH_A_CHANGE = 1.10  #: times the bandwidth, to leave a setting that works
+LONGEST_CHUNK_NS = 50_000_000  #: for which a layer that is needed now may wait behind one chunk
+LARGEST_READS_IN_FLIGHT = 64
+USUAL_LATENCY_NS = 100_000  #: of a flash device, where a single chunk size was measured
+_CORRECTION = 1 / 8  #: how much one observation counts
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured point."""
+
+    chunk_bytes: int
+    depth: int
+    bytes_per_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Grows with the chunk and with the depth, and never beyond the ceiling."""
+
+    latency_ns: int  #: until the first byte
+    stream_bytes_per_s: int  #: of one read, once it flows
+    ceiling_bytes_per_s: int  #: of any number of reads
+
+    def bandwidth(self, chunk_bytes: int, depth: int) -> int:
+        read_ns = self.latency_ns + chunk_bytes * SECOND_NS / self.stream_bytes_per_s
+        return min(self.ceiling_bytes_per_s, int(depth * chunk_bytes * SECOND_NS / read_ns))
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a device is read."""
+
+    chunk_bytes: int
+    depth: int
+
+
+def fit(samples: Sequence[Sample]) -> Curve:
+    """The curve through measured points: a straight line of time against chunk size where the
+    device is not saturated, by least squares of the relative error, below the fastest point.
+
+    Raises ValueError without a point.
+    """
+    if not samples:
+        raise ValueError("a curve needs at least one measured point")
+    ceiling = max(sample.bytes_per_s for sample in samples)
+    free = [sample for sample in samples if sample.depth == 1] or [
+        sample for sample in samples if sample.bytes_per_s < 0.8 * ceiling
+    ]
+    points = [
+        (sample.chunk_bytes, sample.depth * sample.chunk_bytes * SECOND_NS / sample.bytes_per_s)
+        for sample in free or samples
+    ]
+    latency_ns, ns_per_byte = _line(points)
+    return Curve(int(latency_ns), max(int(SECOND_NS / ns_per_byte), 1), ceiling)
+
+
+def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """(at zero, slope) of a line through (bytes, ns), neither of them negative."""
+    weight = sum(1 / ns**2 for _, ns in points)
+    x = sum(nbytes / ns**2 for nbytes, ns in points) / weight
+    y = sum(1 / ns for _, ns in points) / weight
+    spread = sum((nbytes - x) ** 2 / ns**2 for nbytes, ns in points)
+    slope = 0.0
+    if spread > 0:
+        slope = sum((nbytes - x) * (ns - y) / ns**2 for nbytes, ns in points) / spread
+    else:
+        slope = max(y - USUAL_LATENCY_NS, y / 2) / x
+    if slope <= 0:  # noise: all the same time, whatever the size
+        slope = y / (2 * max(nbytes for nbytes, _ in points))
+    if y - slope * x < 0:
+        return 0.0, y / x
+    return y - slope * x, slope
+
+
+class DeviceCost:
+    """What is known of one device. A factor for the whole curve follows real reads, and one for
+    each point that was measured; a point that was not has the factor of its nearest neighbour."""
+
+    def __init__(self, samples: Sequence[Sample], limit_bytes_per_s: int | None = None) -> None:
+        """limit_bytes_per_s: what the operator allows. Raises ValueError without a sample."""
+        self.curve = fit(samples)
+        self.limit = limit_bytes_per_s
+        self.observations = 0
+        self._level = 0.0  # log of the factor for the whole curve
+        self._points: dict[Setting, float] = {}  # log of the factor
+        for sample in samples:
+            expected = self.curve.bandwidth(sample.chunk_bytes, sample.depth)
+            point = Setting(sample.chunk_bytes, sample.depth)
+            self._points[point] = log(sample.bytes_per_s / expected)
+
+    def device_bandwidth(self, setting: Setting) -> int:
+        """What the device gives, whatever is allowed."""
+        factor = exp(self._level + self._points.get(setting, self._nearest(setting)))
+        return max(int(self.curve.bandwidth(setting.chunk_bytes, setting.depth) * factor), 1)
+
+    def bandwidth(self, setting: Setting) -> int:
+        """What reads in this way get."""
+        found = self.device_bandwidth(setting)
+        return found if self.limit is None else min(found, self.limit)
+
+    def observe(self, sample: Sample) -> None:
+        """Real reads had this bandwidth, without the time for which a limit held them back."""
+        point = Setting(sample.chunk_bytes, sample.depth)
+        ratio = log(sample.bytes_per_s / self.device_bandwidth(point))
+        self._points.setdefault(point, self._nearest(point))
+        # Half is blamed on the device as a whole, e.g. others read it too, half on this point.
+        self._level += ratio * _CORRECTION
+        self._points[point] += ratio * _CORRECTION
+        self.observations += 1
+
+    def choose(
+        self,
+        now: Setting | None = None,
+        *,
+        chunks: Sequence[int] = CHUNKS,
+        depths: Sequence[int] = DEPTHS,
+    ) -> Setting:
+        """How to read: of what is near the best bandwidth, the fewest reads at once, then the
+        chunk nearest to the usual one. `now`: the setting in effect, kept while it is good.
+
+        chunks, depths: what may be chosen; a single one where the user has said which.
+        """
+        settings = [
+            Setting(chunk, depth)
+            for chunk in chunks
+            for depth in depths
+            if len(chunks) == 1
+            or chunk == min(chunks)
+            or self._chunk_ns(chunk, depth) <= LONGEST_CHUNK_NS
+        ]
+        best = max(self.bandwidth(setting) for setting in settings)
+        if now in settings and best < WORTH_A_CHANGE * self.bandwidth(now):
+            return now
+        good = [setting for setting in settings if self.bandwidth(setting) >= NEAR_BEST * best]
+        return min(
+            good,
+            key=lambda setting: (
+                setting.depth, abs(log2(setting.chunk_bytes / USUAL_CHUNK)), setting.chunk_bytes,
+            ),
+        )  # fmt: skip
+
+    def _chunk_ns(self, chunk: int, depth: int) -> float:
+        return depth * chunk * SECOND_NS / self.bandwidth(Setting(chunk, depth))
+
+    def _nearest(self, setting: Setting) -> float:
+        def far(point: Setting) -> tuple[float, int, int]:
+            steps = abs(log2(point.chunk_bytes / setting.chunk_bytes))
+            steps += abs(log2(point.depth / setting.depth))
+            return steps, point.chunk_bytes, point.depth
+
+        return self._points[min(self._points, key=far)]
+
+
+def reads_in_flight(setting: Setting, layer_bytes: Sequence[int]) -> int:
+    """Layers to read at once, so that `depth` chunks are outstanding also while a layer ends.
+
+    Counted with the layer size up to which half of all bytes lie: a few tiny norms do not matter.
+    """
+    half = sum(layer_bytes) / 2
+    size = 1
+    for size in sorted(layer_bytes):
+        half -= size
+        if half <= 0:
+            break
+    window = setting.chunk_bytes * setting.depth
+    return min(1 + max(-(-window // size), 1), LARGEST_READS_IN_FLIGHT)
+
+
+def lookahead_bytes(setting: Setting, bytes_per_s: int, step_ns: int, largest_layer: int) -> int:
+    """How far to stage ahead of a client: what the device reads while one layer is computed with,
+    beside the chunks that are under way, and never less than the layer that comes next."""
+    meanwhile = bytes_per_s * step_ns // SECOND_NS
+    return max(meanwhile, largest_layer) + setting.chunk_bytes * setting.depth

@@ -1,8 +1,9 @@
-"""What the core raises. Both mean a mistake in code, never a state of the world.
+"""What the core raises. The first two mean a mistake in code, never a state of the world.
 
 CoreError
   IllegalEvent (ValueError)          the caller sent an event that cannot happen in this state
   InvariantBroken (AssertionError)   `check()` found the machine's own books wrong
+  UnknownRecord (ValueError)         a recording holds what this version does not know
 """
 
 from __future__ import annotations
@@ -31,3 +32,7 @@ class IllegalEvent(CoreError, ValueError):
 
 class InvariantBroken(CoreError, AssertionError):
     """The machine contradicts itself."""
+
+
+class UnknownRecord(CoreError, ValueError):
+    """A recording holds an event, an action or a field that this version does not know."""

@@ -43,7 +43,7 @@ from tierd.core.restart import Restart
 from tierd.core.snapshot import Snapshot, snapshot_of
 
 if TYPE_CHECKING:
-    from tierd.core.story import Decision
+    from tierd.core.story import Decision, Story
 
 
 class TierMachine:
@@ -117,6 +117,11 @@ class TierMachine:
     def story(self, key: LayerKey | None = None) -> list[Decision]:
         """The recorded decisions about a layer, or all; `str()` of each is a sentence."""
         return self._books.story.about(key)
+
+    @property
+    def record(self) -> Story:
+        """Every event, what it led to and why, as far back as the record reaches."""
+        return self._books.story
 
     def check(self) -> None:
         """Raises InvariantBroken where the books contradict each other; costs O(everything)."""

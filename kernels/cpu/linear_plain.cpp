@@ -16,8 +16,8 @@ void prepare(const Packed& m, const void* x, uint32_t tokens, float* prepared) {
     for (uint32_t token = 0; token < tokens; ++token, prepared += kTile) {
       for (uint32_t i = 0; i < kTile; ++i) {
         const uint32_t col = first + i;
-        const uint8_t* bits = bytes + (uint64_t{token} * m.cols + col) * m.item_bytes;
-        prepared[i] = col < m.cols ? to_float(m.dtype, bits) : 0.0f;
+        const uint64_t at = (uint64_t{token} * m.cols + col) * m.item_bytes;
+        prepared[i] = col < m.cols ? to_float(m.dtype, bytes + at) : 0.0f;
       }
     }
   }

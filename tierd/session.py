@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import tierd
-from tierd.core.model import Acquire, LayerKey, Plan
+from tierd.core.model import CERTAIN_PPM, PLAN_KINDS, Acquire, Hint, LayerKey, Plan
 from tierd.errors import (
     AccessDenied,
     BadRequest,
@@ -43,6 +43,8 @@ MAX_LOOKAHEAD = MAX_LEASES
 MAX_PLAN_USES = (
     16  # of each layer, on average: the core walks a plan while layers of it are missing
 )
+MAX_TOKENS_PER_PASS = 1 << 24
+MAX_HINT_STEPS = 1 << 16
 MAX_REQUEST_ID = (1 << 63) - 1
 MAX_NAME = 256
 
@@ -74,8 +76,10 @@ class Session:
         if type(request) is not int or not 0 <= request <= MAX_REQUEST_ID or type(op) is not str:
             self.connection.reject(f"sent a request without id and op: {sorted(message)[:8]}")
             return
-        if request == 0 and op != "release":
-            self.connection.reject(f"asked for {op[:40]!r} with id 0, which only release may have")
+        if request == 0 and op not in ("release", "hint"):
+            self.connection.reject(
+                f"asked for {op[:40]!r} with id 0, which only release and hint may have"
+            )
             return
         self._daemon.answer(self, request, op, message)
 
@@ -91,6 +95,8 @@ class Session:
                 self._release(request, message)
             case "plan":
                 self._plan(request, message)
+            case "hint":
+                self._hint(request, message)
             case "open":
                 self._open(request, message)
             case "close":
@@ -179,9 +185,10 @@ class Session:
     def _plan(self, request: int, message: dict[str, Any]) -> None:
         pack = self._model(message)
         order = _numbers(message.get("order"), "order", 0, len(pack.keys) - 1)
-        cyclic = message.get("cyclic", True)
-        if type(cyclic) is not bool:
-            raise BadRequest(f"plan: cyclic is {cyclic!r:.40}, expected true or false")
+        kind = message.get("kind", "cyclic")
+        if kind not in PLAN_KINDS:
+            raise BadRequest(f"plan: kind is {kind!r:.40}, expected one of {', '.join(PLAN_KINDS)}")
+        tokens = _number(message, "tokens_per_pass", 1, MAX_TOKENS_PER_PASS, default=1)
         lookahead = _number(message, "lookahead", 0, MAX_LOOKAHEAD, default=1)
         longest = MAX_PLAN_USES * len(pack.keys)
         if not 0 < len(order) <= longest:
@@ -192,10 +199,25 @@ class Session:
         self._wait_for_core(request, pack)
         self._daemon.engine.submit(
             Plan(
-                time.monotonic_ns(), self.client, request, pack.model, tuple(order), cyclic,
-                lookahead,
+                time.monotonic_ns(), self.client, request, pack.model, tuple(order), kind,
+                lookahead, tokens,
             )
         )  # fmt: skip
+
+    def _hint(self, request: int, message: dict[str, Any]) -> None:
+        pack = self._model(message)
+        layers = _numbers(message.get("layers"), "layers", 0, len(pack.keys) - 1)
+        certain = [CERTAIN_PPM] * len(layers)
+        ppm = _numbers(message.get("ppm", certain), "ppm", 0, CERTAIN_PPM)
+        if len(ppm) != len(layers):
+            raise BadRequest(f"hint: {len(layers)} layers and {len(ppm)} probabilities")
+        if len(set(layers)) != len(layers):
+            raise BadRequest("hint: a layer is there twice")
+        steps = _number(message, "steps", 1, MAX_HINT_STEPS, default=1)
+        self._daemon.engine.submit(
+            Hint(time.monotonic_ns(), self.client, pack.model, tuple(layers), tuple(ppm), steps)
+        )
+        self.reply(request, {})
 
     def _acquire(self, request: int, message: dict[str, Any]) -> None:
         pack = self._model(message)

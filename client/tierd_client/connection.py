@@ -124,6 +124,11 @@ class Connection:
         self._send(frame)
         return request
 
+    def notify(self, op: str, **fields: Any) -> None:
+        """Send what the daemon may take or leave: no reply comes."""
+        self.check()
+        self._send(encode({"id": NO_REPLY, "op": op, **fields}, MAX_REQUEST_BYTES))
+
     def call(self, op: str, **fields: Any) -> Reply:
         """Send a request and wait for its good reply. Raises the mapped error of a bad one."""
         reply = self.wait_reply(self.submit(op, fields))

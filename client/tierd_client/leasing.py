@@ -293,7 +293,7 @@ class LayerLeases:
             self._declare(trace)
 
     def _declare(self, order: Sequence[int]) -> None:
-        self.opened.plan(order, cyclic=True, lookahead=1)
+        self.opened.plan(order, kind="cyclic", lookahead=1)
         self._order = tuple(order)
 
     # ------------------------------------------------------------------------------------------ end

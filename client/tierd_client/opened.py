@@ -18,7 +18,7 @@ from tierd_layouts.index import INDEX_FILE, PackIndex
 from tierd_layouts.layer_reader import packed_matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from tierd_client.connection import Connection
     from tierd_client.protocol import Reply
@@ -106,14 +106,57 @@ class OpenedModel:
             self._matrices[record.name] = offset, matrix
         return matrix
 
-    def plan(self, order: Iterable[str | int], *, cyclic: bool = True, lookahead: int = 1) -> int:
-        """Declare the order in which layers will be asked for; returns the bytes that the daemon
-        reserves for this client. Raises LayerNotFound, BudgetTooSmall."""
-        numbers = [self.layer_index(item) if isinstance(item, str) else item for item in order]
+    def plan(
+        self,
+        order: Iterable[str | int] | None = None,
+        *,
+        kind: str = "cyclic",
+        lookahead: int = 1,
+        tokens_per_pass: int = 1,
+    ) -> int:
+        """Declare what will be asked for; returns the bytes that the daemon reserves for this
+        client.
+
+        order: layers by name or number; default: all, as the index has them. kind: "cyclic", the
+        order again and again; "once"; "open", any of them at any time (see `hint`). lookahead:
+        leases to hold ahead of the one in use. tokens_per_pass: a batch, or what a speculative pass
+        verifies. Raises LayerNotFound, BudgetTooSmall.
+        """
+        items = range(len(self.index.layers)) if order is None else order
         reply = self.connection.call(
-            "plan", model_id=self.model_id, order=numbers, cyclic=cyclic, lookahead=lookahead
+            "plan",
+            model_id=self.model_id,
+            order=[self._number(item) for item in items],
+            kind=kind,
+            lookahead=lookahead,
+            tokens_per_pass=tokens_per_pass,
         )
         return _integer(reply.fields, "minimum_bytes")
+
+    def hint(
+        self,
+        layers: Iterable[str | int] | Mapping[str | int, float],
+        *,
+        steps: int = 1,
+    ) -> None:
+        """Say which layers of an open plan will be asked for `steps` steps from now; a mapping has
+        the probability of each. Replaces what was said for the same `steps`. Returns at once: it is
+        advice, dropped by a daemon that knows no such plan. Raises LayerNotFound, ValueError."""
+        chances = layers if isinstance(layers, MappingABC) else dict.fromkeys(layers, 1.0)
+        wrong = [chance for chance in chances.values() if not 0 <= chance <= 1]
+        if wrong or steps < 1:
+            what = f"probability {wrong[0]}" if wrong else f"{steps} steps"
+            raise ValueError(f"a hint needs probabilities of 0 to 1 and steps >= 1, not {what}")
+        self.connection.notify(
+            "hint",
+            model_id=self.model_id,
+            layers=[self._number(item) for item in chances],
+            ppm=[round(chance * 1_000_000) for chance in chances.values()],
+            steps=steps,
+        )
+
+    def _number(self, layer: str | int) -> int:
+        return self.layer_index(layer) if isinstance(layer, str) else layer
 
     def acquire(self, layer: int) -> Lease:
         """A lease of layer number `layer`, waiting until it is resident.

@@ -166,10 +166,10 @@ def test_a_plan_names_layers_and_returns_what_is_reserved(
     daemon: FakeDaemon, client: Client
 ) -> None:
     opened = client.open("tiny")
-    assert opened.plan(["embed", "blocks.0", 2], cyclic=False, lookahead=2) == 12345
+    assert opened.plan(["embed", "blocks.0", 2], kind="once", lookahead=2) == 12345
     (plan,) = daemon.asked("plan")
     assert plan["order"] == [0, 1, 2]
-    assert (plan["cyclic"], plan["lookahead"], plan["model_id"]) == (False, 2, 9)
+    assert (plan["kind"], plan["lookahead"], plan["model_id"]) == ("once", 2, 9)
     with pytest.raises(LayerNotFound, match=r"blocks\.7"):
         opened.plan(["embed", "blocks.7"])
 

@@ -78,7 +78,7 @@ def test_every_tensor_of_every_layer_has_the_bits_that_were_packed(
 
 def test_leases_ahead_run_through_a_cycle(client: Client) -> None:
     opened = client.open("tiny")
-    assert opened.plan(LAYERS, cyclic=True, lookahead=1) > 0
+    assert opened.plan(LAYERS, kind="cyclic", lookahead=1) > 0
     pending = opened.acquire_ahead(0)
     for step in range(20):
         following = opened.acquire_ahead((step + 1) % 4)

@@ -67,8 +67,8 @@ class FakeOpened:
         self.log: list[tuple[str, int]] = []
         self.broken: set[int] = set()
 
-    def plan(self, order: Sequence[int], *, cyclic: bool, lookahead: int) -> int:
-        assert cyclic
+    def plan(self, order: Sequence[int], *, kind: str, lookahead: int) -> int:
+        assert kind == "cyclic"
         assert lookahead == 1
         self.plans.append(tuple(order))
         return 0

@@ -383,7 +383,7 @@ def test_a_client_that_is_gone_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize("lookahead", [0, 1, 3])
 def test_the_machine_is_quiet_while_a_planned_client_is_silent(lookahead: int) -> None:
     machine = machine_of(3, (1,) * 8)
-    reads = [a for a in feed(machine, Plan(0, 1, 1, 0, tuple(range(8)), True, lookahead)) if a]
+    reads = [a for a in feed(machine, Plan(0, 1, 1, 0, tuple(range(8)), "cyclic", lookahead)) if a]
     slots = [action.slot for action in reads if isinstance(action, Read)]
     for _ in range(50):
         if not slots:
@@ -530,7 +530,7 @@ def test_slots_that_contradict_each_other_are_not_adopted(slots: tuple[AdoptedSl
         (Plan(0, 1, 1, 0, ()), "bad_request"),
         (Plan(0, 1, 1, 0, (0, 3)), "bad_request"),
         (Plan(0, 1, 1, 0, (-1,)), "bad_request"),
-        (Plan(0, 1, 1, 0, (0,), True, -1), "bad_request"),
+        (Plan(0, 1, 1, 0, (0,), "cyclic", -1), "bad_request"),
         (Acquire(0, 1, 1, key(0, model=9)), "not_found"),
         (Acquire(0, 1, 1, key(3)), "not_found"),
         (Acquire(0, 1, 1, key(-1)), "not_found"),

@@ -9,8 +9,8 @@ import pytest
 from tierd.core.plans import NEVER, PlanState
 
 
-def plan_of(*order: int, cyclic: bool = True) -> PlanState:
-    return PlanState(0, order, cyclic=cyclic, lookahead=1, at_ns=0)
+def plan_of(*order: int, kind: str = "cyclic") -> PlanState:
+    return PlanState(0, order, kind=kind, lookahead=1, at_ns=0)
 
 
 def test_the_next_use_of_a_layer_is_counted_from_the_position() -> None:
@@ -31,7 +31,7 @@ def test_a_tied_embedding_is_used_twice_a_pass() -> None:
 
 
 def test_a_plan_that_is_no_cycle_ends() -> None:
-    plan = plan_of(0, 1, 2, cyclic=False)
+    plan = plan_of(0, 1, 2, kind="once")
     plan.advance(1, 0)
     assert plan.distance(0) is None
     assert plan.due(0) == NEVER

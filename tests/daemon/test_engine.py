@@ -50,7 +50,7 @@ def test_a_plan_that_waits_for_what_others_hold_is_answered_although_nothing_hap
     write_pack(models / "tiny", 5, LAYER_BYTES)
     daemon = start_daemon("--models", models, "--dram", str(4 * LAYER_BYTES))
     hoarder, late = connect(daemon).open("tiny"), connect(daemon).open("tiny")
-    plan = {"order": [0, 1, 2, 3, 4], "cyclic": True, "lookahead": 1}
+    plan = {"order": [0, 1, 2, 3, 4], "kind": "cyclic", "lookahead": 1}
     hoarder.client.call("plan", model_id=hoarder.model_id, **plan)
     for layer in range(4):
         hoarder.acquire(layer)

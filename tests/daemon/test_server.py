@@ -181,8 +181,19 @@ def test_requests_with_fields_of_any_kind_are_refused_or_answered(
         {},
     ]
     fields = ["version", "client", "held", "model", "model_id", "layer", "ahead", "order"]
-    fields += ["cyclic", "lookahead", "leases"]
-    ops = ["hello", "open", "close", "plan", "acquire", "release", "status", "layers", "nonsense"]
+    fields += ["kind", "tokens_per_pass", "layers", "ppm", "steps", "lookahead", "leases"]
+    ops = [
+        "hello",
+        "open",
+        "close",
+        "plan",
+        "hint",
+        "acquire",
+        "release",
+        "status",
+        "layers",
+        "nonsense",
+    ]
     client = connect(attacked)
     client.open("tiny")
     for number in range(400):

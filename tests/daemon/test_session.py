@@ -176,7 +176,7 @@ def test_a_plan_says_what_it_reserves_and_the_next_layers_are_read_ahead(
     opened = connect(daemon).open("tiny")
     client = opened.client
     reply = client.call(
-        "plan", model_id=opened.model_id, order=list(range(LAYERS)), cyclic=True, lookahead=1
+        "plan", model_id=opened.model_id, order=list(range(LAYERS)), kind="cyclic", lookahead=1
     )
     assert reply["minimum_bytes"] == LAYER_BYTES
     lease = opened.acquire(2)
@@ -195,7 +195,7 @@ def test_a_second_plan_that_does_not_fit_is_refused_with_the_numbers(
     write_pack(models / "big", 2, 1 << 20)
     daemon = start_daemon("--models", models, "--dram", str(3 << 19))
     first, second = connect(daemon).open("big"), connect(daemon).open("big")
-    plan = {"order": [0, 1], "cyclic": True, "lookahead": 1}
+    plan = {"order": [0, 1], "kind": "cyclic", "lookahead": 1}
     first.client.call("plan", model_id=first.model_id, **plan)
     refusal = second.client.refusal("plan", model_id=second.model_id, **plan)
     assert refusal.code == "budget_too_small"
@@ -228,7 +228,7 @@ def test_more_than_the_budget_ahead_is_answered_later_and_refused_when_demanded(
         ("plan", {"order": [0] * (16 * LAYERS + 1)}, "bad_request"),
         ("plan", {"order": [0, LAYERS]}, "bad_request"),
         ("plan", {"order": [0], "lookahead": -1}, "bad_request"),
-        ("plan", {"order": [0], "cyclic": "yes"}, "bad_request"),
+        ("plan", {"order": [0], "kind": "yes"}, "bad_request"),
         ("plan", {"order": "all"}, "bad_request"),
         ("release", {"leases": ["1"]}, "bad_request"),
         ("layers", {"model": "nowhere"}, "not_found"),

@@ -117,7 +117,7 @@ def test_a_frame_at_the_limit_passes_and_one_byte_more_does_not() -> None:
 
 
 def test_a_plan_over_many_layers_fits_into_a_request() -> None:
-    message = {"id": 1, "op": "plan", "model_id": 1, "order": list(range(16000)), "cyclic": True}
+    message = {"id": 1, "op": "plan", "model_id": 1, "order": list(range(16000)), "lookahead": 1}
     decoder = FrameDecoder()
     decoder.feed(encode(message, limit=MAX_REQUEST_BYTES))
     assert next(decoder) == message

@@ -84,9 +84,10 @@ class Admission:
         client.plan = PlanState(
             model.id,
             event.order,
-            cyclic=event.cyclic,
+            kind=event.kind,
             lookahead=event.lookahead,
             at_ns=self._books.now,
+            tokens_per_pass=event.tokens_per_pass,
         )
         model.plans[client.id] = client.plan
         for layer in client.plan.layers():

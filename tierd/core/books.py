@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tierd.core.errors import IllegalEvent
 from tierd.core.leases import Ledger
 from tierd.core.memory import Memory
+from tierd.core.model import DEFAULT_WEIGHT
 from tierd.core.policy import Policy
 from tierd.core.residency import ModelState, Slot, SlotNumbers
 from tierd.core.story import Story
@@ -41,6 +42,7 @@ class Client:
     """A connected client. `granted`: leases that it was ever given."""
 
     id: int
+    weight: int = DEFAULT_WEIGHT
     plan: PlanState | None = None
     leases: dict[int, Slot] = field(default_factory=dict)
     requests: dict[int, Request] = field(default_factory=dict)  #: by order of arrival

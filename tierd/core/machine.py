@@ -27,6 +27,7 @@ from tierd.core.model import (
     CoreConfig,
     DiscardDone,
     Event,
+    Hint,
     HolderGone,
     LayerKey,
     ModelAdded,
@@ -92,6 +93,8 @@ class TierMachine:
                 self._discard_done(event)
             case Plan():
                 self._admission.plan(event)
+            case Hint():
+                self._hint(event)
             case ClientJoined():
                 self._client_joined(event)
             case ClientGone():
@@ -158,7 +161,7 @@ class TierMachine:
             )
         charges = [self._books.memory.charge(nbytes) for nbytes in event.layer_bytes]
         self._books.models[event.model] = ModelState(
-            event.model, event.name, event.arena, event.layer_bytes, charges
+            event.model, event.name, event.arena, event.layer_bytes, charges, event.device
         )
 
     def _model_removed(self, event: ModelRemoved) -> None:
@@ -189,8 +192,13 @@ class TierMachine:
     def _client_joined(self, event: ClientJoined) -> None:
         if event.client in self._books.clients:
             raise self._books.illegal(f"client {event.client} is connected")
-        self._books.clients[event.client] = Client(event.client)
+        self._books.clients[event.client] = Client(event.client, event.weight)
         self._books.ledger.open(event.client)
+
+    def _hint(self, event: Hint) -> None:
+        plan = self._books.client(event.client).plan
+        if plan is not None and plan.kind == "open" and plan.model == event.model:
+            plan.hint(event)
 
     def _client_gone(self, event: ClientGone) -> None:
         client = self._books.client(event.client)

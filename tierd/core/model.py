@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PLAN_KINDS = ("cyclic", "once", "open")
+DEFAULT_WEIGHT = 100
+CERTAIN_PPM = 1_000_000  #: a probability of one, in millionths
+
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
@@ -20,7 +24,7 @@ class CoreConfig:
     budget_bytes: int  #: bytes that all arenas together may hold; rounded down to granules
     granule_bytes: int = 2 << 20  #: unit of physical memory: one huge page, or one small page
     small_layer_bytes: int = 2 << 20  #: layers below this start on 4 KiB, others on a granule
-    reads_in_flight: int = 2  #: reads that may run at once
+    reads_in_flight: int = 2  #: reads that may run at once on one device
     slot_limit: int = 1 << 30  #: slots that may exist at once: entries of the slot table
     story_length: int = 50_000  #: events, actions and decisions that the record keeps
     admission_patience_ns: int = 2_000_000_000  #: for which a plan waits for leases of others
@@ -60,6 +64,7 @@ class ModelAdded:
     name: str
     arena: int
     layer_bytes: tuple[int, ...]
+    device: int = 0  #: opaque: what its layers are read from; `reads_in_flight` holds for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +77,44 @@ class ModelRemoved:
 
 @dataclass(frozen=True, slots=True)
 class ClientJoined:
+    """`weight`: the client's share of a device that others want too, against their weights."""
+
     at_ns: int
     client: int
+    weight: int = DEFAULT_WEIGHT
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The order in which `client` will ask for layers of `model`; replaces its earlier plan."""
+    """What `client` will ask for of `model`; replaces its earlier plan.
+
+    `kind`: "cyclic", `order` again and again; "once", `order` and then nothing; "open", any of the
+    layers in `order` at any time, as `Hint`s say, or reuse does.
+    """
 
     at_ns: int
     client: int
     request: int
     model: int
     order: tuple[int, ...]
-    cyclic: bool = True
+    kind: str = "cyclic"  #: one of PLAN_KINDS
     lookahead: int = 1  #: leases that the client wants to hold ahead of the one it computes with
+    tokens_per_pass: int = 1  #: a batch, or what a speculative pass verifies
     beside: tuple[int, ...] = ()  #: layers that it may ask for too: they count for its reserve only
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """`client` expects to ask for `layers` of its open plan over `model`, each with its probability
+    in millionths, `steps` steps from now. Advice: without such a plan it is dropped. Replaces what
+    it said about the same number of steps from now on."""
+
+    at_ns: int
+    client: int
+    model: int
+    layers: tuple[int, ...]
+    probabilities_ppm: tuple[int, ...]
+    steps: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +219,7 @@ Event = (
     | ModelRemoved
     | ClientJoined
     | Plan
+    | Hint
     | Acquire
     | Release
     | ClientGone

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tierd.core.model import Hint
+
 DEFAULT_STEP_NS = 10_000_000  #: until the client was seen to step
 LONGEST_STEP_NS = 1_000_000_000
 SHORTEST_STEP_NS = 1_000
@@ -29,7 +31,8 @@ class PlanState:
 
     __slots__ = (
         "_occurrences",
-        "cyclic",
+        "hints",
+        "kind",
         "last_ns",
         "lookahead",
         "model",
@@ -37,20 +40,32 @@ class PlanState:
         "position",
         "step_ns",
         "stepped_ns",
+        "tokens_per_pass",
     )
 
     def __init__(
-        self, model: int, order: Sequence[int], *, cyclic: bool, lookahead: int, at_ns: int
+        self,
+        model: int,
+        order: Sequence[int],
+        *,
+        kind: str,
+        lookahead: int,
+        at_ns: int,
+        tokens_per_pass: int = 1,
     ) -> None:
         self.model = model
         self.order = tuple(order)
-        self.cyclic = cyclic
+        self.kind = kind
+        self.tokens_per_pass = tokens_per_pass
         self.lookahead = lookahead
         self.position = -1  #: index of the layer that was asked for last; -1 before the first
         self.last_ns = at_ns  #: the client's last sign of life
         self.stepped_ns: int | None = None  #: when it last asked for another layer
         self.step_ns = DEFAULT_STEP_NS  #: running mean of the time from one layer to the next
+        self.hints: dict[int, Hint] = {}  #: of an open plan, by steps from when each came
         self._occurrences: dict[int, list[int]] = {}
+        if kind == "open":
+            return  # no order: what it will use next is for hints and reuse to say
         for index, layer in enumerate(self.order):
             self._occurrences.setdefault(layer, []).append(index)
 
@@ -69,7 +84,7 @@ class PlanState:
         at = bisect_right(indices, self.position)
         if at < len(indices):
             return indices[at] - self.position
-        return indices[0] + len(self.order) - self.position if self.cyclic else None
+        return indices[0] + len(self.order) - self.position if self.kind == "cyclic" else None
 
     def due(self, layer: int) -> int:
         """Orders layers by expected next use: larger is later."""
@@ -78,12 +93,18 @@ class PlanState:
 
     def ahead(self, steps: int) -> int | None:
         """The layer `steps` after the position; None beyond the end of a plan that is no cycle."""
+        if self.kind == "open":
+            return None
         index = self.position + steps
         if index >= len(self.order):
-            if not self.cyclic:
+            if self.kind != "cyclic":
                 return None
             index %= len(self.order)
         return self.order[index]
+
+    def hint(self, hint: Hint) -> None:
+        """What the client of an open plan says about its next uses."""
+        self.hints[hint.steps] = hint
 
     def advance(self, layer: int, at_ns: int) -> None:
         """The client asked for `layer`; a layer outside the plan leaves the position as it is."""

@@ -74,11 +74,18 @@ class ModelState:
     """A served pack: its layers, the slots that hold them, and the plans over it."""
 
     def __init__(
-        self, model: int, name: str, arena: int, layer_bytes: Sequence[int], charges: Sequence[int]
+        self,
+        model: int,
+        name: str,
+        arena: int,
+        layer_bytes: Sequence[int],
+        charges: Sequence[int],
+        device: int = 0,
     ) -> None:
         self.id = model
         self.name = name
         self.arena = arena
+        self.device = device
         self.layer_bytes = tuple(layer_bytes)
         self.charges = tuple(charges)  #: granules
         self.keys = tuple(LayerKey(model, layer) for layer in range(len(self.layer_bytes)))

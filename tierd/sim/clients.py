@@ -34,7 +34,7 @@ class Profile:
 
     model: int
     order: tuple[int, ...]
-    cyclic: bool = True
+    kind: str = "cyclic"  #: "cyclic" or "once"
     lookahead: int = 1
     steps: int = 40  #: layers to compute before it leaves
     compute_ns: int = 5_000_000
@@ -143,7 +143,7 @@ class VirtualClient:
                 self._requests,
                 profile.model,
                 self._order,
-                profile.cyclic,
+                profile.kind,
                 profile.lookahead,
             )
         )
@@ -153,7 +153,7 @@ class VirtualClient:
         profile = self.profile
         if self.gone or self.busy or self.wanted is not None:
             return
-        over = not profile.cyclic and self.index >= len(self._order)
+        over = profile.kind == "once" and self.index >= len(self._order)
         if self.done >= profile.steps or over:
             self.leave()
             return
@@ -202,7 +202,7 @@ class VirtualClient:
             self._acquire(self.leases[lease], ahead=True)
         for step in range(profile.lookahead):
             index = self.index + step
-            if index >= len(self._order) and not profile.cyclic:
+            if index >= len(self._order) and profile.kind == "once":
                 break
             key = LayerKey(profile.model, self._order[index % len(self._order)])
             known = [*self.leases.values(), *(asked for asked, _ in self.asked.values())]

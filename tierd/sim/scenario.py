@@ -139,7 +139,7 @@ def _profile(rng: random.Random, model: Model, steps: int | None) -> Profile:
     return Profile(
         model.number,
         tuple(order),
-        cyclic=rng.random() < 0.85,
+        kind="cyclic" if rng.random() < 0.85 else "once",
         lookahead=rng.choice([0, 1, 1, 2, 4]),
         steps=steps if steps is not None else rng.randint(5, 60),
         compute_ns=rng.choice([0, 100_000, 3_000_000, 30_000_000]),

@@ -20,8 +20,14 @@ from tierd_tools import bench, benchmark
 OUT = Path("build/bench")
 
 
-def names() -> list[str]:
+def modules() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(bench.__path__) if m.name != "__main__")
+
+
+def names() -> list[str]:
+    """What runs when nothing is named: all but the parts of another (NAME_part beside NAME)."""
+    known = modules()
+    return [name for name in known if not any(name.startswith(f"{whole}_") for whole in known)]
 
 
 def hardware() -> str:
@@ -64,14 +70,13 @@ def _cells(row: benchmark.Row) -> tuple[str, ...]:
 
 
 def main(argv: list[str]) -> int:
-    known = names()
-    unknown = [name for name in argv if name not in known]
+    unknown = [name for name in argv if name not in modules()]
     if unknown:
-        print(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(known)}")
+        print(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(modules())}")
         return 2
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(f"{time.strftime('%Y-%m-%d')}, {hardware()}")
-    rows = [row for name in argv or known for row in run_one(name, console)]
+    rows = [row for name in argv or names() for row in run_one(name, console)]
     missed = [row.row for row in rows if row.met is False]
     if missed:
         console.print(f"{len(missed)} of {len(rows)} rows missed their bound: {'; '.join(missed)}")

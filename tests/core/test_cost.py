@@ -15,6 +15,7 @@ from tierd.core.cost import (
     fit,
     lookahead_bytes,
     reads_in_flight,
+    typical_layer,
 )
 
 FLASH = Curve(latency_ns=100_000, stream_bytes_per_s=2_000_000_000, ceiling_bytes_per_s=6 * 10**9)
@@ -97,9 +98,17 @@ def test_real_reads_move_the_figures_to_what_they_get() -> None:
     assert 0.5 * before < cost.bandwidth(Setting(MIB, 2)) < before  # half of it for all points
 
 
-def test_a_single_odd_read_moves_the_figures_by_a_quarter_at_most() -> None:
+def test_the_first_real_reads_replace_what_the_probe_found() -> None:
+    cost = DeviceCost(samples(FLASH))
+    cost.observe(Sample(4 * MIB, 4, 10**9))
+    assert cost.bandwidth(Setting(4 * MIB, 4)) == pytest.approx(10**9, rel=0.01)
+
+
+def test_a_single_odd_read_among_many_moves_the_figures_by_a_quarter_at_most() -> None:
     cost = DeviceCost(samples(FLASH))
     before = cost.bandwidth(Setting(4 * MIB, 4))
+    for _ in range(10):
+        cost.observe(Sample(4 * MIB, 4, before))
     cost.observe(Sample(4 * MIB, 4, before // 2))
     assert cost.bandwidth(Setting(4 * MIB, 4)) > 0.8 * before
 
@@ -112,16 +121,22 @@ def test_the_limit_caps_what_is_predicted_but_not_what_is_learned() -> None:
 
 def test_the_choice_is_the_fewest_reads_that_come_near_the_best() -> None:
     chosen = DeviceCost(samples(FLASH)).choose()
-    assert chosen == Setting(4 * MIB, 4)
+    assert chosen == Setting(16 * MIB, 4)
     one_is_enough = Curve(100_000, 6 * 10**9, 6 * 10**9)
     assert DeviceCost(samples(one_is_enough)).choose().depth == 2
     needs_many = Curve(1_000_000, 10**9, 6 * 10**9)
     assert DeviceCost(samples(needs_many)).choose().depth >= 8
 
 
+def test_chunks_are_no_larger_than_two_layers_can_fill() -> None:
+    cost = DeviceCost(samples(FLASH))
+    assert cost.choose(layer_bytes=24 * MIB) == Setting(8 * MIB, 4)
+    assert cost.choose(layer_bytes=4096).chunk_bytes == MIB
+
+
 def test_a_setting_that_works_is_not_left_for_a_few_percent() -> None:
     cost = DeviceCost(samples(FLASH))
-    assert cost.choose(Setting(8 * MIB, 8)) == Setting(8 * MIB, 8)
+    assert cost.choose(Setting(4 * MIB, 8)) == Setting(4 * MIB, 8)
     assert cost.choose(Setting(MIB, 2)) != Setting(MIB, 2)
 
 
@@ -165,7 +180,7 @@ def test_an_adaptive_choice_comes_to_rest_where_more_reads_do_not_help() -> None
 def test_enough_layers_are_read_at_once_to_keep_the_chunks_outstanding(
     sizes: list[int], expected: int
 ) -> None:
-    assert reads_in_flight(Setting(4 * MIB, 4), sizes) == expected
+    assert reads_in_flight(Setting(4 * MIB, 4), typical_layer(sizes)) == expected
 
 
 def test_lookahead_covers_what_is_read_while_a_layer_is_computed_with() -> None:

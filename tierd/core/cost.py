@@ -23,13 +23,12 @@ MIB = 1 << 20
 
 CHUNKS = tuple(MIB << power for power in range(5))  #: 1 MiB to 16 MiB: what may be chosen
 DEPTHS = (2, 4, 8, 16)  #: reads at once; one alone would leave the device idle while it is verified
-USUAL_CHUNK = 4 * MIB  #: one hash each; smaller ones cost more calls per byte
 NEAR_BEST = 0.95  #: of the best bandwidth is as good as the best
 WORTH_A_CHANGE = 1.10  #: times the bandwidth, to leave a setting that works
-LONGEST_CHUNK_NS = 50_000_000  #: for which a layer that is needed now may wait behind one chunk
+LONGEST_WINDOW_NS = 50_000_000  #: for which what is needed now may wait behind reads at work
 LARGEST_READS_IN_FLIGHT = 64
 USUAL_LATENCY_NS = 100_000  #: of a flash device, where a single chunk size was measured
-_CORRECTION = 1 / 8  #: how much one observation counts
+_CORRECTION = 1 / 8  #: how much one observation of many counts, for the device and for the point
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,44 +130,44 @@ class DeviceCost:
         point = Setting(sample.chunk_bytes, sample.depth)
         ratio = log(sample.bytes_per_s / self.device_bandwidth(point))
         self._points.setdefault(point, self._nearest(point))
-        # Half is blamed on the device as a whole, e.g. others read it too, half on this point.
-        self._level += ratio * _CORRECTION
-        self._points[point] += ratio * _CORRECTION
+        # Half is blamed on the device as a whole, e.g. others read it too, half on this point. The
+        # first ones count more: the probe was short, and a start is a busy time.
+        step = ratio * max(_CORRECTION, 0.5 / (self.observations + 1))
+        self._level += step
+        self._points[point] += step
         self.observations += 1
 
     def choose(
         self,
         now: Setting | None = None,
         *,
+        layer_bytes: int = 64 * MIB,
         chunks: Sequence[int] = CHUNKS,
         depths: Sequence[int] = DEPTHS,
     ) -> Setting:
-        """How to read: of what is near the best bandwidth, the fewest reads at once, then the
-        chunk nearest to the usual one. `now`: the setting in effect, kept while it is good.
+        """How to read: of what is near the best bandwidth, the fewest reads at once, in the largest
+        chunks (which cost the least CPU). `now`: the setting in effect, kept while it is good.
 
+        layer_bytes: of a typical layer; two of them are what is asked for at a time.
         chunks, depths: what may be chosen; a single one where the user has said which.
         """
         settings = [
             Setting(chunk, depth)
             for chunk in chunks
             for depth in depths
-            if len(chunks) == 1
-            or chunk == min(chunks)
-            or self._chunk_ns(chunk, depth) <= LONGEST_CHUNK_NS
+            if chunk == min(chunks) or self._suits(Setting(chunk, depth), 2 * layer_bytes)
         ]
         best = max(self.bandwidth(setting) for setting in settings)
         if now in settings and best < WORTH_A_CHANGE * self.bandwidth(now):
             return now
         good = [setting for setting in settings if self.bandwidth(setting) >= NEAR_BEST * best]
-        return min(
-            good,
-            key=lambda setting: (
-                setting.depth, abs(log2(setting.chunk_bytes / USUAL_CHUNK)), setting.chunk_bytes,
-            ),
-        )  # fmt: skip
+        return min(good, key=lambda setting: (setting.depth, -setting.chunk_bytes))
 
-    def _chunk_ns(self, chunk: int, depth: int) -> float:
-        return depth * chunk * SECOND_NS / self.bandwidth(Setting(chunk, depth))
+    def _suits(self, setting: Setting, window_bytes: int) -> bool:
+        """Whether so much is asked for at once, and is no burden for what is needed now."""
+        nbytes = setting.chunk_bytes * setting.depth
+        longest_bytes = self.bandwidth(setting) * LONGEST_WINDOW_NS // SECOND_NS
+        return nbytes <= min(window_bytes, longest_bytes)
 
     def _nearest(self, setting: Setting) -> float:
         def far(point: Setting) -> tuple[float, int, int]:
@@ -179,19 +178,22 @@ class DeviceCost:
         return self._points[min(self._points, key=far)]
 
 
-def reads_in_flight(setting: Setting, layer_bytes: Sequence[int]) -> int:
-    """Layers to read at once, so that `depth` chunks are outstanding also while a layer ends.
-
-    Counted with the layer size up to which half of all bytes lie: a few tiny norms do not matter.
-    """
+def typical_layer(layer_bytes: Sequence[int]) -> int:
+    """The layer size up to which half of all bytes lie: a few tiny norms do not matter."""
     half = sum(layer_bytes) / 2
     size = 1
     for size in sorted(layer_bytes):
         half -= size
         if half <= 0:
             break
+    return size
+
+
+def reads_in_flight(setting: Setting, layer_bytes: int) -> int:
+    """Typical layers to read at once, so that `depth` chunks are outstanding, also while one of
+    the layers ends."""
     window = setting.chunk_bytes * setting.depth
-    return min(1 + max(-(-window // size), 1), LARGEST_READS_IN_FLIGHT)
+    return min(1 + max(-(-window // layer_bytes), 1), LARGEST_READS_IN_FLIGHT)
 
 
 def lookahead_bytes(setting: Setting, bytes_per_s: int, step_ns: int, largest_layer: int) -> int:

@@ -1,6 +1,7 @@
 """What a simulation raises.
 
 BrokenPromise (AssertionError)   the machine did, or failed to do, what it promises
+DoesNotFit (ValueError)          the node that is asked about cannot serve the model
 """
 
 from __future__ import annotations
@@ -8,3 +9,7 @@ from __future__ import annotations
 
 class BrokenPromise(AssertionError):
     """The machine broke a promise; the text says which, and how to see it again."""
+
+
+class DoesNotFit(ValueError):
+    """A node cannot serve a model; the text is the core's refusal."""

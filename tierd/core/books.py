@@ -19,7 +19,7 @@ from tierd.core.residency import ModelState, Slot, SlotNumbers
 from tierd.core.story import Story
 
 if TYPE_CHECKING:
-    from tierd.core.model import Action, CoreConfig, LayerKey, Plan
+    from tierd.core.model import Action, CoreConfig, DeviceMeasured, LayerKey, Plan
     from tierd.core.plans import PlanState
     from tierd.core.story import Told
 
@@ -77,10 +77,16 @@ class Books:
         self.actions: list[Action] = []
         self.told: list[Told] = []  #: decisions of the event that is being handled
         self.count = Counter[str]()
+        self.measured: dict[int, DeviceMeasured] = {}  #: by device, the last figures
 
     def tell(self, what: str, key: LayerKey | None, reason: str, *values: object) -> None:
         """Records a decision (`story`)."""
         self.told.append((what, key, reason, values))
+
+    def reads_limit(self, device: int) -> int:
+        """How many reads may run at once on a device."""
+        measured = self.measured.get(device)
+        return self.config.reads_in_flight if measured is None else measured.reads_in_flight
 
     def served(self, model: int) -> ModelState | str:
         """The model, or the code of the refusal."""

@@ -25,6 +25,7 @@ from tierd.core.model import (
     ClientGone,
     ClientJoined,
     CoreConfig,
+    DeviceMeasured,
     DiscardDone,
     Event,
     Hint,
@@ -56,6 +57,11 @@ class TierMachine:
         self._admission = Admission(books, self._answers)
         self._fetcher = Fetcher(books, self._answers)
         self._restart = Restart(books, self._fetcher)
+
+    @property
+    def books(self) -> Books:
+        """What the machine knows, for its neighbours in this package; they only read it."""
+        return self._books
 
     @property
     def config(self) -> CoreConfig:
@@ -109,6 +115,8 @@ class TierMachine:
                 self._restart.adopt_all(event)
             case HolderGone():
                 self._restart.holder_gone(event)
+            case DeviceMeasured():
+                self._device_measured(event)
             case Tick():
                 pass
 
@@ -346,6 +354,11 @@ class TierMachine:
                 f"no discard of {event.nbytes} bytes at {event.offset} is under way"
             )
         self._books.memory.discarded(discard)
+
+    def _device_measured(self, event: DeviceMeasured) -> None:
+        if min(event.bytes_per_s, event.reads_in_flight) < 1 or event.latency_ns < 0:
+            raise self._books.illegal(f"no device has these figures: {event}")
+        self._books.measured[event.device] = event
 
     def _read_slot(self, number: int) -> Slot:
         slot = self._books.slots.get(number)

@@ -207,6 +207,17 @@ class HolderGone:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceMeasured:
+    """What reads from `device` get at present (`cost`), and how many may run at once from now on."""
+
+    at_ns: int
+    device: int
+    bytes_per_s: int
+    latency_ns: int
+    reads_in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed. Send one now and then while plans are open: what waits too long is refused."""
 
@@ -228,6 +239,7 @@ Event = (
     | DiscardDone
     | Adopted
     | HolderGone
+    | DeviceMeasured
     | Tick
 )
 

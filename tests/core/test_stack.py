@@ -1,0 +1,269 @@
+"""Three tiers by hand: one event in, the exact actions out. Layers are granules of G bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tierd.core.errors import IllegalEvent
+from tierd.core.model import (
+    Acquire,
+    Admit,
+    ArenaAdded,
+    ClientGone,
+    ClientJoined,
+    CoreConfig,
+    Grant,
+    LayerKey,
+    ModelAdded,
+    ModelRemoved,
+    Plan,
+    Read,
+    ReadDone,
+    ReadFailed,
+    Refuse,
+    Release,
+)
+from tierd.core.stack import TierStack
+from tierd.core.stack_model import (
+    Copy,
+    CopyDone,
+    CopyFailed,
+    Fenced,
+    GpuArenaAdded,
+    JoinedGpu,
+    ModelPlaced,
+    StackAction,
+    StackConfig,
+    StackEvent,
+    Unload,
+)
+
+G = 2 << 20
+FIRST = 10  #: client ids on GPU 0 start here
+
+
+def stack_of(
+    dram: int, gpu: int, *models: tuple[int, ...], gpus: int = 1, clients: int = 1
+) -> TierStack:
+    """Budgets and layer sizes in granules; clients 10, 11, ... on GPU 0, 20, ... on GPU 1."""
+    config = StackConfig(CoreConfig(dram * G), (CoreConfig(gpu * G, reads_in_flight=1),) * gpus)
+    stack = TierStack(config)
+    stack.handle(ArenaAdded(0, 0, 1024 * G, dram * G))
+    for number in range(gpus):
+        stack.handle(GpuArenaAdded(0, number, 100 + number, 1024 * G, gpu * G))
+    for model, sizes in enumerate(models):
+        stack.handle(ModelAdded(0, model, f"m{model}", 0, tuple(size * G for size in sizes)))
+        for number in range(gpus):
+            stack.handle(ModelPlaced(0, number, model, 100 + number))
+    for number in range(gpus):
+        for client in range(clients):
+            stack.handle(JoinedGpu(0, FIRST * (number + 1) + client, number))
+    return stack
+
+
+def feed(stack: TierStack, *events: StackEvent) -> list[StackAction]:
+    actions: list[StackAction] = []
+    for event in events:
+        actions += stack.handle(event)
+        stack.check()
+    return actions
+
+
+def settle(stack: TierStack, actions: list[StackAction], at_ns: int = 0) -> list[StackAction]:
+    """Completes reads and copies until nothing is under way; returns all actions, these first."""
+    done = 0
+    while done < len(actions):
+        action = actions[done]
+        done += 1
+        if isinstance(action, Read):
+            actions += feed(stack, ReadDone(at_ns, action.slot))
+        elif isinstance(action, Copy):
+            actions += feed(stack, CopyDone(at_ns, action.gpu, action.slot))
+    return actions
+
+
+def key(layer: int, model: int = 0) -> LayerKey:
+    return LayerKey(model, layer)
+
+
+def test_a_layer_goes_from_the_disk_through_dram_to_the_gpu_and_is_granted_when_it_is_there() -> (
+    None
+):
+    stack = stack_of(4, 2, (1, 1))
+    first = feed(stack, Acquire(0, FIRST, 1, key(1)))
+    reads = [action for action in first if isinstance(action, Read)]
+    assert key(1) in [read.key for read in reads]
+    assert not [action for action in first if isinstance(action, Copy | Grant)]
+    [read] = [read for read in reads if read.key == key(1)]
+    [copy] = [a for a in feed(stack, ReadDone(1, read.slot)) if isinstance(a, Copy)]
+    assert (copy.gpu, copy.key, copy.arena) == (0, key(1), 100)
+    assert (copy.from_slot, copy.from_arena, copy.from_offset) == (read.slot, 0, read.offset)
+    [grant] = [a for a in feed(stack, CopyDone(2, 0, copy.slot)) if isinstance(a, Grant)]
+    assert (grant.client, grant.arena, grant.offset) == (FIRST, 100, copy.offset)
+    assert grant.waited_ns == 2
+    assert stack.dram.snapshot().memory.leased_bytes == 0
+
+
+def test_what_is_in_dram_is_copied_without_a_read_and_what_is_on_the_gpu_without_a_copy() -> None:
+    stack = stack_of(4, 4, (1, 1))
+    feed(stack, ClientJoined(0, 1), Acquire(0, 1, 1, key(0)), ReadDone(0, 0))
+    actions = settle(stack, feed(stack, Acquire(0, FIRST, 1, key(0))))
+    assert key(0) not in [action.key for action in actions if isinstance(action, Read)]
+    assert [action.key for action in actions if isinstance(action, Copy)] == [key(0)]
+    again = feed(stack, Acquire(1, FIRST, 2, key(0)))
+    assert [type(action) for action in again] == [Grant]
+
+
+def test_a_plan_on_a_gpu_needs_its_largest_layer_on_both_tiers() -> None:
+    plan = Plan(0, FIRST, 7, 0, (0, 1))
+    for dram, gpu, code in ((3, 3, None), (2, 3, "budget_too_small"), (3, 2, "budget_too_small")):
+        stack = stack_of(dram, gpu, (1, 3))
+        actions = feed(stack, plan)
+        refusals = [(a.request, a.code) for a in actions if isinstance(a, Refuse)]
+        assert refusals == ([] if code is None else [(7, code)])
+        assert (Admit(FIRST, 7, 3 * G) in actions) == (code is None)
+        assert bool(stack.feeds.feeds) == (code is None)
+        assert (stack.dram.snapshot().memory.reserved_bytes == 0) == (code is not None)
+
+
+def test_a_failed_read_and_a_failed_copy_reach_the_client_on_the_gpu() -> None:
+    stack = stack_of(4, 2, (1, 1))
+    actions = feed(stack, Acquire(0, FIRST, 1, key(1)))
+    [slot] = [a.slot for a in actions if isinstance(a, Read) and a.key == key(1)]
+    refused = feed(stack, ReadFailed(1, slot, "read_failed", "EIO"))
+    assert Refuse(FIRST, 1, "read_failed", "EIO") in refused
+    actions = feed(stack, Acquire(2, FIRST, 2, key(1)))
+    [slot] = [a.slot for a in actions if isinstance(a, Read) and a.key == key(1)]
+    [copy] = [a for a in feed(stack, ReadDone(3, slot)) if isinstance(a, Copy)]
+    refused = feed(stack, CopyFailed(4, 0, copy.slot, "copy_failed", "ECC"))
+    assert Refuse(FIRST, 2, "copy_failed", "ECC") in refused
+    assert [a.key for a in refused if isinstance(a, Unload)] == [key(1)]
+    assert stack.dram.snapshot().memory.leased_bytes == 0
+
+
+def test_the_slots_of_a_dead_client_are_reused_only_after_its_fence() -> None:
+    stack = stack_of(4, 1, (1, 1), clients=2)
+    settle(stack, feed(stack, Acquire(0, FIRST, 1, key(0))))
+    feed(stack, ClientGone(1, FIRST))
+    refused = feed(stack, Acquire(2, FIRST + 1, 1, key(1)))
+    assert [a.code for a in refused if isinstance(a, Refuse)] == ["budget_too_small"]
+    feed(stack, Fenced(3, FIRST))
+    actions = settle(stack, feed(stack, Acquire(4, FIRST + 1, 2, key(1))))
+    assert [a.key for a in actions if isinstance(a, Unload)] == [key(0)]
+    assert [a.key for a in actions if isinstance(a, Grant)] == [key(1)]
+
+
+def test_a_client_that_dies_at_any_step_of_a_copy_leaves_nothing() -> None:
+    for step in range(4):
+        stack = stack_of(4, 2, (1, 1))
+        actions = feed(stack, Plan(0, FIRST, 1, 0, (0, 1)), Acquire(0, FIRST, 2, key(0)))
+        for _ in range(step):
+            for action in actions:
+                if isinstance(action, Read):
+                    actions = feed(stack, ReadDone(1, action.slot))
+                    break
+                if isinstance(action, Copy):
+                    actions = feed(stack, CopyDone(1, 0, action.slot))
+                    break
+        slots = stack.dram.books.in_flight
+        feed(stack, ClientGone(2, FIRST), Fenced(3, FIRST))
+        for _ in range(10):
+            for number in list(slots):
+                feed(stack, ReadDone(4, number))
+            for found in list(stack.feeds.feeds.values()):
+                for number in list(found.copying):
+                    feed(stack, CopyDone(4, 0, number))
+        assert not stack.feeds.feeds
+        for machine in (stack.dram, *stack.gpus):
+            memory = machine.snapshot().memory
+            assert memory.leased_bytes == memory.reserved_bytes == memory.quarantined_bytes == 0
+        feed(stack, ModelRemoved(5, 0))
+        assert not any(machine.books.slots for machine in (stack.dram, *stack.gpus))
+
+
+def passes(stack: TierStack, client: int, layers: int, count: int) -> list[StackAction]:
+    """A client with a plan computes so many passes; the actions of the last one."""
+    settle(stack, feed(stack, Plan(0, client, 1, 0, tuple(range(layers)))))
+    actions: list[StackAction] = []
+    request = at_ns = 1
+    for number in range(count * layers):
+        if number == (count - 1) * layers:
+            actions = []
+        request += 1
+        at_ns += 1_000_000
+        acquire = Acquire(at_ns, client, request, key(number % layers))
+        mine = settle(stack, feed(stack, acquire), at_ns)
+        actions += mine
+        [lease] = [a.lease for a in mine if isinstance(a, Grant)]
+        actions += settle(stack, feed(stack, Release(at_ns, client, lease)), at_ns)
+    return actions
+
+
+def test_what_stays_on_the_gpu_may_leave_dram() -> None:
+    """8 layers, 5 on the GPU, 3 in DRAM: on one tier each pass would read 5, together they need
+    not read more than the moving layers of both."""
+    stack = stack_of(4, 6, (1,) * 8)
+    actions = passes(stack, FIRST, 8, 8)
+    [only] = stack.feeds.feeds.values()
+    assert only.declared is not None
+    assert len(only.declared.order) <= 5
+    reads = [action.key for action in actions if isinstance(action, Read)]
+    assert len(reads) <= 4
+
+
+def test_a_model_that_fits_the_gpu_is_copied_once_and_needs_no_dram() -> None:
+    stack = stack_of(3, 8, (1,) * 8)
+    actions = passes(stack, FIRST, 8, 5)
+    assert not [action for action in actions if isinstance(action, Copy)]
+    [only] = stack.feeds.feeds.values()
+    assert only.declared is not None
+    assert len(only.declared.order) == 1
+    assert len(stack.dram.books.models[0].plans) == 1
+
+
+def test_two_gpus_share_one_read() -> None:
+    stack = stack_of(4, 2, (1, 1), gpus=2)
+    actions = feed(stack, Acquire(0, 10, 1, key(1)), Acquire(0, 20, 1, key(1)))
+    slots = [a.slot for a in actions if isinstance(a, Read) and a.key == key(1)]
+    assert len(slots) == 1
+    copies = [a for a in feed(stack, ReadDone(1, slots[0])) if isinstance(a, Copy)]
+    assert sorted(copy.gpu for copy in copies) == [0, 1]
+
+
+def test_the_next_leader_takes_the_plan_over_and_the_last_one_takes_it_away() -> None:
+    stack = stack_of(8, 2, (1,) * 6, clients=2)
+    settle(stack, feed(stack, Plan(0, FIRST, 1, 0, (0, 1, 2)), Plan(0, FIRST + 1, 1, 0, (3, 4))))
+    [only] = stack.feeds.feeds.values()
+    assert only.declared is not None
+    assert set(only.declared.order) == {0, 1, 2}
+    settle(stack, feed(stack, ClientGone(1, FIRST)))
+    assert set(only.declared.order) == {3, 4}
+    settle(stack, feed(stack, ClientGone(2, FIRST + 1)))
+    assert not stack.feeds.feeds
+    assert [client for client in stack.dram.books.clients if client < 0] == []
+
+
+ILLEGAL: list[tuple[StackEvent, str]] = [
+    (CopyDone(0, 0, 0), "is not being copied to"),
+    (CopyDone(0, 9, 0), "is not being copied to"),
+    (JoinedGpu(0, 50, 1), "there is no GPU 1; this node has 1"),
+    (JoinedGpu(0, FIRST, 0), "client 10 is connected"),
+    (ClientJoined(0, FIRST), "client 10 is connected"),
+    (ClientJoined(0, -1), "belong to the stack"),
+    (Acquire(0, -1, 1, LayerKey(0, 0)), "belong to the stack"),
+    (Fenced(0, FIRST), "not on its way out"),
+    (GpuArenaAdded(0, 0, 0, G), "arena 0 exists"),
+    (ArenaAdded(0, 100, G), "arena 100 exists"),
+    (ModelPlaced(0, 0, 5, 100), "model 5 is not served"),
+    (ModelRemoved(0, 5), "model 5 is not served"),
+]
+
+
+@pytest.mark.parametrize(("event", "text"), ILLEGAL, ids=lambda value: type(value).__name__)
+def test_an_illegal_event_raises_and_changes_nothing(event: StackEvent, text: str) -> None:
+    stack = stack_of(4, 2, (1, 1))
+    before = [machine.snapshot() for machine in (stack.dram, *stack.gpus)]
+    with pytest.raises(IllegalEvent, match=text):
+        stack.handle(event)
+    stack.check()
+    assert [machine.snapshot() for machine in (stack.dram, *stack.gpus)] == before

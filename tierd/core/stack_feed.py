@@ -1,0 +1,136 @@
+"""What one GPU takes of one model out of DRAM: a pseudo-client of the DRAM machine.
+
+Its reserve there is the largest layer of the model, so whatever the GPU asks for can be read, one
+layer at a time, whoever holds what. Its plan is that of the first client of the model on the GPU,
+less what stays on the GPU: those layers have no next use in DRAM and may leave it.
+
+A layer *stays* when it was on the GPU for a whole pass of that client without being copied. That
+needs no knowledge of the GPU's policy, and is never wrong for longer than a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from dataclasses import replace as replaced
+from typing import TYPE_CHECKING
+
+from tierd.core.model import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tierd.core.model import Grant, Read
+
+
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """A copy under way: the GPU's read that it fills, and the DRAM lease that it reads."""
+
+    read: Read
+    lease: int
+
+
+@dataclass(slots=True, eq=False)
+class Feed:
+    """One pseudo-client. Ids of feeds are negative."""
+
+    id: int
+    gpu: int
+    model: int
+    layer_bytes: Sequence[int]
+    open: bool = False  #: the DRAM machine has granted its reserve
+    waiting: dict[int, Plan] = field(default_factory=dict)  #: by client: plans until it is open
+    offered: dict[int, Plan] = field(default_factory=dict)  #: by client: not yet answered by a GPU
+    users: dict[int, Plan] = field(default_factory=dict)  #: by client: admitted, oldest first
+    parked: list[tuple[int, Read]] = field(default_factory=list)  #: heap by number
+    asking: dict[int, tuple[int, Read]] = field(default_factory=dict)  #: by request, at DRAM
+    copying: dict[int, Copying] = field(default_factory=dict)  #: by slot of the GPU
+    full: bool = False  #: DRAM has no more room for it until one of its copies ends
+    #: layers in slots of the GPU, with the pass of the leader in which they were copied
+    on_gpu: dict[int, int] = field(default_factory=dict)
+    passes: int = 0
+    declared: Plan | None = None  #: what DRAM was told last
+    declared_for: Plan | None = None  #: the leader's plan that it came from
+    _steps: int = 0  #: layers that the leader asked for in this pass
+    _last_asked: int | None = None
+    _last_read: int | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether it has leases or requests in DRAM."""
+        return bool(self.asking or self.copying)
+
+    @property
+    def leader(self) -> int | None:
+        return next(iter(self.users), None)
+
+    @property
+    def idle(self) -> bool:
+        """Nobody needs it now; a request may still wait on the GPU."""
+        return not (self.users or self.waiting or self.offered or self.parked or self.holds)
+
+    # ------------------------------------------------------------------------------------- passes
+
+    def reading(self, read: Read) -> None:
+        """The GPU has a slot for this layer."""
+        self.on_gpu[read.key.layer] = self.passes
+        self._last_read = read.key.layer
+
+    def asked(self, client: int, layer: int) -> bool:
+        """A client asked the GPU for a layer; True when that ended a pass of the leader."""
+        if client != self.leader or layer == self._last_asked:
+            return False
+        self._last_asked = layer
+        self._steps += 1
+        if self._steps < len(self.users[client].order):
+            return False
+        self._steps = 0
+        self.passes += 1
+        return True
+
+    def _stays(self, layer: int) -> bool:
+        return self.on_gpu.get(layer, self.passes) < self.passes - 1
+
+    # --------------------------------------------------------------------------------------- plan
+
+    def plan(self, at_ns: int, request: int) -> Plan:
+        """What to declare in DRAM now."""
+        every = tuple(range(len(self.layer_bytes)))
+        leader = self.leader
+        if leader is None:
+            return Plan(at_ns, self.id, request, self.model, self._smallest(every), "once", 1,
+                beside=every,
+            )  # fmt: skip
+        plan = self.users[leader]
+        order = plan.order
+        if plan.kind == "cyclic" and self._last_read in order:
+            start = order.index(self._last_read) + 1
+            order = order[start:] + order[:start]
+        order = tuple(layer for layer in order if not self._stays(layer))
+        return replaced(
+            plan,
+            at_ns=at_ns,
+            client=self.id,
+            request=request,
+            order=order or self._smallest(plan.order),
+            beside=every,
+        )
+
+    def _smallest(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """A plan has at least one layer; this one keeps least in DRAM."""
+        return (min(layers, key=lambda layer: self.layer_bytes[layer]),)
+
+    def declares(self, plan: Plan) -> bool:
+        """Whether DRAM has to be told: the plan has another source or other layers than before."""
+        source = None if self.leader is None else self.users[self.leader]
+        old = self.declared
+        if old is not None and self.declared_for is source and set(old.order) == set(plan.order):
+            return False
+        self.declared, self.declared_for = plan, source
+        return True
+
+    def granted(self, grant: Grant) -> Read:
+        """DRAM granted a lease; the copy can start. Returns the GPU's read that it fills."""
+        _, read = self.asking.pop(grant.request)
+        self.copying[read.slot] = Copying(read, grant.lease)
+        return read

@@ -29,6 +29,7 @@ from tierd.core.model import (
     HolderGone,
     Release,
 )
+from tierd.diagnosis import Diagnosis
 from tierd.engine import Engine
 from tierd.errors import ShuttingDown, TierdError, TooManyClients
 from tierd.holders import Holders
@@ -73,6 +74,7 @@ class Daemon:
         self.sessions: dict[int, Session] = {}  #: those that said hello
         self.outstanding = 0  #: requests of all sessions that the core has not answered
         self.statistics = Statistics(self)
+        self.diagnosis = Diagnosis(self)
         self.pool: ReaderPool
         self.slots: Slots
         self.arenas: Arenas

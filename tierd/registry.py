@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from tierd.access import AccessGroup
     from tierd.pack import Identity, Pack
 
 
@@ -107,6 +108,7 @@ class Registry:
         self.served: dict[str, Pack] = {}
         self.failed: dict[str, str] = {}
         self.by_model: dict[int, Pack] = {}  #: replaced ones too
+        self.readers: dict[int, AccessGroup] = {}  #: of every version that was ever in service
         self._next_model = 1
 
     def identities(self) -> dict[str, Identity]:
@@ -138,6 +140,7 @@ class Registry:
         for name, pack in found.loaded.items():
             pack.model = self._next_model
             self._next_model += 1
+            self.readers[pack.model] = pack.access
             old = self.served.get(name)
             self.served[name] = self.by_model[pack.model] = pack
             if old is None:

@@ -107,6 +107,10 @@ class Session:
                 self.reply(request, getattr(self._daemon.statistics, op)())
             case "layers":
                 self.reply(request, self._daemon.statistics.layers(_text(message, "model")))
+            case "why":
+                self.reply(request, self._daemon.diagnosis.why(self.connection.peer, message))
+            case "trace":
+                self.reply(request, self._daemon.diagnosis.trace(self.connection.peer, message))
             case "reload":
                 self._daemon.models.reload_for(self, request)
             case _:

@@ -126,7 +126,7 @@ class Fetcher:
     def _evict_all(self, victims: list[Victim], wanted: LayerKey) -> None:
         for victim in victims:
             due = "no plan uses it" if victim.due == NEVER else "its next use is further away"
-            self.evict(victim.slot, "for {}: {}", f"{wanted.model}/{wanted.layer}", due)
+            self.evict(victim.slot, "for {}: {}", wanted, due)
 
     def _start(self, model: ModelState, key: LayerKey, claim: Claim, *, demanded: bool) -> None:
         slot = Slot(

@@ -43,6 +43,7 @@ from tierd.core.placement import Range
 from tierd.core.residency import ModelState, Slot, SlotState
 from tierd.core.restart import Restart
 from tierd.core.snapshot import Snapshot, snapshot_of
+from tierd.core.whereabouts import Whereabouts, whereabouts_of
 
 if TYPE_CHECKING:
     from tierd.core.story import Decision, Story
@@ -133,6 +134,10 @@ class TierMachine:
     def record(self) -> Story:
         """Every event, what it led to and why, as far back as the record reaches."""
         return self._books.story
+
+    def whereabouts(self, key: LayerKey, now_ns: int) -> Whereabouts | None:
+        """Where the layer is at `now_ns` and why; None if there is no such layer."""
+        return whereabouts_of(self._books, key, now_ns)
 
     def check(self) -> None:
         """Raises InvariantBroken where the books contradict each other; costs O(everything)."""

@@ -39,6 +39,9 @@ class LayerKey:
     model: int
     layer: int
 
+    def __str__(self) -> str:
+        return f"{self.model}/{self.layer}"
+
 
 # --------------------------------------------------------------------------------------------------
 # Events

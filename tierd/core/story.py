@@ -48,7 +48,7 @@ class Decision:
         return self.reason.format(*self.values)
 
     def __str__(self) -> str:
-        layer = f" {self.key.model}/{self.key.layer}" if self.key is not None else ""
+        layer = f" {self.key}" if self.key is not None else ""
         return f"{self.at_ns / 1e9:.6f} {self.what}{layer}: {self.text}"
 
 

@@ -1,0 +1,153 @@
+"""`why` and `trace`: true, paged, and only for those who may read the models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgpack  # type: ignore[import-untyped]
+import pytest
+
+from tests.daemon.conftest import RawClient, Refused, RunningDaemon, write_pack
+from tierd.core.model import Acquire, ArenaAdded, Grant, ModelAdded, ReadDone
+from tierd.core.transcript import restored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Connect = Callable[..., RawClient]
+
+LAYER_BYTES = 256 << 10
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
+    place = tmp_path_factory.mktemp("diagnosis")
+    write_pack(place / "models" / "open", 4, LAYER_BYTES)
+    secret = write_pack(place / "models" / "secret", 4, LAYER_BYTES)
+    secret.path.joinpath("tierd.json").chmod(0o600)
+    arguments = ["--models", str(place / "models"), "--dram", str(16 << 20)]
+    arguments += ["--socket-mode", "0666"]
+    # pytest's directory is for its owner only; the socket must be reachable.
+    path = f"/tmp/tierd-diagnosis-{os.getpid()}.sock"
+    running = RunningDaemon(path, place / "log", arguments).wait_ready()
+    yield running
+    assert running.stop() == 0
+
+
+def pages(daemon: RunningDaemon, part: str) -> list[Any]:
+    items: list[Any] = []
+    first = 0
+    while (reply := daemon.ask("trace", part=part, first=first))["items"]:
+        items += [msgpack.unpackb(item) for item in reply["items"]]
+        first = reply["next"]
+    return items
+
+
+def test_why_knows_who_has_a_layer_and_what_was_decided(
+    daemon: RunningDaemon, connect: Connect
+) -> None:
+    before = daemon.ask("why", model="open", layer="model.layers.1")
+    assert (before["layer"], before["bytes"], before["state"]) == (1, LAYER_BYTES, "absent")
+    assert (before["history"], before["next_use"]) == ([], None)
+    client = connect(daemon)
+    opened = client.open("open")
+    lease = opened.acquire(1)
+    after = daemon.ask("why", model="open", layer=1)
+    assert (after["name"], after["state"]) == ("model.layers.1", "resident")
+    assert [holder["name"] for holder in after["leased_by"]] == ["test"]
+    assert [told["what"] for told in after["history"]] == ["wait", "read", "resident", "grant"]
+    assert all(told["ago_ns"] >= 0 for told in after["history"])
+    client.call("release", leases=[lease["lease"]])
+    assert daemon.ask("why", model="open", layer=1)["leased_by"] == []
+
+
+def test_why_names_what_is_not_there(daemon: RunningDaemon) -> None:
+    for fields, code in (
+        ({"model": "nothing", "layer": 0}, "not_found"),
+        ({"model": "open", "layer": 4}, "not_found"),
+        ({"model": "open", "layer": "model.layers.9"}, "not_found"),
+        ({"model": "open", "layer": None}, "bad_request"),
+        ({"model": 5, "layer": 0}, "bad_request"),
+    ):
+        with pytest.raises(Refused) as caught:
+            daemon.ask("why", **fields)
+        assert caught.value.code == code
+    with pytest.raises(Refused, match=r"4, from 'model.layers.0' to 'model.layers.3'"):
+        daemon.ask("why", model="open", layer=9)
+
+
+def test_the_trace_holds_every_event_in_order_and_what_it_led_to(
+    daemon: RunningDaemon, connect: Connect
+) -> None:
+    opened = connect(daemon).open("open")
+    lease = opened.acquire(2)
+    about = daemon.ask("trace", part="opening")
+    assert about["config"]["budget_bytes"] == 16 << 20
+    entries = pages(daemon, "entries")
+    assert [entry[0] for entry in entries] == list(range(len(entries)))
+    assert [entry[1] for entry in entries] == sorted(entry[1] for entry in entries)
+    events = [restored(entry[2], about["schema"]) for entry in entries]
+    actions = [restored(action, about["schema"]) for entry in entries for action in entry[3]]
+    assert {type(event) for event in events} >= {ArenaAdded, ModelAdded, Acquire, ReadDone}
+    granted = [action for action in actions if isinstance(action, Grant)]
+    assert granted[-1].lease == lease["lease"]
+    assert ["grant", [opened.model_id, 2]] in [told[:2] for entry in entries for told in entry[4]]
+    assert dict((name, layers) for _, name, layers in pages(daemon, "models"))["secret"] == [
+        f"model.layers.{number}" for number in range(4)
+    ]
+
+
+def test_a_trace_goes_on_where_the_last_page_ended(daemon: RunningDaemon, connect: Connect) -> None:
+    end = daemon.ask("trace", part="entries", first=1 << 40)
+    assert end["items"] == []
+    opened = connect(daemon).open("open")
+    opened.acquire(3)
+    more = daemon.ask("trace", part="entries", first=end["end"])["items"]
+    assert {msgpack.unpackb(item)[2][0] for item in more} >= {"@ClientJoined", "@Acquire"}
+
+
+def test_a_trace_is_asked_for_properly_or_not_at_all(daemon: RunningDaemon) -> None:
+    for fields in ({"part": "everything"}, {"part": "entries", "first": -1}, {"first": "0"}):
+        with pytest.raises(Refused) as caught:
+            daemon.ask("trace", **fields)
+        assert caught.value.code == "bad_request"
+
+
+AS_NOBODY = """
+import json, os, sys
+from tests.daemon.conftest import RawClient, Refused
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+client = RawClient(sys.argv[1])
+for asked in sys.argv[2:]:
+    op, fields = json.loads(asked)
+    try:
+        client.call(op, **fields)
+        print("ok")
+    except Refused as refused:
+        print(refused.code)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_who_may_not_read_a_model_does_not_learn_its_story(
+    daemon: RunningDaemon, connect: Connect
+) -> None:
+    connect(daemon).open("secret").acquire(0)
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("why", {"model": "open", "layer": 0}),
+        ("why", {"model": "secret", "layer": 0}),
+        *(("trace", {"part": part}) for part in ("opening", "models", "entries")),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, daemon.socket, *map(json.dumps, asked)],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["ok", *["access_denied"] * 4], done.stderr
+    assert daemon.ask("why", model="secret", layer=0)["state"] == "resident"

@@ -26,13 +26,14 @@ from tierd.core.model import (
     Tick,
 )
 from tierd.errors import ReadError
-from tierd.io.ssd import ReaderPool, ReadJob, ReadResult
+from tierd.io.ssd_job import ReadJob, ReadResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tierd.arenas import Arenas
     from tierd.core.model import Action, CoreConfig, Event
+    from tierd.io.ssd import ReaderPool
     from tierd.pack import Pack
     from tierd.registry import Registry
     from tierd.session import Session
@@ -171,7 +172,9 @@ class Engine:
         log.debug("reading %s %s into slot %d (%s)", pack.name, layer.name, read.slot, read.reason)
         self.reads += 1
         target = self._arenas.by_id[read.arena].buffer(read.offset, read.nbytes)
-        job = ReadJob.of_layer(pack.name, layer, pack.index.shards, pack.shards, target)
+        job = ReadJob.of_layer(
+            pack.name, layer, pack.index.shards, pack.shards, target, pack.device
+        )
         self._pool.submit(job, lambda outcome: self._read_done(read, pack, target, outcome))
 
     def _read_done(

@@ -74,6 +74,11 @@ class Pack:
     def access(self) -> AccessGroup:
         return self.identity.access
 
+    @property
+    def device(self) -> int:
+        """What its shards are read from: packs of one device share what it gives."""
+        return self.identity.files[-1][0]
+
     def close(self) -> None:
         if not self.closed:
             self.closed = True

@@ -16,10 +16,11 @@ import pytest
 import xxhash
 
 from tierd.errors import ChecksumMismatch, ReadCancelled, ReadError
-from tierd.io import blocks
+from tierd.io import chunks, ssd
 from tierd.io.arena import Arena
 from tierd.io.pages import PageKind, Pages
-from tierd.io.ssd import ExtentRead, ReaderPool, ReadJob, ReadResult
+from tierd.io.ssd import ReaderPool
+from tierd.io.ssd_job import ExtentRead, ReadJob, ReadResult
 from tierd_layouts.records import BLOCK_BYTES, Extent, Layer, Shard
 
 if TYPE_CHECKING:
@@ -74,9 +75,16 @@ def pack(tmp_path: Path) -> Iterator[Pack]:
     made.close()  # a target that something still holds would be a BufferError here
 
 
+def small_chunks(readers: int, bandwidth: int | None = None) -> ReaderPool:
+    """A pool that reads every block by itself: where a test is about single blocks."""
+    pool = ReaderPool(readers, bandwidth)
+    pool.configure(chunk_bytes=BLOCK_BYTES)
+    return pool
+
+
 @pytest.fixture
 def pool() -> Iterator[ReaderPool]:
-    made = ReaderPool(4)
+    made = small_chunks(4)
     yield made
     made.close()
 
@@ -103,11 +111,15 @@ async def failure(pool: ReaderPool, job: ReadJob) -> ReadError:
     return answer
 
 
+@pytest.mark.parametrize("chunk", [3 * PAGE, MIB, BLOCK_BYTES, 2 * BLOCK_BYTES, 4 * BLOCK_BYTES])
 @pytest.mark.parametrize(
     "nbytes", [PAGE, BLOCK_BYTES, BLOCK_BYTES + PAGE, 3 * BLOCK_BYTES - PAGE, 5 * BLOCK_BYTES]
 )
-async def test_a_layer_arrives_whole(pack: Pack, pool: ReaderPool, nbytes: int) -> None:
+async def test_a_layer_arrives_whole_in_chunks_of_any_size(
+    pack: Pack, pool: ReaderPool, nbytes: int, chunk: int
+) -> None:
     pack.shard(nbytes + 3 * PAGE)
+    pool.configure(chunk_bytes=chunk)
     answer = await outcome(pool, pack.job(pack.extent(0, 2 * PAGE, nbytes)))
     assert isinstance(answer, ReadResult)
     assert answer.nbytes == nbytes
@@ -247,7 +259,7 @@ async def test_a_defect_in_a_reader_fails_its_layer_only(
     pack.shard(PAGE)
     job = pack.job(pack.extent(0, 0, PAGE))
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "_verify", lambda block: 1 // 0)
+        patch.setattr(chunks, "_verify", lambda chunk: 1 // 0)
         error = await failure(pool, job)
     assert "ZeroDivisionError" in str(error)
     assert "Traceback" in caplog.text
@@ -359,7 +371,8 @@ async def test_close_says_when_a_device_does_not_answer(
     pool.submit(pack.job(pack.extent(0, 0, PAGE)), answers.append)
     assert entered.wait(10)
     busy = pool.statistics().busy_ns
-    with pytest.raises(TimeoutError, match=r"tierd-ssd-0 did not end their reads in 0\.05 s"):
+    assert (pool.devices()[0].in_flight, pool.devices()[0].packs) == (1, ("opt",))
+    with pytest.raises(TimeoutError, match=r"tierd-ssd-0-0 did not end their reads in 0\.05 s"):
         pool.close(timeout_s=0.05)
     assert pool.statistics().busy_ns >= busy + 40_000_000
     released.set()
@@ -384,7 +397,7 @@ async def test_a_failure_waits_until_nobody_writes_into_the_target(
         return really(fd, targets, offset)
 
     pack.shard(2 * BLOCK_BYTES)
-    pool = ReaderPool(2)
+    pool = small_chunks(2)
     answers: list[ReadResult | ReadError] = []
     monkeypatch.setattr(os, "preadv", preadv)
     pool.submit(pack.job(pack.extent(0, 0, 2 * BLOCK_BYTES)), answers.append)
@@ -411,6 +424,125 @@ async def test_the_bandwidth_limit_holds_for_all_readers_together(pack: Pack) ->
     found = pool.statistics()
     assert found.bandwidth_limit == 20 * MIB
     assert found.throttled_ns >= 400_000_000
+
+
+async def test_a_call_asks_for_a_chunk_at_most_and_a_change_counts_from_the_next_layer(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    really = os.preadv
+
+    def preadv(fd: int, targets: list[memoryview], offset: int) -> int:
+        asked.append(targets[0].nbytes)
+        return really(fd, targets, offset)
+
+    pack.shard(5 * BLOCK_BYTES)
+    monkeypatch.setattr(os, "preadv", preadv)
+    pool = ReaderPool(1)
+    found = {}
+    for chunk in (None, 2 * BLOCK_BYTES, 3 * MIB):
+        pool.configure(chunk_bytes=chunk)
+        assert isinstance(
+            await outcome(pool, pack.job(pack.extent(0, 0, 5 * BLOCK_BYTES))), ReadResult
+        )
+        found[chunk] = [size // MIB for size in asked]
+        asked.clear()
+    pool.close()
+    assert found == {None: [16, 4], 2 * BLOCK_BYTES: [8, 8, 4], 3 * MIB: [3, 1] * 5}
+
+
+async def test_a_large_chunk_names_the_block_that_is_corrupt(pack: Pack) -> None:
+    pack.shard(4 * BLOCK_BYTES)
+    good = pack.extent(0, 0, 4 * BLOCK_BYTES)
+    with pack.path(0).open("r+b") as file:
+        file.seek(2 * BLOCK_BYTES)
+        file.write(bytes([pack.content[0][2 * BLOCK_BYTES] ^ 1]))
+    pool = ReaderPool(2)
+    error = await failure(pool, pack.job(good))
+    pool.close()
+    assert f"block 2 of 4 ({BLOCK_BYTES} bytes at offset {2 * BLOCK_BYTES})" in str(error)
+
+
+async def test_a_large_chunk_of_a_shard_that_was_cut_off_says_how_much_came(pack: Pack) -> None:
+    pack.shard(4 * BLOCK_BYTES)
+    job = pack.job(pack.extent(0, 0, 4 * BLOCK_BYTES))
+    os.truncate(pack.path(0), 3 * BLOCK_BYTES + 512)
+    pool = ReaderPool(2)
+    error = await failure(pool, job)
+    pool.close()
+    expected = f"expected {4 * BLOCK_BYTES} bytes at offset 0, got {3 * BLOCK_BYTES + 512}"
+    assert expected in str(error)
+
+
+async def test_readers_come_and_go_while_running(pack: Pack, pool: ReaderPool) -> None:
+    def are_readers(number: int) -> bool:
+        """Also when that takes a moment."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            names = [thread.name for thread in threading.enumerate()]
+            if sum(name.startswith("tierd-ssd-") for name in names) == number:
+                return True
+            time.sleep(0.01)
+        return False
+
+    pack.shard(PAGE)
+    for number in (1, 5, 2):
+        pool.configure(readers=number)
+        assert isinstance(await outcome(pool, pack.job(pack.extent(0, 0, PAGE))), ReadResult)
+        assert are_readers(number)
+        assert pool.alive()
+        assert pool.devices()[0].readers == number
+    with pytest.raises(ValueError, match="at least 1 reader, not 0"):
+        pool.configure(readers=0)
+    with pytest.raises(ValueError, match="whole pages of 4 KiB, not 5000 bytes"):
+        pool.configure(chunk_bytes=5000)
+
+
+async def test_one_device_is_set_without_the_others(pack: Pack, pool: ReaderPool) -> None:
+    pool.configure(device=7, readers=2, chunk_bytes=MIB)
+    pool.configure(device=8)
+    found = {device: (seen.readers, seen.chunk_bytes) for device, seen in pool.devices().items()}
+    assert found == {7: (2, MIB), 8: (4, BLOCK_BYTES)}
+
+
+async def test_a_device_that_does_not_answer_stops_no_other(
+    pack: Pack, pool: ReaderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More layers than there are readers wait for the silent one."""
+    released = threading.Event()
+    really = os.preadv
+
+    def preadv(fd: int, targets: list[memoryview], offset: int) -> int:
+        if fd == silent:
+            assert released.wait(30)
+        return really(fd, targets, offset)
+
+    silent = pack.shard(8 * PAGE)
+    pack.shard(8 * PAGE)
+    monkeypatch.setattr(os, "preadv", preadv)
+    answers: list[ReadResult | ReadError] = []
+    for number in range(8):
+        job = pack.job(pack.extent(0, number * PAGE, PAGE), at=number * PAGE)
+        pool.submit(replace(job, pack="hung", device=1), answers.append)
+    for number in range(8):
+        job = pack.job(pack.extent(1, number * PAGE, PAGE), at=(8 + number) * PAGE)
+        assert isinstance(await outcome(pool, replace(job, device=2)), ReadResult)
+    assert answers == []
+    assert pool.alive()
+    found = pool.devices()
+    assert (found[1].in_flight, found[1].packs, found[1].reads) == (4, ("hung",), 0)
+    assert found[1].waiting_ns > 0
+    assert (found[2].in_flight, found[2].reads, found[2].waiting_ns) == (0, 8, 0)
+    assert pool.silent() == []  # not yet worth a word
+    monkeypatch.setattr(ssd, "SILENT_NS", 0)
+    assert len(pool.silent()) == 1
+    assert pool.silent() == pool.notes()
+    assert pool.silent()[0].startswith("the device of pack 'hung' has not answered for 0 s")
+    released.set()
+    pool.close()
+    await asyncio.sleep(0)
+    assert len(answers) == 8
+    assert pool.silent() == []
 
 
 @pytest.fixture

@@ -1,166 +1,89 @@
 """The readers: threads that fill slots from shards with direct reads, and verify what they read.
 
-A layer is cut into the blocks that its hashes are of, and all threads work on the blocks of the
-layer that came first. A few blocking threads reach what the device gives (measured against
-io_uring), because reading and hashing release the GIL.
+A layer is cut into chunks, and all threads of its device work on the chunks of the layer that came
+first. A few blocking threads reach what a device gives (measured against io_uring), because reading
+and hashing release the GIL.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tierd.errors import ReadCancelled, ReadError
-from tierd.io.blocks import Block, read_block
-from tierd.io.throttle import TokenBucket
-from tierd_layouts.records import BLOCK_BYTES, block_count
+from tierd.errors import ReadCancelled
+from tierd.io.ssd_lane import DeviceStatistics, Lane
+from tierd.io.throttle import Throttle
+from tierd_layouts.records import BLOCK_BYTES, PAGE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
 
-    from tierd_layouts.records import Layer, Shard
+    from tierd.errors import ReadError
+    from tierd.io.ssd_job import ReadJob, ReadResult
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ExtentRead:
-    """A contiguous part of a layer in an open shard. `xxh3`: one hash for each 4 MiB block."""
-
-    fd: int
-    file: str
-    offset: int
-    nbytes: int
-    xxh3: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ReadJob:
-    """Fill `target` with the extents of one layer, one after the other.
-
-    The target, and the descriptors, must stay until the outcome came: also after a failure of one
-    block the others are still being written.
-    """
-
-    pack: str
-    layer: str
-    extents: tuple[ExtentRead, ...]
-    target: memoryview
-
-    def __post_init__(self) -> None:
-        nbytes = sum(extent.nbytes for extent in self.extents)
-        if nbytes != self.target.nbytes or nbytes == 0:
-            raise ValueError(
-                f"layer {self.layer!r} of pack {self.pack!r}: extents of {nbytes} bytes do not "
-                f"fill a target of {self.target.nbytes} bytes"
-            )
-        for extent in self.extents:
-            if len(extent.xxh3) != block_count(extent.nbytes):
-                raise ValueError(
-                    f"layer {self.layer!r} of pack {self.pack!r}: {len(extent.xxh3)} hashes "
-                    f"for an extent of {extent.nbytes} bytes"
-                )
-
-    @classmethod
-    def of_layer(
-        cls,
-        pack: str,
-        layer: Layer,
-        shards: Sequence[Shard],
-        fds: Sequence[int],
-        target: memoryview,
-    ) -> ReadJob:
-        """fds: the open shards, in the order of `shards`."""
-        extents = tuple(
-            ExtentRead(
-                fds[extent.shard], shards[extent.shard].file,
-                extent.offset, extent.nbytes, extent.xxh3,
-            )
-            for extent in layer.extents
-        )  # fmt: skip
-        return cls(pack, layer.name, extents, target)
-
-    def blocks(self) -> Iterator[Block]:
-        start = 0
-        for extent in self.extents:
-            for index, xxh3 in enumerate(extent.xxh3):
-                offset = index * BLOCK_BYTES
-                nbytes = min(BLOCK_BYTES, extent.nbytes - offset)
-                yield Block(
-                    fd=extent.fd,
-                    offset=extent.offset + offset,
-                    target=self.target[start : start + nbytes],
-                    xxh3=xxh3,
-                    pack=self.pack,
-                    layer=self.layer,
-                    file=extent.file,
-                    index=index,
-                    count=len(extent.xxh3),
-                )
-                start += nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class ReadResult:
-    """A layer was read and verified. duration_ns: from submission, so with time in the queue."""
-
-    nbytes: int
-    duration_ns: int
+#: Larger reads cost less CPU, and no device that was measured gave less with them; a limit of the
+#: bandwidth is kept more evenly with small ones.
+CHUNK_BYTES = 16 << 20
+THROTTLED_CHUNK_BYTES = BLOCK_BYTES
+SILENT_NS = 10_000_000_000  # that one read may take before an operator should hear of it
 
 
 @dataclass(frozen=True, slots=True)
 class ReaderStatistics:
-    read_bytes: int  #: in blocks that were verified, also those of layers that failed
+    """Of all devices together."""
+
+    read_bytes: int  #: in chunks that were verified, also those of layers that failed
     reads: int  #: layers, verified
     failed: int  #: layers
-    busy_ns: int  #: during which at least one block was being read
+    busy_ns: int  #: during which at least one chunk was being read, summed over devices
     throttled_ns: int  #: that threads waited for the bandwidth limit, summed over threads
     bandwidth_limit: int | None  #: bytes per second
-    direct: bool  #: no block went through the page cache so far
-
-
-@dataclass(slots=True, eq=False)
-class _Work:
-    """One job under way, without its target: that is held by the blocks, until they are done.
-
-    `unfinished` and `error` change under the pool's lock only.
-    """
-
-    pack: str
-    layer: str
-    nbytes: int
-    deliver: Callable[[ReadResult | ReadError], None]
-    submitted_ns: int
-    unfinished: int
-    error: ReadError | None = None
+    direct: bool  #: no chunk went through the page cache so far
 
 
 class ReaderPool:
-    """`submit` belongs to the event loop's thread; `close`, which blocks, and the rest to any.
+    """All devices, a lane each. It belongs to the event loop's thread, except `close`, which
+    blocks.
 
     Threads start with the first job: a daemon that nobody asks is ready at once.
     """
 
     def __init__(self, readers: int, bandwidth: int | None = None) -> None:
-        """readers: threads. bandwidth: bytes per second of all of them together, None = all."""
+        """readers: threads for each device. bandwidth: bytes per second of all of them together,
+        None = all."""
         self._readers = readers
-        self._bucket: TokenBucket | None = None
-        if bandwidth is not None:
-            self._bucket = TokenBucket(bandwidth, BLOCK_BYTES, at_ns=time.monotonic_ns())
-        self._threads: list[threading.Thread] = []
-        self._queue: deque[tuple[_Work, Block]] = deque()
-        self._lock = threading.Lock()
-        self._queued = threading.Condition(self._lock)
-        self._closing = threading.Event()
-        # Everything below is counted under the lock.
-        self._read_bytes = self._reads = self._failed = self._throttled_ns = 0
-        self._busy_ns = self._busy_since_ns = self._in_flight = 0
-        self._buffered: set[str] = set()
+        self._chunk_bytes = CHUNK_BYTES if bandwidth is None else THROTTLED_CHUNK_BYTES
+        self._throttle = None if bandwidth is None else Throttle(bandwidth, BLOCK_BYTES)
+        self._lanes: dict[int, Lane] = {}
+        self._closed = False
+
+    def configure(
+        self,
+        *,
+        readers: int | None = None,
+        chunk_bytes: int | None = None,
+        device: int | None = None,
+    ) -> None:
+        """Read with other sizes from now on; what is None stays.
+
+        chunk_bytes: the most that one read asks for, a multiple of 4 KiB; blocks are verified
+        whole. device: None = all that are read, and those that will be.
+        """
+        if readers is not None and readers < 1:
+            raise ValueError(f"at least 1 reader, not {readers}")
+        if chunk_bytes is not None and (chunk_bytes < PAGE_BYTES or chunk_bytes % PAGE_BYTES):
+            raise ValueError(f"a chunk is whole pages of 4 KiB, not {chunk_bytes} bytes")
+        if device is None:
+            self._readers = readers or self._readers
+            self._chunk_bytes = chunk_bytes or self._chunk_bytes
+            lanes = list(self._lanes.values())
+        else:
+            lanes = [self._lane(device)]
+        for lane in lanes:
+            before = lane.statistics()
+            lane.configure(readers or before.readers, chunk_bytes or before.chunk_bytes)
 
     def submit(self, job: ReadJob, on_done: Callable[[ReadResult | ReadError], None]) -> None:
         """Queue a job. `on_done` is called once, on the running loop, when no thread touches the
@@ -170,145 +93,67 @@ class ReaderPool:
         def deliver(outcome: ReadResult | ReadError) -> None:
             loop.call_soon_threadsafe(on_done, outcome)
 
-        blocks = list(job.blocks())
-        work = _Work(
-            job.pack, job.layer, job.target.nbytes, deliver, time.monotonic_ns(), len(blocks)
-        )
-        with self._queued:
-            if self._closing.is_set():
-                raise _cancelled(work)
-            while len(self._threads) < self._readers:
-                name = f"tierd-ssd-{len(self._threads)}"
-                self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
-                self._threads[-1].start()
-            self._queue.extend((work, block) for block in blocks)
-            self._queued.notify(len(blocks))
+        if self._closed:
+            raise ReadCancelled(
+                f"layer {job.layer!r} of pack {job.pack!r} was not read: the daemon shuts down"
+            )
+        self._lane(job.device).submit(job, deliver)
+
+    def _lane(self, device: int) -> Lane:
+        lane = self._lanes.get(device)
+        if lane is None:
+            name = f"tierd-ssd-{len(self._lanes)}"
+            lane = Lane(name, self._readers, self._chunk_bytes, self._throttle)
+            self._lanes[device] = lane
+        return lane
+
+    def devices(self) -> dict[int, DeviceStatistics]:
+        return {device: lane.statistics() for device, lane in self._lanes.items()}
 
     def statistics(self) -> ReaderStatistics:
-        with self._lock:
-            busy_ns = self._busy_ns
-            if self._in_flight:
-                busy_ns += time.monotonic_ns() - self._busy_since_ns
-            return ReaderStatistics(
-                read_bytes=self._read_bytes,
-                reads=self._reads,
-                failed=self._failed,
-                busy_ns=busy_ns,
-                throttled_ns=self._throttled_ns,
-                bandwidth_limit=self._bucket.rate_bytes_per_s if self._bucket else None,
-                direct=not self._buffered,
-            )
+        devices = [lane.statistics() for lane in self._lanes.values()]
+        return ReaderStatistics(
+            read_bytes=sum(device.read_bytes for device in devices),
+            reads=sum(device.reads for device in devices),
+            failed=sum(device.failed for device in devices),
+            busy_ns=sum(device.busy_ns for device in devices),
+            throttled_ns=self._throttle.waited_ns if self._throttle else 0,
+            bandwidth_limit=self._throttle.rate_bytes_per_s if self._throttle else None,
+            direct=not any(lane.buffered() for lane in self._lanes.values()),
+        )
 
     def alive(self) -> bool:
         """Whether every thread that was started still serves. A device that does not answer is
         not counted here: its layers wait, those of other devices need not."""
-        return all(thread.is_alive() for thread in self._threads)
+        return all(lane.alive() for lane in self._lanes.values())
+
+    def silent(self) -> list[str]:
+        """The devices that do not answer: what waits for them, and for how long."""
+        return [
+            f"the device of pack {', '.join(map(repr, found.packs))} has not answered for "
+            f"{found.waiting_ns / 1e9:.0f} s: its layers wait, other devices are read on"
+            for found in self.devices().values()
+            if found.waiting_ns > SILENT_NS
+        ]
 
     def notes(self) -> list[str]:
         """What an operator should know about these reads, for `tierctl status`."""
-        with self._lock:
-            return [
-                f"{file} is read through the page cache: its file system refuses O_DIRECT"
-                for file in sorted(self._buffered)
-            ]
+        return self.silent() + [
+            f"{file} is read through the page cache: its file system refuses O_DIRECT"
+            for lane in self._lanes.values()
+            for file in lane.buffered()
+        ]
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Give up what is queued (ReadCancelled), let the blocks in flight end, stop the threads.
+        """Give up what is queued (ReadCancelled), let the chunks in flight end, stop the threads.
 
         Outcomes are on the loop when this returns. Raises TimeoutError when a device does not
         answer: then a thread may still write into its target.
         """
-        with self._queued:
-            self._closing.set()
-            dropped = list(self._queue)
-            self._queue.clear()
-            self._queued.notify_all()
-        for work, block in dropped:
-            block.target.release()
-            self._finish_block(work, _cancelled(work))
+        self._closed = True
+        for lane in self._lanes.values():
+            lane.give_up()
         deadline = time.monotonic() + timeout_s
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        stuck = [thread.name for thread in self._threads if thread.is_alive()]
+        stuck = [name for lane in self._lanes.values() for name in lane.wait_ended(deadline)]
         if stuck:
             raise TimeoutError(f"{', '.join(stuck)} did not end their reads in {timeout_s} s")
-
-    def _run(self) -> None:
-        while True:
-            with self._queued:
-                while not self._queue:
-                    if self._closing.is_set():
-                        return
-                    self._queued.wait()
-                work, block = self._queue.popleft()
-            self._serve(work, block)
-
-    def _serve(self, work: _Work, block: Block) -> None:
-        """The boundary of a reader thread: whatever happens in it becomes the job's outcome."""
-        error: ReadError | None = None
-        with block.target:
-            try:
-                # A job that failed, or waits for bandwidth while we close, needs no more blocks.
-                if work.error is None:
-                    if self._wait_for_bandwidth(block.target.nbytes):
-                        self._read(block)
-                    else:
-                        error = _cancelled(work)
-            except ReadError as failure:
-                error = failure
-            except Exception as failure:
-                log.exception("reading %s at offset %d", block.name, block.offset)
-                error = ReadError(f"{block.name} cannot be read: {failure!r}")
-        if error is not None:
-            error.__traceback__ = error.__context__ = None  # frames would keep the target alive
-        self._finish_block(work, error)
-
-    def _wait_for_bandwidth(self, nbytes: int) -> bool:
-        """False when the pool closes meanwhile."""
-        if self._bucket is None:
-            return True
-        with self._lock:
-            wait_ns = self._bucket.take(nbytes, at_ns=time.monotonic_ns())
-            self._throttled_ns += wait_ns
-        return not self._closing.wait(wait_ns / 1e9) if wait_ns else True
-
-    def _read(self, block: Block) -> None:
-        with self._lock:
-            if self._in_flight == 0:
-                self._busy_since_ns = time.monotonic_ns()
-            self._in_flight += 1
-        try:
-            outcome = read_block(block)
-        finally:
-            with self._lock:
-                self._in_flight -= 1
-                if self._in_flight == 0:
-                    self._busy_ns += time.monotonic_ns() - self._busy_since_ns
-        with self._lock:
-            self._read_bytes += block.target.nbytes
-            if not outcome.direct:
-                self._buffered.add(f"{block.pack}/{block.file}")
-        if outcome.fell_back:
-            log.warning("%s refuses O_DIRECT: it is read through the page cache", block.name)
-
-    def _finish_block(self, work: _Work, error: ReadError | None) -> None:
-        with self._lock:
-            work.error = work.error or error
-            work.unfinished -= 1
-            if work.unfinished:
-                return
-            if work.error is None:
-                self._reads += 1
-            else:
-                self._failed += 1
-        if work.error is not None:
-            work.deliver(work.error)
-        else:
-            duration_ns = time.monotonic_ns() - work.submitted_ns
-            work.deliver(ReadResult(work.nbytes, duration_ns))
-
-
-def _cancelled(work: _Work) -> ReadCancelled:
-    return ReadCancelled(
-        f"layer {work.layer!r} of pack {work.pack!r} was not read: the daemon shuts down"
-    )

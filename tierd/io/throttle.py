@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 _SECOND_NS = 1_000_000_000
 
 
@@ -32,3 +35,20 @@ class TokenBucket:
         if self._level >= 0:
             return 0
         return -(self._level // self.rate_bytes_per_s)
+
+
+class Throttle:
+    """A bucket that all reader threads share."""
+
+    def __init__(self, rate_bytes_per_s: int, burst_bytes: int) -> None:
+        self._bucket = TokenBucket(rate_bytes_per_s, burst_bytes, at_ns=time.monotonic_ns())
+        self._lock = threading.Lock()
+        self.rate_bytes_per_s = rate_bytes_per_s
+        self.waited_ns = 0  #: by all threads together, also what they still have to wait
+
+    def wait(self, nbytes: int, closing: threading.Event) -> bool:
+        """Wait until `nbytes` may be read; False when `closing` was set first."""
+        with self._lock:
+            wait_ns = self._bucket.take(nbytes, at_ns=time.monotonic_ns())
+            self.waited_ns += wait_ns
+        return not closing.wait(wait_ns / 1e9) if wait_ns else True

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from tierd.io.arena import Arena
-from tierd.io.ssd import ExtentRead, ReaderPool, ReadJob
+from tierd.io.ssd import ReaderPool
+from tierd.io.ssd_job import ExtentRead, ReadJob
 from tierd_layouts.records import BLOCK_BYTES
 from tierd_tools.benchmark import Row
 
 if TYPE_CHECKING:
     from tierd.errors import ReadError
-    from tierd.io.ssd import ReadResult
+    from tierd.io.ssd_job import ReadResult
 
 FILE = Path("build/bench/ssd/data")
 FILE_BYTES = 1 << 30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from typing import TYPE_CHECKING
 
 from tierd.core.model import Acquire, Grant, Plan, Refuse
@@ -72,10 +71,17 @@ class Answers:
 
     def close(self, request: Request) -> None:
         """The request has its answer, or nobody wants one any more."""
-        request.open = False
         client = self._books.clients[request.client]
-        del client.requests[request.number]
+        self.end(request, client)
         self._books.ledger.let_go(client.id, request.key)
 
+    def end(self, request: Request, client: Client) -> None:
+        """The request is open no more; what it is charged stays."""
+        request.open = False
+        client.stalled -= request.since_ns is not None
+        del client.requests[request.number]
+
     def enqueue(self, request: Request) -> None:
-        heapq.heappush(self._books.queue, (request.deadline_ns, request.number, request))
+        """A read is wanted by the request's deadline, which may have become an earlier one."""
+        device = self._books.devices[self._books.models[request.key.model].device]
+        device.enqueue(request.share, request)

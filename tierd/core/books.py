@@ -21,6 +21,7 @@ from tierd.core.story import Story
 if TYPE_CHECKING:
     from tierd.core.model import Action, CoreConfig, DeviceMeasured, LayerKey, Plan
     from tierd.core.plans import PlanState
+    from tierd.core.shares import Bill, Device, Share
     from tierd.core.story import Told
 
 
@@ -34,7 +35,9 @@ class Request:
     since_ns: int | None  #: when the client began to stall for it; None while it has other work
     deadline_ns: int  #: when it is needed: requests are served in this order
     number: int  #: by arrival
+    share: Share  #: of the device that the layer is read from
     open: bool = True
+    unread: bool = True  #: no read of the layer is on its way
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +49,7 @@ class Client:
     plan: PlanState | None = None
     leases: dict[int, Slot] = field(default_factory=dict)
     requests: dict[int, Request] = field(default_factory=dict)  #: by order of arrival
+    stalled: int = 0  #: of `requests`: those that it stalls for
     stall_ns: int = 0
     granted: int = 0
 
@@ -70,7 +74,8 @@ class Books:
         self.next_lease = config.first_lease
         self.in_flight: dict[int, Slot] = {}  #: claimed or reading, in order of their claim
         self.waiting: dict[LayerKey, list[Request]] = {}
-        self.queue: list[tuple[int, int, Request]] = []  #: heap by deadline, then arrival
+        self.devices: dict[int, Device] = {}  #: what models are read from
+        self.bills: dict[int, Bill] = {}  #: by slot: the reads in flight
         self.arrivals = 0
         self.plans: dict[int, Plan] = {}  #: by client: plans that wait until others hold less
         self.now = 0

@@ -1,8 +1,10 @@
-"""Filling and emptying slots: the actions that change what is resident."""
+"""Filling and emptying slots: the actions that change what is resident.
+
+Which read comes next is said by `shares` (whose turn it is) and `policy` (what a plan needs next).
+"""
 
 from __future__ import annotations
 
-import heapq
 from typing import TYPE_CHECKING
 
 from tierd.core.model import Discard, Evict, LayerKey, Read
@@ -16,7 +18,18 @@ if TYPE_CHECKING:
     from tierd.core.books import Books, Request
     from tierd.core.memory import Claim
     from tierd.core.placement import Range
-    from tierd.core.policy import Victim
+    from tierd.core.policy import Candidate, Victim
+    from tierd.core.shares import Device, Share
+
+#: Of the plans whose next layer is missing, those looked at for one read: soonest first.
+CANDIDATES = 8
+#: A read ahead goes before the requests of clients beyond their share when its client comes to the
+#: layer within this many times what it takes at that client's share: two layers move at once.
+URGENT_TURNS = 2
+#: Beside a read this many times as large a small one may be started beyond the device's limit. With
+#: two reads at once, it waits for half of one and then shares the device with the other: that is as
+#: long as beside both of them for a factor of 2.
+SMALL_FACTOR = 2
 
 
 class Fetcher:
@@ -36,22 +49,42 @@ class Fetcher:
                     break
                 self._books.memory.warm_up(slot.claim)
                 self._read(slot)
-        limit = self._books.config.reads_in_flight
-        while len(self._books.in_flight) < limit and (request := self._next_request()) is not None:
-            if not self._serve(request):
-                return
-        while len(self._books.in_flight) < limit and self._fetch_ahead():
-            pass
+        devices = self._books.devices.values()
+        served = [self._serve_requests(device) for device in devices]
+        if all(served):
+            for device in devices:
+                while device.in_flight < self._books.reads_limit(device.id):
+                    if not self._fetch_ahead(device):
+                        break
 
-    def _next_request(self) -> Request | None:
-        """The accepted request with the earliest deadline whose layer is not on its way."""
-        while self._books.queue:
-            request = self._books.queue[0][2]
-            key = request.key
-            if request.open and self._books.models[key.model].slots[key.layer] is None:
-                return request
-            heapq.heappop(self._books.queue)
-        return None
+    def _serve_requests(self, device: Device) -> bool:
+        """Starts what the device has room for; False if memory on its way must arrive first.
+
+        Who stalls and gets nothing from the device may have one read more than its limit where a
+        much larger one is in flight: it need not wait for the end of that.
+        """
+        limit = self._books.reads_limit(device.id)
+        device.most_in_flight = max(device.most_in_flight, limit + 1)
+        while device.in_flight <= limit:
+            request = device.eligible()
+            if request is None and (lowest := device.lowest_tag()) is not None:
+                if device.in_flight < limit and self._fetch_ahead(device, lowest):
+                    continue
+                device.advance_to(lowest)
+                request = device.eligible()
+            if request is None:
+                return True
+            if device.in_flight == limit and not self._small_beside(request, device):
+                return True
+            if not self._serve(request):
+                return False
+        return True
+
+    def _small_beside(self, request: Request, device: Device) -> bool:
+        if request.since_ns is None or request.share.in_flight:
+            return False
+        nbytes = self._books.models[request.key.model].layer_bytes[request.key.layer]
+        return device.largest_in_flight >= SMALL_FACTOR * nbytes
 
     def _serve(self, request: Request) -> bool:
         """Starts a read for the request; False if memory on its way must arrive first."""
@@ -66,7 +99,7 @@ class Fetcher:
             self._evict_all(victims, key)
             claim = self._books.memory.claim(model.arena, model.layer_bytes[key.layer])
         if claim is not None:
-            self._start(model, key, claim, demanded=True)
+            self._start(model, key, claim)
             return True
         if self._books.in_flight or self._books.memory.discarding:
             return False
@@ -82,21 +115,51 @@ class Fetcher:
             self._answers.refuse(waiting, "internal", text)
         return True
 
-    def _fetch_ahead(self) -> bool:
-        """Starts the read of the next missing layer of all plans, if that does no harm."""
-        for candidate in self._books.policy.candidates():
-            key = candidate.key
-            model = self._books.models[key.model]
-            due = candidate.due if candidate.may_evict else -NEVER
-            if not candidate.may_evict and (
-                model.charges[key.layer] > self._books.memory.free or self._books.numbers.exhausted
-            ):
-                continue
-            claim = self._claim(model, key.layer, due)
-            if claim is not None:
-                self._start(model, key, claim, demanded=False)
-                return True
-        return False
+    def _fetch_ahead(self, device: Device, below: int | None = None) -> bool:
+        """Starts the read of the next missing layer of a plan, if that does no harm.
+
+        Those who are not ahead of their share come first. `below`: only who has a lower tag, and
+        comes to the layer before its share of the device would have brought it: until then the
+        requests of others, who stall, go first.
+        """
+        chosen: tuple[int, Candidate, Share] | None = None
+        for candidate in self._candidates(device):
+            client = self._books.clients[candidate.client]
+            share = device.share(client.id, client.weight)
+            tag = max(share.tag, device.virtual)
+            if below is not None:
+                nbytes = self._books.models[candidate.key.model].layer_bytes[candidate.key.layer]
+                wait_ns = candidate.due + self._books.now
+                if tag >= below or wait_ns > URGENT_TURNS * device.turn_ns(share, nbytes):
+                    continue
+            if tag <= device.virtual:
+                if self._start_ahead(candidate, share):
+                    return True
+            elif chosen is None or tag < chosen[0]:
+                chosen = tag, candidate, share
+        if chosen is None or not self._start_ahead(chosen[1], chosen[2]):
+            return False
+        device.advance_to(chosen[0])
+        return True
+
+    def _candidates(self, device: Device) -> list[Candidate]:
+        models = self._books.models
+        found = self._books.policy.candidates()
+        return [c for c in found if models[c.key.model].device == device.id][:CANDIDATES]
+
+    def _start_ahead(self, candidate: Candidate, share: Share) -> bool:
+        key = candidate.key
+        model = self._books.models[key.model]
+        due = candidate.due if candidate.may_evict else -NEVER
+        if not candidate.may_evict and (
+            model.charges[key.layer] > self._books.memory.free or self._books.numbers.exhausted
+        ):
+            return False
+        claim = self._claim(model, key.layer, due)
+        if claim is None:
+            return False
+        self._start(model, key, claim, share)
+        return True
 
     def _claim(self, model: ModelState, layer: int, due: int | None) -> Claim | None:
         """Room for a layer, evicting what is due later than `due` (None: whatever must go)."""
@@ -128,18 +191,33 @@ class Fetcher:
             due = "no plan uses it" if victim.due == NEVER else "its next use is further away"
             self.evict(victim.slot, "for {}: {}", wanted, due)
 
-    def _start(self, model: ModelState, key: LayerKey, claim: Claim, *, demanded: bool) -> None:
+    def _start(
+        self, model: ModelState, key: LayerKey, claim: Claim, ahead_for: Share | None = None
+    ) -> None:
+        waiting = self._books.waiting.get(key, ())
         slot = Slot(
             self._books.numbers.take(), self._books.next_generation, key, model.arena, claim.place,
-            SlotState.CLAIMED, demanded, claim,
+            SlotState.CLAIMED, bool(waiting), claim,
         )  # fmt: skip
         self._books.next_generation += 1
         self._books.slots[slot.id] = slot
         self._books.in_flight[slot.id] = slot
         model.put(slot)
+        device = self._books.devices[model.device]
+        for request in waiting:
+            request.unread = False
+        payers = [request.share for request in waiting]
+        if ahead_for is not None:
+            payers.append(ahead_for)
+        self._books.bills[slot.id] = device.start(payers, claim.place.nbytes, self._books.now)
         self._discard(claim.discards)
         if not claim.promised:
             self._read(slot)
+
+    def ended(self, slot: Slot, *, arrived: bool) -> None:
+        """The read is over; not where it was given up before it began, or failed."""
+        del self._books.in_flight[slot.id]
+        self._books.bills.pop(slot.id).settle(self._books.now, arrived=arrived)
 
     def _read(self, slot: Slot) -> None:
         assert slot.key is not None
@@ -186,7 +264,7 @@ class Fetcher:
         """Gives up a slot that still waits for its memory: no read was started."""
         assert slot.claim is not None
         self._books.memory.abandon(slot.claim)
-        del self._books.in_flight[slot.id]
+        self.ended(slot, arrived=False)
         self._forget(slot)
 
     def _forget(self, slot: Slot) -> None:

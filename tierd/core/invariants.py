@@ -42,8 +42,7 @@ def _check_slots(books: Books) -> None:
                 raise InvariantBroken(f"slot {slot.id} is not where its layer is")
             if slot.evictable and model.removed:
                 raise InvariantBroken(f"slot {slot.id} holds a layer that nobody can ask for")
-    if len(books.in_flight) > books.config.reads_in_flight:
-        raise InvariantBroken(f"{len(books.in_flight)} reads in flight")
+    _check_reads(books)
     quarantined = sum(s.place.range.granules for s in books.slots.values() if s.holders)
     held = sum(1 for slot in books.slots.values() if slot.holders)
     if held != books.ledger.quarantined_slots or any(
@@ -55,6 +54,26 @@ def _check_slots(books: Books) -> None:
     for model in books.models.values():
         if model.missing != model.slots.count(None):
             raise InvariantBroken(f"model {model.id} misses {model.missing} layers")
+
+
+def _check_reads(books: Books) -> None:
+    if set(books.bills) != set(books.in_flight):
+        raise InvariantBroken("reads in flight and those that are paid for differ")
+    for device in books.devices.values():
+        bills = [bill for bill in books.bills.values() if bill.device is device]
+        if device.in_flight != len(bills) or len(bills) > device.most_in_flight:
+            raise InvariantBroken(f"{len(bills)} reads of device {device.id} in flight")
+        for share in device.shares():
+            if share.in_flight != sum(share in bill.paid for bill in bills):
+                raise InvariantBroken(f"client {share.client} waits for {share.in_flight} reads")
+            if share.entry is None and share.head() is not None:
+                raise InvariantBroken(f"client {share.client} waits for no turn")
+        weight = sum(share.weight for share in device.shares() if share.entry is not None)
+        if weight != device.backlog_weight:
+            raise InvariantBroken(f"device {device.id}: weight {weight} waits")
+    for slot in books.in_flight.values():
+        if slot.key is not None and any(r.unread for r in books.waiting.get(slot.key, ())):
+            raise InvariantBroken(f"slot {slot.id} is on its way, but a request waits for a turn")
 
 
 def _check_clients(books: Books) -> None:
@@ -73,7 +92,13 @@ def _check_clients(books: Books) -> None:
         held.update(request.key for request in client.requests.values())
         if held != books.ledger[client.id].layers:
             raise InvariantBroken(f"client {client.id} is charged for other layers than it has")
-    queued = {id(request) for _, _, request in books.queue}
+    queued = {
+        id(request)
+        for device in books.devices.values()
+        for share in device.shares()
+        if share.entry is not None
+        for _, _, request in share.requests
+    }
     for request in waiting:
         slot = books.models[request.key.model].slots[request.key.layer]
         if slot is None and id(request) not in queued:

@@ -40,8 +40,10 @@ from tierd.core.model import (
     Tick,
 )
 from tierd.core.placement import Range
+from tierd.core.plans import LONGEST_STEP_NS
 from tierd.core.residency import ModelState, Slot, SlotState
 from tierd.core.restart import Restart
+from tierd.core.shares import Device
 from tierd.core.snapshot import Snapshot, snapshot_of
 from tierd.core.whereabouts import Whereabouts, whereabouts_of
 
@@ -172,6 +174,7 @@ class TierMachine:
             raise self._books.illegal(
                 f"model {event.model}: a layer is empty or no multiple of 4 KiB"
             )
+        self._books.devices.setdefault(event.device, Device(event.device))
         charges = [self._books.memory.charge(nbytes) for nbytes in event.layer_bytes]
         self._books.models[event.model] = ModelState(
             event.model, event.name, event.arena, event.layer_bytes, charges, event.device
@@ -228,6 +231,8 @@ class TierMachine:
         for slot in leases:
             slot.leases -= 1
         self._admission.drop_plan(client)
+        for device in self._books.devices.values():
+            device.drop(client.id)
         del self._books.clients[client.id]
         self._books.ledger.close(client.id)
         for slot in {slot.id: slot for slot in leases}.values():
@@ -254,17 +259,17 @@ class TierMachine:
             return
         idle = not client.leases and not client.requests
         self._books.ledger.hold(client.id, key, model.charges[key.layer])
-        step_ns = 0
+        stalled = idle or not event.ahead
+        deadline_ns = self._deadline_ns(client, stalled=stalled)
         if client.plan is not None:
-            step_ns = client.plan.step_ns
             client.plan.last_ns = self._books.now
             if client.plan.model == key.model and not self._asked_already(client, key):
                 client.plan.advance(key.layer, self._books.now)
-        stalled = idle or not event.ahead
         self._books.arrivals += 1
+        share = self._books.devices[model.device].share(client.id, client.weight)
         request = Request(
-            client.id, event.request, key, self._books.now if stalled else None,
-            self._books.now if stalled else self._books.now + step_ns, self._books.arrivals,
+            client.id, event.request, key, self._books.now if stalled else None, deadline_ns,
+            self._books.arrivals, share,
         )  # fmt: skip
         slot = model.slots[key.layer]
         if slot is not None and slot.state is SlotState.RESIDENT:
@@ -275,12 +280,24 @@ class TierMachine:
         model.failed.discard(key.layer)
         client.requests[request.number] = request
         self._books.waiting.setdefault(key, []).append(request)
-        self._answers.enqueue(request)
-        if slot is not None:
+        client.stalled += stalled
+        if slot is None:
+            self._answers.enqueue(request)
+        else:
             slot.demanded = True
+            request.unread = False
+            self._books.bills[slot.id].join(share)
         self._books.tell("wait", key, "client {} {}", client.id,
             "stalls for it" if stalled else "wants it ahead",
         )  # fmt: skip
+
+    def _deadline_ns(self, client: Client, *, stalled: bool) -> int:
+        """When the client's compute will reach a layer that it asks for now: after those that it
+        stalls for, and before one ahead after all that it holds or asked for; at most 1 s."""
+        before = client.stalled if stalled else len(client.leases) + len(client.requests)
+        if client.plan is None:
+            return self._books.now
+        return self._books.now + min(before * client.plan.step_ns, LONGEST_STEP_NS)
 
     def _asked_already(self, client: Client, key: LayerKey) -> bool:
         """Asking again for what it just asked for does not move a client along its plan."""
@@ -311,26 +328,26 @@ class TierMachine:
     def _promote(self, client: Client) -> None:
         """The client has nothing left to compute with: it stalls for its oldest request."""
         requests = client.requests.values()
-        if any(request.since_ns is not None for request in requests):
+        if client.stalled:
             return
         request = next(iter(requests))
         request.since_ns = self._books.now
-        if request.deadline_ns > self._books.now:
+        client.stalled += 1
+        if request.unread and request.deadline_ns > self._books.now:
             request.deadline_ns = self._books.now
             self._answers.enqueue(request)
 
     def _read_done(self, event: ReadDone) -> None:
         slot = self._read_slot(event.slot)
         assert slot.key is not None
-        del self._books.in_flight[slot.id]
+        self._fetcher.ended(slot, arrived=True)
         slot.state = SlotState.RESIDENT
         self._books.count["read_bytes"] += slot.place.nbytes
         self._books.policy.resident(slot)
         self._books.tell("resident", slot.key, "in slot {}", slot.id)
         for request in self._books.waiting.pop(slot.key, ()):
             client = self._books.clients[request.client]
-            request.open = False
-            del client.requests[request.number]
+            self._answers.end(request, client)
             self._answers.grant(request, client, slot)
         self._fetcher.no_longer_used(slot)
 
@@ -338,7 +355,7 @@ class TierMachine:
         slot = self._read_slot(event.slot)
         key = slot.key
         assert key is not None
-        del self._books.in_flight[slot.id]
+        self._fetcher.ended(slot, arrived=False)
         self._books.count["reads_failed"] += 1
         model = self._books.models[key.model]
         model.failed.add(key.layer)

@@ -6,11 +6,12 @@ import random
 
 import pytest
 
+from tierd.core.orders import Order
 from tierd.core.plans import NEVER, PlanState
 
 
 def plan_of(*order: int, kind: str = "cyclic") -> PlanState:
-    return PlanState(0, order, kind=kind, lookahead=1, at_ns=0)
+    return PlanState(0, Order(order), kind=kind, lookahead=1, at_ns=0)
 
 
 def test_the_next_use_of_a_layer_is_counted_from_the_position() -> None:

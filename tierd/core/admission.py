@@ -10,7 +10,7 @@ from tierd.core.plans import PlanState
 if TYPE_CHECKING:
     from tierd.core.answers import Answers
     from tierd.core.books import Books, Client
-    from tierd.core.residency import ModelState
+    from tierd.core.served import ModelState
 
 
 class Admission:
@@ -83,15 +83,14 @@ class Admission:
         self.drop_plan(client)
         client.plan = PlanState(
             model.id,
-            event.order,
+            model.order_of(event.order),
             kind=event.kind,
             lookahead=event.lookahead,
             at_ns=self._books.now,
             tokens_per_pass=event.tokens_per_pass,
+            reuse=model.reuse_of_layers() if event.kind == "open" else None,
         )
-        model.plans[client.id] = client.plan
-        for layer in client.plan.layers():
-            model.users[layer] += 1
+        model.add_plan(client.id, client.plan)
         self._books.policy.plans_changed(model)
         nbytes = reserve * self._books.config.granule_bytes
         self._books.actions.append(Admit(client.id, event.request, nbytes))
@@ -103,9 +102,8 @@ class Admission:
         if client.plan is None:
             return
         model = self._books.models[client.plan.model]
-        del model.plans[client.id]
-        for layer in client.plan.layers():
-            model.users[layer] -= 1
+        model.drop_plan(client.id)
+        self._books.policy.plan_over(client.id, client.plan)
         client.plan = None
         self._books.policy.plans_changed(model)
 

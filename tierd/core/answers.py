@@ -8,7 +8,8 @@ from tierd.core.model import Acquire, Grant, Plan, Refuse
 
 if TYPE_CHECKING:
     from tierd.core.books import Books, Client, Request
-    from tierd.core.residency import ModelState, Slot
+    from tierd.core.residency import Slot
+    from tierd.core.served import ModelState
 
 
 class Answers:
@@ -21,8 +22,12 @@ class Answers:
         lease = self._books.next_lease
         self._books.next_lease += 1
         client.leases[lease] = slot
+        if not slot.leases:
+            self._books.policy.leased(slot)
         slot.leases += 1
         waited_ns = 0 if request.since_ns is None else self._books.now - request.since_ns
+        if client.plan is not None:
+            client.plan.waited(waited_ns)
         client.stall_ns += waited_ns
         client.granted += 1
         self._books.count["grants"] += 1

@@ -15,12 +15,13 @@ from tierd.core.leases import Ledger
 from tierd.core.memory import Memory
 from tierd.core.model import DEFAULT_WEIGHT
 from tierd.core.policy import Policy
-from tierd.core.residency import ModelState, Slot, SlotNumbers
+from tierd.core.residency import Slot, SlotNumbers
 from tierd.core.story import Story
 
 if TYPE_CHECKING:
     from tierd.core.model import Action, CoreConfig, DeviceMeasured, LayerKey, Plan
     from tierd.core.plans import PlanState
+    from tierd.core.served import ModelState
     from tierd.core.shares import Bill, Device, Share
     from tierd.core.story import Told
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tierd.core.model import Discard, Evict, LayerKey, Read
 from tierd.core.plans import NEVER
-from tierd.core.residency import ModelState, Slot, SlotState
+from tierd.core.residency import Slot, SlotState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from tierd.core.books import Books, Request
     from tierd.core.memory import Claim
     from tierd.core.placement import Range
-    from tierd.core.policy import Candidate, Victim
+    from tierd.core.policy import Victim
+    from tierd.core.served import ModelState
     from tierd.core.shares import Device, Share
+    from tierd.core.soonest import Candidate
 
 #: Of the plans whose next layer is missing, those looked at for one read: soonest first.
 CANDIDATES = 8
@@ -123,7 +125,7 @@ class Fetcher:
         requests of others, who stall, go first.
         """
         chosen: tuple[int, Candidate, Share] | None = None
-        for candidate in self._candidates(device):
+        for candidate in self._books.policy.soonest(CANDIDATES, device.id):
             client = self._books.clients[candidate.client]
             share = device.share(client.id, client.weight)
             tag = max(share.tag, device.virtual)
@@ -141,11 +143,6 @@ class Fetcher:
             return False
         device.advance_to(chosen[0])
         return True
-
-    def _candidates(self, device: Device) -> list[Candidate]:
-        models = self._books.models
-        found = self._books.policy.candidates()
-        return [c for c in found if models[c.key.model].device == device.id][:CANDIDATES]
 
     def _start_ahead(self, candidate: Candidate, share: Share) -> bool:
         key = candidate.key
@@ -271,8 +268,6 @@ class Fetcher:
         del self._books.slots[slot.id]
         self._books.numbers.give_back(slot.id)
         self._books.policy.evicted(slot)
-        if slot.key is not None:
-            self._books.models[slot.key.model].drop(slot)
 
     def forget_if_empty(self, model: ModelState) -> None:
         if model.removed and model.missing == len(model.slots):

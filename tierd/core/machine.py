@@ -41,8 +41,9 @@ from tierd.core.model import (
 )
 from tierd.core.placement import Range
 from tierd.core.plans import LONGEST_STEP_NS
-from tierd.core.residency import ModelState, Slot, SlotState
+from tierd.core.residency import Slot, SlotState
 from tierd.core.restart import Restart
+from tierd.core.served import ModelState
 from tierd.core.shares import Device
 from tierd.core.snapshot import Snapshot, snapshot_of
 from tierd.core.whereabouts import Whereabouts, whereabouts_of
@@ -265,6 +266,7 @@ class TierMachine:
             client.plan.last_ns = self._books.now
             if client.plan.model == key.model and not self._asked_already(client, key):
                 client.plan.advance(key.layer, self._books.now)
+            self._books.policy.touched(client.id, client.plan)
         self._books.arrivals += 1
         share = self._books.devices[model.device].share(client.id, client.weight)
         request = Request(
@@ -277,7 +279,8 @@ class TierMachine:
             self._answers.grant(request, client, slot)
             return
         self._books.count["misses"] += 1
-        model.failed.discard(key.layer)
+        if key.layer in model.failed:
+            self._books.policy.worth_a_read_again(model, key.layer)
         client.requests[request.number] = request
         self._books.waiting.setdefault(key, []).append(request)
         client.stalled += stalled
@@ -297,7 +300,7 @@ class TierMachine:
         before = client.stalled if stalled else len(client.leases) + len(client.requests)
         if client.plan is None:
             return self._books.now
-        return self._books.now + min(before * client.plan.step_ns, LONGEST_STEP_NS)
+        return self._books.now + min(before * client.plan.compute_ns, LONGEST_STEP_NS)
 
     def _asked_already(self, client: Client, key: LayerKey) -> bool:
         """Asking again for what it just asked for does not move a client along its plan."""
@@ -320,6 +323,7 @@ class TierMachine:
         self._books.ledger.let_go(client.id, slot.key)
         if client.plan is not None:
             client.plan.last_ns = self._books.now
+            self._books.policy.touched(client.id, client.plan)
         if not client.leases and client.requests:
             self._promote(client)
         self._books.policy.resident(slot)

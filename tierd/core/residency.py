@@ -1,4 +1,4 @@
-"""Slots and models: what is where, and what each layer is good for."""
+"""Slots: what is where, and what each waits for."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from tierd.core.model import LayerKey
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tierd.core.memory import Claim
-    from tierd.core.model import Plan
+    from tierd.core.model import LayerKey
     from tierd.core.placement import Place
-    from tierd.core.plans import PlanState
 
 
 class SlotState(Enum):
@@ -39,6 +36,7 @@ class Slot:
     demanded: bool = False  #: somebody asked for it; else it is fetched ahead of all requests
     claim: Claim | None = None  #: while CLAIMED
     leases: int = 0
+    spared: bool = False  #: not to be chosen once more as a victim, for a moment
     holders: dict[int, None] = field(
         default_factory=dict
     )  #: processes with an earlier daemon's lease
@@ -68,50 +66,3 @@ class SlotNumbers:
 
     def give_back(self, number: int) -> None:
         heapq.heappush(self._returned, number)
-
-
-class ModelState:
-    """A served pack: its layers, the slots that hold them, and the plans over it."""
-
-    def __init__(
-        self,
-        model: int,
-        name: str,
-        arena: int,
-        layer_bytes: Sequence[int],
-        charges: Sequence[int],
-        device: int = 0,
-    ) -> None:
-        self.id = model
-        self.name = name
-        self.arena = arena
-        self.device = device
-        self.layer_bytes = tuple(layer_bytes)
-        self.charges = tuple(charges)  #: granules
-        self.keys = tuple(LayerKey(model, layer) for layer in range(len(self.layer_bytes)))
-        self.slots: list[Slot | None] = [None] * len(self.layer_bytes)
-        self.missing = len(self.layer_bytes)  #: layers without a slot
-        self.failed: set[int] = set()  #: layers whose last read failed; membership only
-        self.removed = False
-        self.plans: dict[int, PlanState] = {}  #: by client, in the order in which they came
-        self.users = [0] * len(self.layer_bytes)  #: plans that use the layer
-        self.kept = bytearray(len(self.layer_bytes))  #: `retention`: layers that should stay
-        self.kept_for: tuple[PlanState, int] | None = None  #: the plan and share that chose them
-
-    def largest(self, plan: Plan) -> int:
-        """The layer that decides what the plan reserves."""
-        return max((*plan.order, *plan.beside), key=lambda layer: self.charges[layer])
-
-    def put(self, slot: Slot) -> None:
-        assert slot.key is not None
-        self.slots[slot.key.layer] = slot
-        self.missing -= 1
-
-    def drop(self, slot: Slot) -> None:
-        assert slot.key is not None
-        self.slots[slot.key.layer] = None
-        self.missing += 1
-
-    def due(self, layer: int) -> int:
-        """When the layer is expected to be asked for next, by whoever comes first (`plans`)."""
-        return min(plan.due(layer) for plan in self.plans.values())

@@ -66,9 +66,9 @@ class Restart:
         self._books.slots[slot.id] = slot
         if model is not None:
             model.put(slot)
-            self._books.policy.resident(slot)
         for holder in found.holders:
             self.quarantine(slot, holder)
+        self._books.policy.resident(slot)
         what = "resident" if key is not None else "not served"
         self._books.tell("adopt", key, "slot {}: {}, held by {} processes", slot.id, what,
             len(slot.holders),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tierd.core.residency import ModelState, SlotState
+from tierd.core.residency import SlotState
 
 if TYPE_CHECKING:
     from tierd.core.books import Books, Client
+    from tierd.core.served import ModelState
 
 
 @dataclass(frozen=True, slots=True)

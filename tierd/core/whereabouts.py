@@ -80,12 +80,8 @@ _STATES = {
 def _need(client: int, plan: PlanState, layer: int, now_ns: int) -> Need | None:
     steps, ppm = plan.distance(layer), CERTAIN_PPM
     if steps is None:
-        hinted = [
-            (hint.steps, hint.probabilities_ppm[hint.layers.index(layer)])
-            for hint in plan.hints.values()
-            if layer in hint.layers
-        ]
-        if not hinted:
+        at, ppm = plan.hints.get(layer, (0, 0))
+        steps = at - plan.steps
+        if steps <= 0:
             return None
-        steps, ppm = min(hinted)
     return Need(client, steps, max(steps * plan.step_ns - (now_ns - plan.last_ns), 0), ppm)

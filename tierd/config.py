@@ -39,6 +39,7 @@ class Config:
     ssd_bandwidth: int | None  #: bytes per second; None: unlimited
     readers: int
     reads_in_flight: int
+    convoy_wait: int  #: milliseconds
     max_clients: int
     populate: bool
     mlock: str  #: "auto" or "off"

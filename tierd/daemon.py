@@ -218,6 +218,7 @@ class Daemon:
             budget_bytes=budget,
             granule_bytes=pages.page_bytes,
             reads_in_flight=self.config.reads_in_flight,
+            convoy_wait_ns=self.config.convoy_wait * 1_000_000,
             slot_limit=self.slots.table.slot_count,
             first_generation=self.slots.table.next_generation,
             first_lease=self.slots.table.next_lease,

@@ -89,9 +89,20 @@ class Engine:
                     self._execute(action)
         finally:
             self._deciding = False
-        if self._tick is None and self.machine.waits_for_time:
-            loop = asyncio.get_running_loop()
-            self._tick = loop.call_later(TICK_SECONDS, self._time_passed)
+        if self.machine.waits_for_time:
+            self._tick_soon()
+
+    def _tick_soon(self) -> None:
+        """A tick within the usual time, or when the core has to decide something."""
+        delay, wakes_at_ns = TICK_SECONDS, self.machine.wakes_at_ns
+        if wakes_at_ns is not None:
+            delay = min(delay, max(wakes_at_ns - self.now(), 0) / 1e9)
+        loop = asyncio.get_running_loop()
+        if self._tick is not None:
+            if self._tick.when() <= loop.time() + delay:
+                return
+            self._tick.cancel()
+        self._tick = loop.call_later(delay, self._time_passed)
 
     def _time_passed(self) -> None:
         self._tick = None

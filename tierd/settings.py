@@ -136,6 +136,11 @@ SETTINGS = (
         "layers read at the same time (default 2)",
     ),
     Setting(
+        "convoy_wait", 10_000, _number(0, 3_600_000), _INT, "MS",
+        "hold back reads for a process at most so long, where that lets processes of one model "
+        "share their reads; 0: never (default 10000)",
+    ),
+    Setting(
         "max_clients", 64, _number(1, 4096), _INT, "N",
         "connections served at the same time (default 64)",
     ),

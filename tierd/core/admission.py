@@ -10,15 +10,17 @@ from tierd.core.plans import PlanState
 if TYPE_CHECKING:
     from tierd.core.answers import Answers
     from tierd.core.books import Books, Client
+    from tierd.core.convoy import Convoys
     from tierd.core.served import ModelState
 
 
 class Admission:
     """Admits plans and requests, or answers why not."""
 
-    def __init__(self, books: Books, answers: Answers) -> None:
+    def __init__(self, books: Books, answers: Answers, convoys: Convoys) -> None:
         self._books = books
         self._answers = answers
+        self._convoys = convoys
 
     def plan(self, event: Plan) -> None:
         client = self._books.client(event.client)
@@ -101,6 +103,7 @@ class Admission:
     def drop_plan(self, client: Client) -> None:
         if client.plan is None:
             return
+        self._convoys.plan_dropped(client)
         model = self._books.models[client.plan.model]
         model.drop_plan(client.id)
         self._books.policy.plan_over(client.id, client.plan)

@@ -128,6 +128,8 @@ class Fetcher:
         for candidate in self._books.policy.soonest(CANDIDATES, device.id):
             client = self._books.clients[candidate.client]
             share = device.share(client.id, client.weight)
+            if share.held:
+                continue
             tag = max(share.tag, device.virtual)
             if below is not None:
                 nbytes = self._books.models[candidate.key.model].layer_bytes[candidate.key.layer]

@@ -66,7 +66,7 @@ def _check_reads(books: Books) -> None:
         for share in device.shares():
             if share.in_flight != sum(share in bill.paid for bill in bills):
                 raise InvariantBroken(f"client {share.client} waits for {share.in_flight} reads")
-            if share.entry is None and share.head() is not None:
+            if (share.entry is None and not share.held) and share.head() is not None:
                 raise InvariantBroken(f"client {share.client} waits for no turn")
         weight = sum(share.weight for share in device.shares() if share.entry is not None)
         if weight != device.backlog_weight:
@@ -96,7 +96,7 @@ def _check_clients(books: Books) -> None:
         id(request)
         for device in books.devices.values()
         for share in device.shares()
-        if share.entry is not None
+        if share.entry is not None or share.held
         for _, _, request in share.requests
     }
     for request in waiting:

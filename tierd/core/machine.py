@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tierd.core.admission import Admission
 from tierd.core.answers import Answers
 from tierd.core.books import Books, Client, Request
+from tierd.core.convoy import Convoys
 from tierd.core.errors import IllegalEvent
 from tierd.core.fetching import Fetcher
 from tierd.core.invariants import check_books
@@ -58,7 +59,8 @@ class TierMachine:
     def __init__(self, config: CoreConfig) -> None:
         self._books = books = Books(config)
         self._answers = Answers(books)
-        self._admission = Admission(books, self._answers)
+        self._convoys = Convoys(books)
+        self._admission = Admission(books, self._answers, self._convoys)
         self._fetcher = Fetcher(books, self._answers)
         self._restart = Restart(books, self._fetcher)
 
@@ -85,6 +87,7 @@ class TierMachine:
             raise
         if self._books.plans:
             self._admission.admit_waiting()
+        self._convoys.expire()
         self._fetcher.advance()
         self._books.story.keep(self._books.now, event, actions, self._books.told)
         return actions
@@ -127,7 +130,12 @@ class TierMachine:
     @property
     def waits_for_time(self) -> bool:
         """Whether something is decided by time alone: then send a `Tick` now and then."""
-        return bool(self._books.plans)
+        return bool(self._books.plans) or self.wakes_at_ns is not None
+
+    @property
+    def wakes_at_ns(self) -> int | None:
+        """When to send a `Tick` at the latest; None: nothing is decided at a certain time."""
+        return self._convoys.wakes_at_ns
 
     def story(self, key: LayerKey | None = None) -> list[Decision]:
         """The recorded decisions about a layer, or all; `str()` of each is a sentence."""
@@ -187,6 +195,7 @@ class TierMachine:
             raise self._books.illegal(f"model {event.model} is not served")
         model.removed = True
         self._books.removed.add(model.id)
+        self._convoys.model_removed(model.id)
         for client in self._books.clients.values():
             if client.plan is not None and client.plan.model == model.id:
                 self._admission.drop_plan(client)
@@ -266,6 +275,7 @@ class TierMachine:
             client.plan.last_ns = self._books.now
             if client.plan.model == key.model and not self._asked_already(client, key):
                 client.plan.advance(key.layer, self._books.now)
+                self._convoys.stepped(client)
             self._books.policy.touched(client.id, client.plan)
         self._books.arrivals += 1
         share = self._books.devices[model.device].share(client.id, client.weight)

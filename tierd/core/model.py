@@ -28,6 +28,7 @@ class CoreConfig:
     slot_limit: int = 1 << 30  #: slots that may exist at once: entries of the slot table
     story_length: int = 50_000  #: events, actions and decisions that the record keeps
     admission_patience_ns: int = 2_000_000_000  #: for which a plan waits for leases of others
+    convoy_wait_ns: int = 10_000_000_000  #: longest hold that brings clients into phase; 0: none
     first_generation: int = 1  #: after a restart: above every generation in the slot table
     first_lease: int = 1  #: after a restart: above every lease in the slot table
 

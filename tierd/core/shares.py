@@ -37,6 +37,7 @@ class Share:
     tag: int = 0  #: bytes charged, times DEFAULT_WEIGHT / weight, and what idle times passed by
     charged_bytes: int = 0
     in_flight: int = 0  #: reads that it waits for, or that were started ahead for it
+    held: bool = False  #: nothing is to be read for it now (`convoy`)
     requests: list[tuple[int, int, Request]] = field(default_factory=list)  #: heap by deadline
     entry: Entry | None = None  #: while it has requests: where it stands in one of the heaps
 
@@ -127,6 +128,16 @@ class Device:
         heapq.heappush(share.requests, (request.deadline_ns, request.number, request))
         self._place(share)
 
+    def hold(self, share: Share) -> None:
+        """No read is to be started for it until `resume`; it saves nothing up meanwhile."""
+        share.held = True
+        self._unqueue(share)
+
+    def resume(self, share: Share) -> None:
+        """Its requests wait for reads again."""
+        share.held = False
+        self._place(share)
+
     def eligible(self) -> Request | None:
         """Of those that are not ahead of their share, the request with the earliest deadline."""
         while self._by_deadline:
@@ -168,7 +179,7 @@ class Device:
     def _place(self, share: Share) -> None:
         """Puts a share with requests where it belongs now."""
         request = share.head()
-        if request is None:
+        if request is None or share.held:
             self._unqueue(share)
             return
         if share.entry is None:

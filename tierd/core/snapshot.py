@@ -43,6 +43,8 @@ class Counters:
     evictions: int = 0
     discards: int = 0
     stall_ns: int = 0
+    holds: int = 0  #: of clients, to bring them into phase with others (`convoy`)
+    held_ns: int = 0  #: what these holds lasted, together
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from tierd.sim.scenario import Scenario
 
+CONVOY_WAIT_NS = 100_000_000
 EVENTS_A_STEP = 200  #: more events than this per layer computed: the machine never becomes quiet
 
 
@@ -93,6 +94,7 @@ class Simulation:
                 small_layer_bytes=scenario.granule_bytes,
                 reads_in_flight=scenario.reads_in_flight,
                 slot_limit=scenario.slot_limit,
+                convoy_wait_ns=CONVOY_WAIT_NS,
                 story_length=2_000,
                 first_generation=max(generations, default=0) + 1,
             )
@@ -109,6 +111,7 @@ class Simulation:
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
         self._device_free_ns = 0
+        self._wakes_at_ns: int | None = None
         self._connected: dict[int, dict[int, None]] = {}  #: client -> its leases
         self._open: dict[tuple[int, int], tuple[Event, int]] = {}  #: request -> latest answer
         self._reading: dict[int, Read] = {}
@@ -263,6 +266,10 @@ class Simulation:
         self.events += 1
         for action in self.machine.handle(event):
             self._act(action)
+        wakes_at_ns = self.machine.wakes_at_ns
+        if wakes_at_ns is not None and wakes_at_ns != self._wakes_at_ns:
+            self.after(max(wakes_at_ns - self.now, 0), lambda: self._feed(Tick(self.now)))
+        self._wakes_at_ns = wakes_at_ns
         if isinstance(event, Plan) and (event.client, event.request) in self._open:
             patience_ns = self.machine.config.admission_patience_ns
             self.after(patience_ns, lambda: self._feed(Tick(self.now)))
@@ -284,7 +291,7 @@ class Simulation:
         put_off = LONGEST_STEP_NS if isinstance(event, Acquire) and event.ahead else 0
         if put_off:
             waits += put_off // self._worst_ns + 1
-        return self.now + put_off + waits * self._worst_ns
+        return self.now + put_off + CONVOY_WAIT_NS + waits * self._worst_ns
 
     def _act(self, action: Action) -> None:
         world = self.world

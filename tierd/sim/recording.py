@@ -1,0 +1,99 @@
+"""A recorded day: what a machine was told and what it answered, from its record or from a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from tierd.core.model import CoreConfig, Read, ReadDone, ReadFailed
+from tierd.core.transcript import restored
+from tierd.sim.errors import BadRecording
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tierd.core.machine import TierMachine
+    from tierd.core.model import Action, Event
+
+FORMAT = "tierd-trace"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One event and what it led to."""
+
+    at_ns: int
+    event: Event
+    actions: tuple[Action, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """`opening`: what was there before the first moment (`tierd.core.story.Story.opening`)."""
+
+    config: CoreConfig
+    opening: tuple[Event, ...]
+    moments: tuple[Moment, ...]
+
+    @classmethod
+    def of(cls, machine: TierMachine) -> Recording:
+        """As far back as the machine's record reaches."""
+        record = machine.record
+        moments = [Moment(entry.at_ns, entry.event, entry.actions) for entry in record.entries()]
+        return cls(machine.config, tuple(record.opening()), tuple(moments))
+
+    @classmethod
+    def read(cls, path: Path) -> Recording:
+        """From a file of `tierctl trace`. Raises BadRecording, UnknownRecord, OSError."""
+        try:
+            document = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise BadRecording(f"{path} is no JSON document: {error}") from error
+        data = document.get("otherData") if isinstance(document, dict) else None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise BadRecording(f"{path} is not from `tierctl trace`: no otherData of {FORMAT!r}")
+        if data.get("version") != VERSION:
+            raise BadRecording(f"{path} has version {data.get('version')!r}, not {VERSION}")
+        try:
+            return cls._restored(data)
+        except (KeyError, TypeError, IndexError) as error:
+            raise BadRecording(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _restored(cls, data: dict[str, Any]) -> Recording:
+        schema = data["schema"]
+        known = {field.name for field in fields(CoreConfig)}
+        config = {name: value for name, value in data["config"].items() if name in known}
+        moments = [
+            Moment(at_ns, restored(event, schema), tuple(restored(a, schema) for a in actions))
+            for _, at_ns, event, actions in data["entries"]
+        ]
+        opening = tuple(restored(event, schema) for event in data["opening"])
+        return cls(CoreConfig(**config), opening, tuple(moments))
+
+    @property
+    def begin_ns(self) -> int:
+        return self.moments[0].at_ns if self.moments else 0
+
+    @property
+    def end_ns(self) -> int:
+        return self.moments[-1].at_ns if self.moments else 0
+
+    def bandwidth(self) -> int | None:
+        """Bytes a second of the recorded reads while any was in flight; None if none ended."""
+        open_reads: dict[int, Read] = {}
+        nbytes = busy_ns = 0
+        since_ns = self.begin_ns
+        for moment in self.moments:
+            if open_reads:
+                busy_ns += moment.at_ns - since_ns
+            since_ns = moment.at_ns
+            if isinstance(moment.event, ReadDone | ReadFailed):
+                read = open_reads.pop(moment.event.slot, None)
+                nbytes += 0 if read is None else read.nbytes
+            for action in moment.actions:
+                if isinstance(action, Read):
+                    open_reads[action.slot] = action
+        return nbytes * 1_000_000_000 // busy_ns if nbytes and busy_ns else None

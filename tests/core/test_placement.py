@@ -8,7 +8,7 @@ import pytest
 
 from tierd.core.errors import InvariantBroken
 from tierd.core.memory import Memory
-from tierd.core.placement import FreeRuns
+from tierd.core.placement import LONGEST_TRIED, FreeRuns
 
 SPAN = 60
 
@@ -44,7 +44,9 @@ def test_free_runs_equal_an_array_of_granules(seed: int) -> None:
         assert (best is None) == (not colds)
         if best is not None:
             cold, at = best
-            assert cold == min(colds) == free[at : at + size].count(False)
+            assert cold == free[at : at + size].count(False)
+            few = sum(warm for _, _, warm in runs.runs()) <= LONGEST_TRIED
+            assert cold == min(colds) if few or not min(colds) else cold > 0
 
 
 def test_what_is_taken_twice_or_freed_twice_is_noticed() -> None:

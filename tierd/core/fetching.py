@@ -175,8 +175,7 @@ class Fetcher:
             if victims is not None and due is not None:
                 # Evicting for what then finds no address would turn the memory over for nothing.
                 places = [victim.slot.place for victim in victims]
-                run = self._books.memory.longest_free_run(model.arena, places)
-                if run < model.charges[layer]:
+                if not self._books.memory.has_run(model.arena, model.charges[layer], places):
                     return None
             if victims is not None:
                 self._evict_all(victims, model.keys[layer])

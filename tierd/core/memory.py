@@ -82,6 +82,13 @@ class Memory:
     def span(self, arena: int) -> int:
         return self._arenas[arena].runs.span
 
+    def has_run(self, arena: int, granules: int, without: Iterable[Place] = ()) -> bool:
+        """Whether `longest_free_run` is at least `granules`; mostly costs O(1)."""
+        runs = self._arenas[arena].runs
+        if max(runs.longest_run(warm=False), runs.longest_run(warm=True)) >= granules:
+            return True
+        return self.longest_free_run(arena, without) >= granules
+
     def longest_free_run(self, arena: int, without: Iterable[Place] = ()) -> int:
         """The most granules, warm or cold, that one slot could get in this arena's addresses.
 
@@ -202,13 +209,15 @@ class Memory:
         discards: list[Range] = []
         if excess <= 0:
             return ()
-        runs = [
-            (end - start, arena, start)
-            for arena, memory in self._arenas.items()
-            for start, end, warm in memory.runs.runs()
-            if warm
-        ]
-        for length, arena, start in sorted(runs):
+        while excess > 0:
+            shortest = [
+                (run[0], arena, run[1])
+                for arena, memory in self._arenas.items()
+                if (run := memory.runs.shortest_warm()) is not None
+            ]
+            if not shortest:
+                break
+            length, arena, start = min(shortest)
             taken = min(length, excess)
             discard = Range(arena, start + length - taken, start + length)
             self._arenas[arena].runs.take(discard.start, discard.end)
@@ -216,8 +225,6 @@ class Memory:
             self._discards[discard] = None
             self.discarding += taken
             excess -= taken
-            if not excess:
-                break
         return tuple(discards)
 
     def discarded(self, discard: Range) -> None:

@@ -50,6 +50,10 @@ class Place:
     shared: bool  #: it has its granule together with other small slots
 
 
+#: Where no warm run is long enough: so many of the longest are looked at.
+LONGEST_TRIED = 8
+
+
 class FreeRuns:
     """The free granules of one arena as maximal runs of equal warmth, by address."""
 
@@ -58,6 +62,8 @@ class FreeRuns:
         self.warm_granules = 0
         self._starts: list[int] = []
         self._runs: dict[int, tuple[int, bool]] = {}  #: start -> (end, warm)
+        #: by warmth: (granules, start), ascending
+        self._by_length: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
         if span:
             self._insert(0, span, False)
 
@@ -115,66 +121,108 @@ class FreeRuns:
         return [(start, *self._runs[start]) for start in self._starts]
 
     def best_window(self, granules: int, *, from_end: bool = False) -> tuple[int, int] | None:
-        """The window of `granules` free granules with the fewest cold ones: (cold, start).
+        """A window of `granules` free granules with few cold ones: (cold, start); None if no range
+        is that long.
 
-        Among all-warm ones the tightest run wins, then the lowest address (the highest with
-        `from_end`): small slots live at the far end, away from the large ones.
+        Where a warm run is long enough the tightest wins, then the lowest address (the highest with
+        `from_end`): small slots live at the far end, away from the large ones. Else a window around
+        one of the longest warm runs, the one with the fewest cold granules, then the lowest. Costs
+        O(log runs), or O(runs) where the addresses are so fragmented that none of these will do.
         """
-        best: tuple[int, int, int, int] | None = None  # cold, slack, order, start
-        gap: list[tuple[int, int, bool]] = []
+        warm = self._by_length[True]
+        at = bisect_left(warm, (granules, -1))
+        if at < len(warm):
+            length = warm[at][0]
+            if from_end:
+                at = bisect_left(warm, (length + 1, -1)) - 1
+            start = warm[at][1]
+            return 0, start + length - granules if from_end else start
+        tried = warm[: -LONGEST_TRIED - 1 : -1] + self._by_length[False][-1:]
+        found = [
+            window
+            for length, start in tried
+            if (window := self._around(start, start + length, granules, from_end)) is not None
+        ]
+        if not found:
+            found = [
+                window
+                for start in self._starts
+                if (window := self._around(start, self._runs[start][0], granules, from_end))
+            ]
+        if not found:
+            return None
+        cold, _, start = min(found)
+        return cold, start
 
-        def weigh(cold: int, slack: int, start: int) -> None:
-            nonlocal best
-            score = (cold, slack, -start if from_end else start, start)
-            if best is None or score < best:
-                best = score
+    def _around(
+        self, start: int, end: int, granules: int, from_end: bool
+    ) -> tuple[int, int, int] | None:
+        """The best window that the run `[start, end)` touches: (cold, order, start)."""
+        near: list[tuple[int, int, bool]] = [(start, *self._runs[start])]
+        at = bisect_left(self._starts, start)
+        for index in range(at - 1, -1, -1):
+            first = self._starts[index]
+            last, warm = self._runs[first]
+            if last != near[0][0] or last <= end - granules:
+                break
+            near.insert(0, (first, last, warm))
+        for index in range(at + 1, len(self._starts)):
+            first = self._starts[index]
+            if first != near[-1][1] or first >= start + granules:
+                break
+            near.append((first, *self._runs[first]))
+        lowest, highest = near[0][0], near[-1][1] - granules
+        if highest < lowest:
+            return None
+        starts = {highest if from_end else lowest}
+        for first, last, warm in near:
+            if warm:
+                starts.add(min(max(first, lowest), highest))
+                starts.add(max(min(last - granules, highest), lowest))
+        return min(
+            (self._cold(near, first, first + granules), -first if from_end else first, first)
+            for first in starts
+        )
 
-        def weigh_gap() -> None:
-            first, last = gap[0][0], gap[-1][1]
-            if last - first < granules:
-                return
-            for start, end, warm in gap:
-                if warm and end - start >= granules:
-                    weigh(0, end - start - granules, end - granules if from_end else start)
-            if best is not None and best[0] == 0:
-                return
-            starts = {last - granules if from_end else first}
-            for start, end, warm in gap:
-                if warm:
-                    starts.add(min(start, last - granules))
-                    starts.add(max(end - granules, first))
-            for start in sorted(starts):
-                cold = sum(
-                    min(end, start + granules) - max(begin, start)
-                    for begin, end, warm in gap
-                    if not warm and begin < start + granules and end > start
-                )
-                weigh(cold, 0, start)
+    @staticmethod
+    def _cold(runs: list[tuple[int, int, bool]], start: int, end: int) -> int:
+        return sum(
+            min(last, end) - max(first, start)
+            for first, last, warm in runs
+            if not warm and first < end and last > start
+        )
 
-        for run in self.runs():
-            if gap and gap[-1][1] != run[0]:
-                weigh_gap()
-                gap = []
-            gap.append(run)
-        if gap:
-            weigh_gap()
-        return None if best is None else (best[0], best[3])
+    def longest_run(self, *, warm: bool) -> int:
+        """The granules of the longest run of this warmth; 0 without one."""
+        runs = self._by_length[warm]
+        return runs[-1][0] if runs else 0
+
+    def shortest_warm(self) -> tuple[int, int] | None:
+        """The shortest warm run, its granules and its start."""
+        runs = self._by_length[True]
+        return runs[0] if runs else None
 
     def check(self) -> None:
         runs = self.runs()
         for (_, end, warm), (start, _, next_warm) in pairwise(runs):
             if end > start or (end == start and warm == next_warm):
                 raise InvariantBroken(f"free runs overlap or were not joined at granule {start}")
+        for warmth, by_length in self._by_length.items():
+            if by_length != sorted((e - s, s) for s, e, warm in runs if warm == warmth):
+                raise InvariantBroken("the free runs by length are not those by address")
         if self.warm_granules != sum(end - start for start, end, warm in runs if warm):
             raise InvariantBroken("the count of warm free granules is wrong")
 
     def _insert(self, start: int, end: int, warm: bool) -> None:
         insort(self._starts, start)
         self._runs[start] = (end, warm)
+        insort(self._by_length[warm], (end - start, start))
         self.warm_granules += (end - start) * warm
 
     def _remove(self, start: int) -> int:
         end, warm = self._runs.pop(start)
         del self._starts[bisect_left(self._starts, start)]
+        by_length = self._by_length[warm]
+        del by_length[bisect_left(by_length, (end - start, start))]
         self.warm_granules -= (end - start) * warm
         return end

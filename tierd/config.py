@@ -40,6 +40,7 @@ class Config:
     readers: int
     reads_in_flight: int
     convoy_wait: int  #: milliseconds
+    read_chunk: int | None  #: bytes that one read asks for; None: as measured
     max_clients: int
     populate: bool
     mlock: str  #: "auto" or "off"
@@ -184,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plain(key: str, value: Any) -> Any:
-    if key == "dram" and value is None:
+    if key in ("dram", "read_chunk") and value is None:
         return "auto"
     if key == "socket_mode":
         return f"{value:04o}"

@@ -29,6 +29,7 @@ from tierd.core.model import (
     HolderGone,
     Release,
 )
+from tierd.costs import Costs
 from tierd.diagnosis import Diagnosis
 from tierd.engine import Engine
 from tierd.errors import ShuttingDown, TierdError, TooManyClients
@@ -82,6 +83,7 @@ class Daemon:
         self.models: Models
         self.orphans: Orphans
         self.holders: Holders
+        self.costs: Costs
         self._listener: Listener
         self._connected: dict[int, Session] = {}
         self._next_client = 1
@@ -132,6 +134,7 @@ class Daemon:
                 format_size(limit.nbytes), limit.text, pages.text,
             )  # fmt: skip
             self.pool = ReaderPool(self.config.readers, self.config.ssd_bandwidth)
+            self.pool.configure(chunk_bytes=self.config.read_chunk)
             inheritance = recovery.inherit(kept, pages, mlock=self._mlock)
             changes = self.registry.apply(
                 await loop.run_in_executor(None, scan_for, self.config, self.registry)
@@ -229,6 +232,11 @@ class Daemon:
         self.models = Models(self.config, self.registry, self.arenas, self.engine)
         self.orphans = Orphans(loop, (), self._orphan_ended)
         self.holders = Holders(loop, self.slots.set_holders)
+        self.costs = Costs(
+            self.config, self.registry, self.pool, self.engine,
+            lambda: self.stopping or bool(self.outstanding or self.engine.reads),
+        )  # fmt: skip
+        self.engine.after_read = self.costs.read_done
 
     def _say_ready(self, loop: asyncio.AbstractEventLoop) -> None:
         seconds = (time.monotonic_ns() - self.started_ns) / 1e9
@@ -240,6 +248,8 @@ class Daemon:
             places = ", ".join(str(path) for path in (*self.config.models, *self.config.packs))
             log.warning("nothing is served yet: no sound pack in %s; see `tierctl reload`", places)
         Watchdog(loop, self.engine, self.pool, self.config.readers).start()
+        self.costs.probe_new(loop)
+        self.models.changed = lambda: self.costs.probe_new(loop)
         # Modules and indices live as long as the daemon: no collection has to walk them again.
         gc.freeze()
 

@@ -29,7 +29,7 @@ from tierd.errors import ReadError
 from tierd.io.ssd_job import ReadJob, ReadResult
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from tierd.arenas import Arenas
     from tierd.core.model import Action, CoreConfig, Event
@@ -70,6 +70,8 @@ class Engine:
         self._held: list[tuple[Read, Pack]] | None = None
         self._tick: asyncio.TimerHandle | None = None
         self._stopped = False
+        #: called with the device of every layer that was read
+        self.after_read: Callable[[int], None] | None = None
 
     @staticmethod
     def now() -> int:
@@ -203,3 +205,5 @@ class Engine:
         else:
             self.slots.resident(read.slot)
             self.submit(ReadDone(self.now(), read.slot))
+            if self.after_read is not None:
+                self.after_read(pack.device)

@@ -12,6 +12,8 @@ from tierd.registry import scan
 from tierd.sizes import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tierd.arenas import Arenas
     from tierd.config import Config
     from tierd.engine import Engine
@@ -33,6 +35,7 @@ class Models:
         self._waiters: list[tuple[Session, int]] = []
         self._wanted = False
         self._reloading: asyncio.Task[None] | None = None
+        self.changed: Callable[[], None] | None = None  #: called when other packs are served
 
     # -------------------------------------------------------------------------------------- reload
 
@@ -111,6 +114,8 @@ class Models:
         for pack in fresh:
             if self._registry.served.get(pack.name) is pack:
                 self._serve(pack)
+        if self.changed is not None:
+            self.changed()
 
     def retire(self, pack: Pack) -> None:
         """End a pack that is served no more: a removed one now, a replaced one when no client has
@@ -124,7 +129,9 @@ class Models:
         engine = self._engine
         pack.arena = self._arenas.by_group[pack.access].arena_id
         sizes = tuple(layer.nbytes for layer in pack.index.layers)
-        engine.submit(ModelAdded(engine.now(), pack.model, pack.name, pack.arena, sizes))
+        engine.submit(
+            ModelAdded(engine.now(), pack.model, pack.name, pack.arena, sizes, pack.device)
+        )
         granule, budget = engine.config.granule_bytes, engine.config.budget_bytes
         largest = max(pack.index.layers, key=lambda layer: layer.nbytes)
         needed = -(-largest.nbytes // granule) * granule

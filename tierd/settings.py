@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _LARGEST_MODE = 0o777
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 256 << 10, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,15 @@ def _bandwidth(value: object, base: Path) -> int:
     if isinstance(value, str):
         value = value.removesuffix("/s")
     return _size(value, base)
+
+
+def _chunk(value: object, base: Path) -> int | None:
+    if value == "auto":
+        return None
+    size = _size(value, base)
+    if size & (size - 1) or not _SMALLEST_CHUNK <= size <= _LARGEST_CHUNK:
+        raise ValueError("expected a power of 2 from 256KiB to 64MiB, or auto")
+    return size
 
 
 def _socket(value: object, base: Path) -> str:
@@ -130,10 +140,17 @@ SETTINGS = (
         "ssd_bandwidth", None, _bandwidth, _TEXT_OR_INT, "SIZE",
         "read at most SIZE bytes per second, all packs together (default: no limit)",
     ),
-    Setting("readers", 4, _number(1, 64), _INT, "N", "threads that read packs (default 4)"),
+    Setting(
+        "readers", 4, _number(1, 64), _INT, "N",
+        "threads that read a device (default 4, until it was measured)",
+    ),
     Setting(
         "reads_in_flight", 2, _number(1, 64), _INT, "N",
-        "layers read at the same time (default 2)",
+        "layers read at the same time from a device (default 2, until it was measured)",
+    ),
+    Setting(
+        "read_chunk", None, _chunk, _TEXT_OR_INT, "SIZE",
+        "what one read asks for: a power of 2 from 256KiB to 64MiB, or auto = measured (default)",
     ),
     Setting(
         "convoy_wait", 10_000, _number(0, 3_600_000), _INT, "MS",

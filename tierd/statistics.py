@@ -15,6 +15,7 @@ import tierd
 from tierd.errors import PackInvalid
 
 if TYPE_CHECKING:
+    from tierd.core.prediction import Prediction
     from tierd.daemon import Daemon
     from tierd.pack import Pack
 
@@ -60,6 +61,7 @@ class Statistics:
                 "failed": readers.failed,
                 "busy_ns": readers.busy_ns,
                 "bandwidth_limit": daemon.config.ssd_bandwidth,
+                "devices": daemon.costs.status(),
             },
             "scheduler": {
                 "grants": counters.grants,
@@ -137,6 +139,7 @@ class Statistics:
     def clients(self) -> Reply:
         daemon = self._daemon
         replies = []
+        predictions = daemon.costs.predictions()
         for state in daemon.engine.machine.snapshot().clients:
             session = daemon.sessions[state.client]
             last = session.position
@@ -155,12 +158,13 @@ class Statistics:
                     "stall_ns": state.stall_ns,
                     "granted": state.granted,
                     "connected_ns": time.monotonic_ns() - session.connected_ns,
+                    "predicted": _prediction(predictions.get(state.client)),
                 }
             )
         return {"clients": replies}
 
     def config(self) -> Reply:
-        return {"config": self._daemon.config.effective()}
+        return {"config": self._daemon.costs.config()}
 
     def _notes(self) -> list[str]:
         daemon = self._daemon
@@ -175,6 +179,21 @@ class Statistics:
         if daemon.orphans:
             notes.append(f"{len(daemon.orphans)} leases of an earlier daemon are in quarantine")
         return notes
+
+
+def _prediction(found: Prediction | None) -> Reply | None:
+    """What the client has to expect of a pass; None without a cyclic plan or a measured device."""
+    if found is None:
+        return None
+    return {
+        "pass_ns": found.pass_ns,
+        "compute_ns": found.compute_ns,
+        "ssd_ns": found.ssd_ns,
+        "copy_ns": found.copy_ns,
+        "stall_ns": found.stall_ns,
+        "ns_per_token": found.ns_per_token,
+        "binds": found.binds,
+    }
 
 
 def _by_name(pack: Pack) -> tuple[str, int]:

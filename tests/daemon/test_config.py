@@ -84,6 +84,7 @@ def test_every_setting_has_a_flag_a_variable_and_a_key(toml: Path, tmp_path: Pat
         "ssd_bandwidth": (["--ssd-bandwidth", "2MB/s"], "2MB", '"2MB/s"', 2_000_000),
         "readers": (["--readers", "3"], "3", "3", 3),
         "reads_in_flight": (["--reads-in-flight", "3"], "3", "3", 3),
+        "read_chunk": (["--read-chunk", "8MiB"], "8MiB", "8388608", 8 << 20),
         "convoy_wait": (["--convoy-wait", "30"], "30", "30", 30),
         "max_clients": (["--max-clients", "3"], "3", "3", 3),
         "populate": (["--no-populate"], "no", "false", False),

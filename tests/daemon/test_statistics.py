@@ -42,7 +42,9 @@ def test_status_has_the_promised_keys(served: tuple[RunningDaemon, PackOnDisk]) 
         "budget_bytes", "used_bytes", "peak_bytes", "resident_bytes", "leased_bytes",
         "in_flight_bytes", "quarantined_bytes", "populated_bytes", "pages", "locked_bytes",
     }  # fmt: skip
-    assert set(status["ssd"]) == {"read_bytes", "reads", "failed", "busy_ns", "bandwidth_limit"}
+    assert set(status["ssd"]) == {
+        "read_bytes", "reads", "failed", "busy_ns", "bandwidth_limit", "devices",
+    }  # fmt: skip
     assert set(status["scheduler"]) == {
         "grants", "hits", "misses", "later", "refusals", "evictions", "stall_ns",
     }  # fmt: skip
@@ -71,6 +73,7 @@ def test_the_numbers_follow_what_a_client_does(
     assert client == {
         "name": "test", "pid": os.getpid(), "uid": os.getuid(), "model": "tiny", "position": 1,
         "leases": 3, "leased_bytes": 2 * LAYER_BYTES, "stall_ns": grown["stall_ns"], "granted": 3,
+        "predicted": None,
     }  # fmt: skip
     (model,) = daemon.ask("models")["models"]
     assert model.pop("model_id") == opened.model_id

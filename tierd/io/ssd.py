@@ -85,6 +85,11 @@ class ReaderPool:
             before = lane.statistics()
             lane.configure(readers or before.readers, chunk_bytes or before.chunk_bytes)
 
+    @property
+    def chunk_bytes(self) -> int:
+        """The most that one read of a device asks for, unless that device was configured."""
+        return self._chunk_bytes
+
     def submit(self, job: ReadJob, on_done: Callable[[ReadResult | ReadError], None]) -> None:
         """Queue a job. `on_done` is called once, on the running loop, when no thread touches the
         target any more. Raises ReadCancelled after `close`."""

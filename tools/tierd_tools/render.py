@@ -82,6 +82,7 @@ def status(reply: Reply) -> None:
             f"{size(ssd['read_bytes'])} in {ssd['reads']} reads, {ssd['failed']} failed, busy "
             f"{duration(ssd['busy_ns'])}, " + (f"limit {size(limit)}/s" if limit else "no limit"),
         ),
+        *((f"device {device['device']}", _device(device)) for device in ssd["devices"]),
         (
             "leases",
             f"{counts['grants']} granted, {counts['later']} put off, {counts['refusals']} refused; "
@@ -92,6 +93,34 @@ def status(reply: Reply) -> None:
     ]
     lines += [("note", note) for note in reply["notes"]]
     _table(("", ""), lines)
+
+
+def _device(device: Reply) -> str:
+    """What a device gives, how it is read, and what of that the operator has set."""
+    how = (
+        f"{device['readers']} reads of {size(device['read_chunk'])}, "
+        f"{device['reads_in_flight']} layers at once"
+    )
+    if device["given"]:
+        how += f" ({', '.join(device['given'])} as set)"
+    if device["bytes_per_s"] is None:
+        return f"{how}; {device['note']}"
+    ahead = device["lookahead_bytes"]
+    return (
+        f"{size(device['bytes_per_s'])}/s, {duration(device['latency_ns'])} latency, {how}"
+        + (f", {size(ahead)} ahead" if ahead is not None else "")
+        + f"; {device['note']}, corrected {device['observations']} times by real reads"
+    )
+
+
+def _predicted(found: Reply | None) -> str:
+    """Stall of a pass, time of a token, and what that waits for."""
+    if found is None:
+        return "-"
+    return (
+        f"{duration(found['stall_ns'])} a pass, {duration(found['ns_per_token'])} a token "
+        f"({found['binds']})"
+    )
 
 
 def models(reply: Reply) -> None:
@@ -145,6 +174,7 @@ def clients(reply: Reply) -> None:
             size(client["reserved_bytes"]),
             str(client["granted"]),
             duration(client["stall_ns"]),
+            _predicted(client["predicted"]),
             duration(client["connected_ns"]),
         )
         for client in reply["clients"]
@@ -152,7 +182,7 @@ def clients(reply: Reply) -> None:
     _table(
         (
             *("CLIENT", "NAME", "PID/UID", "MODEL", "POSITION", "LEASES"),
-            *("RESERVED", "GRANTED", "STALL", "CONNECTED"),
+            *("RESERVED", "GRANTED", "STALL", "PREDICTED STALL", "CONNECTED"),
         ),
         rows,
         right=("CLIENT", "POSITION", "LEASES", "RESERVED", "GRANTED", "STALL", "CONNECTED"),

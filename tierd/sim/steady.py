@@ -1,0 +1,367 @@
+"""What a pass costs on a given node, once the first passes are over: the real core, run under
+devices that have a bandwidth and a latency, by clients that do what `tierd_client` does.
+
+Deterministic, and fast enough for a command line: nothing is checked here (`simulation` does that).
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tierd.core.machine import TierMachine
+from tierd.core.model import (
+    Acquire,
+    Admit,
+    ArenaAdded,
+    ClientJoined,
+    CoreConfig,
+    Discard,
+    DiscardDone,
+    Grant,
+    Later,
+    LayerKey,
+    ModelAdded,
+    Plan,
+    Read,
+    ReadDone,
+    Refuse,
+    Release,
+    Tick,
+)
+from tierd.core.stack import TierStack
+from tierd.core.stack_model import (
+    Copy,
+    CopyDone,
+    GpuArenaAdded,
+    JoinedGpu,
+    ModelPlaced,
+    StackConfig,
+    StackEvent,
+)
+from tierd.sim.errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SECOND_NS = 1_000_000_000
+TICK_NS = SECOND_NS  #: as the engine does, while something is decided by time alone
+SPANS = 64  #: budgets that the arena's address space holds
+WINDOW = 4  #: passes that are compared with as many before
+FIRST_PASSES = 3  #: fill the memory, and are never counted
+MOST_PASSES = 60
+MOST_STEPS = 40_000  #: layers computed by all clients together
+COPY_LATENCY_NS = 20_000
+DRAM, GPU = 0, 1  #: arenas
+SETTLED = 0.01  #: difference between two windows of a steady state
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The machine to predict for. Bytes, and bytes per second."""
+
+    dram_bytes: int
+    ssd_bytes_per_s: int
+    latency_ns: int = 100_000
+    reads_in_flight: int = 2
+    granule_bytes: int = 2 << 20
+    gpu_bytes: int | None = None  #: None: clients compute from DRAM
+    copy_bytes_per_s: int = 0  #: from DRAM to the GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What each of `clients` does, for ever. compute_ns: of each step of `order`."""
+
+    layer_bytes: tuple[int, ...]
+    order: tuple[int, ...]
+    compute_ns: tuple[int, ...]
+    clients: int = 1
+    tokens_per_pass: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SteadyState:
+    """Means over the last passes of all clients."""
+
+    pass_ns: int
+    stall_ns: int  #: of a pass
+    compute_ns: int  #: of a pass
+    ssd_bytes: int  #: read for one pass of one client
+    ssd_share: float  #: of the time, in which the device was busy
+    copy_bytes: int  #: copied to the GPU for one pass of one client
+    copy_share: float
+    passes: int  #: simulated, of each client
+    settled: bool  #: the last passes cost what those before them did
+
+    @property
+    def compute_share(self) -> float:
+        return self.compute_ns / self.pass_ns if self.pass_ns else 0.0
+
+
+def steady_state(node: Node, work: Work) -> SteadyState:
+    """Runs until a pass costs what the ones before it did. Raises DoesNotFit."""
+    return _Run(node, work).run()
+
+
+@dataclass(slots=True)
+class _Device:
+    """Transfers one byte after the other; what is asked for meanwhile waits its turn."""
+
+    bytes_per_s: int
+    latency_ns: int
+    free_ns: int = 0
+    busy_ns: int = 0
+    nbytes: int = 0
+
+    def done_ns(self, now_ns: int, nbytes: int) -> int:
+        takes_ns = nbytes * SECOND_NS // self.bytes_per_s
+        self.free_ns = max(self.free_ns, now_ns) + takes_ns
+        self.busy_ns += takes_ns
+        self.nbytes += nbytes
+        return self.free_ns + self.latency_ns
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """The sums at the end of a pass of one client."""
+
+    at_ns: int
+    stall_ns: int
+    read_bytes: int
+    ssd_busy_ns: int
+    copied_bytes: int
+    copy_busy_ns: int
+
+
+@dataclass(slots=True, eq=False)
+class _Client:
+    """Computes with one layer, and has asked for the next one ahead."""
+
+    number: int
+    step: int = 0  #: into the order
+    wanted: int | None = None  #: the layer that it waits for
+    since_ns: int = 0
+    stall_ns: int = 0
+    leases: dict[int, int] = field(default_factory=dict)  #: by layer
+    asked: dict[int, int] = field(default_factory=dict)  #: layer by request
+    marks: list[_Mark] = field(default_factory=list)
+
+
+class _Run:
+    def __init__(self, node: Node, work: Work) -> None:
+        self._work = work
+        self._ssd = _Device(node.ssd_bytes_per_s, node.latency_ns)
+        self._link = _Device(max(node.copy_bytes_per_s, 1), COPY_LATENCY_NS)
+        self._clients = [_Client(number) for number in range(work.clients)]
+        self._heap: list[tuple[int, int, Callable[[], None]]] = []
+        self._sequence = self._requests = self._now = 0
+        self._tick_ns: int | None = None  # when the next tick is due
+        dram = _tier(node, node.dram_bytes)
+        self._tiers: TierMachine | TierStack = TierMachine(dram)
+        if node.gpu_bytes is not None:
+            self._tiers = TierStack(StackConfig(dram, (_tier(node, node.gpu_bytes),)))
+        self._feed(ArenaAdded(0, DRAM, SPANS * dram.budget_bytes, dram.budget_bytes))
+        self._feed(ModelAdded(0, 0, "predicted", DRAM, work.layer_bytes))
+        if isinstance(self._tiers, TierStack):
+            budget = self._tiers.config.gpus[0].budget_bytes
+            self._feed(GpuArenaAdded(0, 0, GPU, SPANS * budget, budget))
+            self._feed(ModelPlaced(0, 0, 0, GPU))
+
+    def run(self) -> SteadyState:
+        work = self._work
+        # Processes do not start together; a pass takes about as long as its slowest stage.
+        full_ns = sum(work.layer_bytes) * SECOND_NS // self._ssd.bytes_per_s
+        apart_ns = max(sum(work.compute_ns), full_ns) // work.clients
+        for client in self._clients:
+            self._after(client.number * apart_ns, lambda client=client: self._join(client))  # type: ignore[misc]
+        while self._heap and not self._over():
+            self._now, _, act = heapq.heappop(self._heap)
+            act()
+        return self._summary()
+
+    # ------------------------------------------------------------------------------------ clients
+
+    def _join(self, client: _Client) -> None:
+        work = self._work
+        if isinstance(self._tiers, TierStack):
+            self._feed(JoinedGpu(self._now, client.number, 0))
+        else:
+            self._feed(ClientJoined(self._now, client.number))
+        plan = Plan(
+            self._now, client.number, self._request(), 0, work.order,
+            tokens_per_pass=work.tokens_per_pass,
+        )  # fmt: skip
+        self._feed(plan)
+
+    def _enter(self, client: _Client) -> None:
+        layer = self._work.order[client.step]
+        client.wanted, client.since_ns = layer, self._now
+        if layer in client.leases:
+            self._begin(client)
+        elif layer not in client.asked.values():
+            self._ask(client, layer, ahead=False)
+
+    def _begin(self, client: _Client) -> None:
+        work = self._work
+        client.wanted = None
+        client.stall_ns += self._now - client.since_ns
+        following = work.order[(client.step + 1) % len(work.order)]
+        self._after(work.compute_ns[client.step], lambda: self._leave(client, following))
+        if following not in client.leases:
+            self._ask(client, following, ahead=True)
+
+    def _leave(self, client: _Client, following: int) -> None:
+        layer = self._work.order[client.step]
+        if layer != following:
+            self._feed(Release(self._now, client.number, client.leases.pop(layer)))
+        client.step += 1
+        if client.step == len(self._work.order):
+            client.step = 0
+            client.marks.append(
+                _Mark(
+                    self._now,
+                    client.stall_ns,
+                    self._ssd.nbytes,
+                    self._ssd.busy_ns,
+                    self._link.nbytes,
+                    self._link.busy_ns,
+                )
+            )
+        self._enter(client)
+
+    def _ask(self, client: _Client, layer: int, *, ahead: bool) -> None:
+        request = self._request()
+        client.asked[request] = layer
+        self._feed(Acquire(self._now, client.number, request, LayerKey(0, layer), ahead))
+
+    # ----------------------------------------------------------------------------------- the core
+
+    def _feed(self, event: StackEvent) -> None:
+        for action in self._tiers.handle(event):  # type: ignore[arg-type]
+            match action:
+                case Read():
+                    self._at(self._ssd.done_ns(self._now, action.nbytes), self._read(action.slot))
+                case Copy():
+                    done_ns = self._link.done_ns(self._now, action.nbytes)
+                    self._at(done_ns, self._copied(action.gpu, action.slot))
+                case Discard():
+                    self._after(0, self._discarded(action))
+                case Admit():
+                    self._enter(self._clients[action.client])
+                case Grant():
+                    client = self._clients[action.client]
+                    layer = client.asked.pop(action.request)
+                    client.leases[layer] = action.lease
+                    if client.wanted == layer:
+                        self._begin(client)
+                case Later():
+                    client = self._clients[action.client]
+                    layer = client.asked.pop(action.request)
+                    if client.wanted == layer:
+                        self._ask(client, layer, ahead=False)
+                case Refuse():
+                    raise DoesNotFit(action.text)
+                case _:
+                    pass  # evictions take no time
+        if self._tiers.waits_for_time:
+            at_ns, wakes_ns = self._now + TICK_NS, self._tiers.wakes_at_ns
+            if wakes_ns is not None:
+                at_ns = min(at_ns, max(wakes_ns, self._now))
+            if self._tick_ns is None or at_ns < self._tick_ns:
+                self._tick_ns = at_ns
+                self._at(at_ns, self._tick)
+
+    def _tick(self) -> None:
+        if self._tick_ns == self._now:
+            self._tick_ns = None
+            self._feed(Tick(self._now))
+
+    def _read(self, slot: int) -> Callable[[], None]:
+        return lambda: self._feed(ReadDone(self._now, slot))
+
+    def _copied(self, gpu: int, slot: int) -> Callable[[], None]:
+        return lambda: self._feed(CopyDone(self._now, gpu, slot))
+
+    def _discarded(self, action: Discard) -> Callable[[], None]:
+        arena, offset, nbytes = action.arena, action.offset, action.nbytes
+        return lambda: self._feed(DiscardDone(self._now, arena, offset, nbytes))
+
+    def _request(self) -> int:
+        self._requests += 1
+        return self._requests
+
+    def _after(self, delay_ns: int, act: Callable[[], None]) -> None:
+        self._at(self._now + delay_ns, act)
+
+    def _at(self, at_ns: int, act: Callable[[], None]) -> None:
+        self._sequence += 1
+        heapq.heappush(self._heap, (at_ns, self._sequence, act))
+
+    # ------------------------------------------------------------------------------------ the end
+
+    def _over(self) -> bool:
+        passes = min(len(client.marks) for client in self._clients)
+        steps = passes * len(self._work.order) * len(self._clients)
+        if passes >= MOST_PASSES or (passes > FIRST_PASSES and steps >= MOST_STEPS):
+            return True
+        return passes >= FIRST_PASSES + 2 * WINDOW and self._settled()
+
+    def _settled(self) -> bool:
+        """Whether the last passes of every client cost what those before them did."""
+        for client in self._clients:
+            if len(client.marks) <= FIRST_PASSES + 2 * WINDOW - 1:
+                return False
+            first, middle, last = (
+                client.marks[-1 - 2 * WINDOW],
+                client.marks[-1 - WINDOW],
+                client.marks[-1],
+            )
+            for one, two in (
+                (middle.at_ns - first.at_ns, last.at_ns - middle.at_ns),
+                (middle.read_bytes - first.read_bytes, last.read_bytes - middle.read_bytes),
+            ):
+                if abs(one - two) > SETTLED * max(one, two):
+                    return False
+        return True
+
+    def _summary(self) -> SteadyState:
+        window = min(WINDOW, min(len(client.marks) for client in self._clients) - 1)
+        ends = [(client.marks[-1 - window], client.marks[-1]) for client in self._clients]
+        count = len(ends)
+        span_ns = sum(last.at_ns - first.at_ns for first, last in ends)
+        pass_ns = span_ns // (window * count)
+
+        def rate(sums: Callable[[_Mark], int]) -> float:
+            """Per nanosecond: the mean over the clients' windows, which are not the same time."""
+            return (
+                sum(
+                    (sums(last) - sums(first)) / max(last.at_ns - first.at_ns, 1)
+                    for first, last in ends
+                )
+                / count
+            )
+
+        return SteadyState(
+            pass_ns=pass_ns,
+            stall_ns=sum(last.stall_ns - first.stall_ns for first, last in ends)
+            // (window * count),
+            compute_ns=sum(self._work.compute_ns),
+            ssd_bytes=int(rate(lambda mark: mark.read_bytes) * pass_ns / count),
+            ssd_share=min(rate(lambda mark: mark.ssd_busy_ns), 1.0),
+            copy_bytes=int(rate(lambda mark: mark.copied_bytes) * pass_ns / count),
+            copy_share=min(rate(lambda mark: mark.copy_busy_ns), 1.0),
+            passes=min(len(client.marks) for client in self._clients),
+            settled=self._settled(),
+        )
+
+
+def _tier(node: Node, nbytes: int) -> CoreConfig:
+    budget = nbytes // node.granule_bytes * node.granule_bytes
+    return CoreConfig(
+        budget_bytes=budget,
+        granule_bytes=node.granule_bytes,
+        reads_in_flight=node.reads_in_flight,
+        story_length=1,
+    )

@@ -35,7 +35,7 @@ def test_every_promise_holds_for_every_seed(first: int) -> None:
 @pytest.mark.parametrize("first", range(10_000, 10_060, 20))
 def test_every_promise_holds_for_a_crowd(first: int) -> None:
     for seed in range(first, first + 20):
-        run(drawn(seed, clients=16, steps=12), replay_command(seed, 16, 12))
+        run(drawn(seed, clients=16, steps=12), replay_command(seed, clients=16, steps=12))
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

@@ -90,6 +90,12 @@ class TierStack:
         """Whether something is decided by time alone: then send a `Tick` now and then."""
         return self.dram.waits_for_time or any(gpu.waits_for_time for gpu in self.gpus)
 
+    @property
+    def wakes_at_ns(self) -> int | None:
+        """When at the latest a `Tick` is needed; None if time alone changes nothing by then."""
+        times = [machine.wakes_at_ns for machine in (self.dram, *self.gpus)]
+        return min((time for time in times if time is not None), default=None)
+
     def check(self) -> None:
         """Raises InvariantBroken where a machine or the composition contradicts itself."""
         self.dram.check()
@@ -165,7 +171,7 @@ class TierStack:
                 self.feeds.deliver(gpu, ClientGone(event.at_ns, client, holder=client))
                 del self._gpu_of[client]
                 self.fencing[client] = gpu
-                self.feeds.forget(client)
+                self.feeds.forget(client, gpu)
             case Fenced():
                 if client not in self.fencing:
                     raise self._illegal(f"client {client} is not on its way out of a GPU")

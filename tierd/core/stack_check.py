@@ -1,4 +1,4 @@
-"""What must always be true between the machines of a stack; costs O(everything)."""
+"""What must always be true between the machines of a stack, and cheaply of each machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from tierd.core.errors import InvariantBroken
 from tierd.core.residency import SlotState
 
 if TYPE_CHECKING:
+    from tierd.core.books import Books
     from tierd.core.model import Read
     from tierd.core.stack_feed import Feed
     from tierd.core.stack_feeds import Feeds
@@ -36,6 +37,22 @@ def check_stack(feeds: Feeds) -> None:
             raise InvariantBroken(f"GPU {gpu} reads into {reading}, its feeds into {fed}")
     for feed in feeds.feeds.values():
         _check_feed(feeds, feed)
+
+
+def check_sums(books: Books) -> None:
+    """The sums that every promise rests on, for after each event; costs O(1)."""
+    memory, ledger = books.memory, books.ledger
+    if memory.warm > memory.budget and not (memory.over_budget or memory.discarding):
+        raise InvariantBroken(f"{memory.warm} warm granules, the budget is {memory.budget}")
+    if memory.over_budget or ledger.quarantined > memory.budget:
+        return  # a restart, or a budget that was lowered: what is above it is on its way out
+    if ledger.available < 0 or ledger.available_slots < 0:
+        raise InvariantBroken(
+            f"{ledger.committed} granules committed, {ledger.quarantined} in quarantine: more than "
+            f"the {ledger.budget} of the budget; or more than {ledger.slot_limit} slots"
+        )
+    if memory.occupied > memory.budget or memory.promised < 0:
+        raise InvariantBroken(f"{memory.occupied} granules occupied of {memory.budget}")
 
 
 def _reads(feed: Feed) -> list[Read]:

@@ -54,6 +54,7 @@ class Feeds:
         self.todo: deque[tuple[int | None, Event]] = deque()  #: GPU, or None for DRAM; event
         self.actions: list[StackAction] = []
         self._feed_of: dict[int, Feed] = {}  #: by pseudo-client
+        self._unheard: set[tuple[int, int]] = set()  #: slots of GPUs without a copy, to be emptied
         self._unsettled: dict[int, Feed] = {}  #: that perhaps nobody needs any more
         self._last_feed = 0
         self._requests = 0
@@ -87,7 +88,11 @@ class Feeds:
             case Read():
                 self._read(gpu, action)
             case Evict():
-                self.actions.append(Unload(gpu, action.slot, action.generation, action.key))
+                if (gpu, action.slot) in self._unheard:
+                    self._unheard.remove((gpu, action.slot))
+                else:
+                    unload = Unload(gpu, action.slot, action.generation, action.key)
+                    self.actions.append(unload)
                 feed = None if action.key is None else self.feeds.get((gpu, action.key.model))
                 if feed is not None and action.key is not None:
                     feed.on_gpu.pop(action.key.layer, None)
@@ -97,6 +102,7 @@ class Feeds:
             case Refuse():
                 self.actions.append(action)
                 self._plan_refused(action.client, action.request)
+                self._settle_all(gpu)
             case _:
                 self.actions.append(action)
 
@@ -122,6 +128,7 @@ class Feeds:
             case Refuse():
                 if action.request in feed.asking:
                     _, read = feed.asking.pop(action.request)
+                    feed.full = False
                     self._fail(feed, read, action)
                     self._pump(feed)
                     self.settle(feed)
@@ -180,14 +187,15 @@ class Feeds:
             feed.users.clear()
             self.settle(feed)
 
-    def forget(self, client: int) -> None:
-        """The client is gone, and with it its plans."""
+    def forget(self, client: int, gpu: int) -> None:
+        """The client is gone, and with it its plans and requests."""
         for where, plans in ((self.waiting, "waiting"), (self.offered, "offered")):
             feed = where.pop(client, None)
             if feed is not None:
                 del getattr(feed, plans)[client]
                 self.settle(feed)
         self._leave(client)
+        self._settle_all(gpu)
 
     def _leave(self, client: int) -> None:
         """The client's plan is no longer one of its feed's."""
@@ -247,6 +255,12 @@ class Feeds:
         """Looks at the end of the event whether the feed is still needed."""
         if not feed.users:
             self._unsettled[feed.id] = feed
+
+    def _settle_all(self, gpu: int) -> None:
+        """A request on the GPU ended without its layer: perhaps a feed was open only for it."""
+        for feed in self.feeds.values():
+            if feed.gpu == gpu:
+                self.settle(feed)
 
     def _settle(self, feed: Feed) -> None:
         """Closes the feed when nobody needs it; takes its plan back when only requests do."""
@@ -317,6 +331,8 @@ class Feeds:
         self.settle(feed)
 
     def _fail(self, feed: Feed, read: Read, refusal: Refuse) -> None:
+        """DRAM cannot give the layer; the shell never heard of the slot that waits for it."""
+        self._unheard.add((feed.gpu, read.slot))
         failed = ReadFailed(self.now, read.slot, refusal.code, refusal.text)
         self.todo.append((feed.gpu, failed))
 

@@ -11,6 +11,7 @@ from tierd.core.model import (
     ClientGone,
     ClientJoined,
     Grant,
+    Hint,
     Later,
     LayerKey,
     Plan,
@@ -34,7 +35,7 @@ class Profile:
 
     model: int
     order: tuple[int, ...]
-    kind: str = "cyclic"  #: "cyclic" or "once"
+    kind: str = "cyclic"  #: an "open" one draws from its order, the first ones most often
     lookahead: int = 1
     steps: int = 40  #: layers to compute before it leaves
     compute_ns: int = 5_000_000
@@ -49,6 +50,10 @@ class Profile:
     pause_share: float = 0.0  #: computes for 100 times as long
     replan_share: float = 0.0  #: declares another order
     second_lease_share: float = 0.0  #: acquires what it holds once more
+    hint_share: float = 0.0  #: says beforehand what an open plan will ask for, or thinks so
+    tokens_per_pass: int = 1
+    weight: int = 100
+    gpu: int | None = None  #: where it lives; None is DRAM
 
 
 @dataclass(slots=True, eq=False)
@@ -72,13 +77,14 @@ class VirtualClient:
     leases: dict[int, LayerKey] = field(default_factory=dict)
     asked: dict[int, tuple[LayerKey, bool]] = field(default_factory=dict)  #: open requests
     _order: tuple[int, ...] = ()
+    _drawn: dict[int, int] = field(default_factory=dict)  #: an open plan's future, by index
     _late: int | None = None
     _requests: int = 0
 
     def start(self) -> None:
         self._order = self.profile.order
         self.joined = True
-        self.send(ClientJoined(self.now(), self.number))
+        self.send(ClientJoined(self.now(), self.number, self.profile.weight))
         if self.profile.dies_ns is not None:
             self.after(self.profile.dies_ns, self.leave)
         if self.profile.planless:
@@ -145,6 +151,7 @@ class VirtualClient:
                 self._order,
                 profile.kind,
                 profile.lookahead,
+                profile.tokens_per_pass,
             )
         )
 
@@ -163,7 +170,7 @@ class VirtualClient:
             self._order = (*self._order[1:], self._order[0])
             self.index = 0
             self._declare()
-        layer = self._order[self.index % len(self._order)]
+        layer = self._at(self.index)
         if self.rng.random() < profile.stray_share:
             layer = self.rng.choice(self._order)
         else:
@@ -178,6 +185,23 @@ class VirtualClient:
                 return
         if not any(asked == key for asked, _ in self.asked.values()):
             self._acquire(key)
+
+    def _at(self, index: int) -> int:
+        """The layer at a place in the future; an open plan draws it when it is looked at."""
+        if self.profile.kind != "open":
+            return self._order[index % len(self._order)]
+        if index not in self._drawn:
+            self._drawn = {at: layer for at, layer in self._drawn.items() if at >= self.index - 1}
+            self._drawn[index] = self._order[int(self.rng.random() ** 2 * len(self._order))]
+        return self._drawn[index]
+
+    def _hint(self) -> None:
+        """Names the layer after the next with some certainty, and another with less."""
+        other = self.rng.choice(self._order)
+        expected = self._at(self.index + 1)
+        layers = (expected,) if other == expected else (expected, other)
+        chances = (700_000, 300_000)[: len(layers)]
+        self.send(Hint(self.now(), self.number, self.profile.model, layers, chances, 2))
 
     def _acquire(self, key: LayerKey, *, ahead: bool = False) -> None:
         self._requests += 1
@@ -200,11 +224,13 @@ class VirtualClient:
         self.after(compute_ns, lambda: self._computed(lease))
         if self.rng.random() < profile.second_lease_share:
             self._acquire(self.leases[lease], ahead=True)
+        if profile.hint_share and self.rng.random() < profile.hint_share:
+            self._hint()
         for step in range(profile.lookahead):
             index = self.index + step
             if index >= len(self._order) and profile.kind == "once":
                 break
-            key = LayerKey(profile.model, self._order[index % len(self._order)])
+            key = LayerKey(profile.model, self._at(index))
             known = [*self.leases.values(), *(asked for asked, _ in self.asked.values())]
             if key not in known:
                 self._acquire(key, ahead=True)
@@ -225,10 +251,7 @@ class VirtualClient:
 
     def _release_strays(self) -> None:
         """Gives up leases of layers that it will not come to soon."""
-        soon = {
-            self._order[(self.index + step) % len(self._order)]
-            for step in range(self.profile.lookahead + 1)
-        }
+        soon = {self._at(self.index + step) for step in range(self.profile.lookahead + 1)}
         for lease, key in list(self.leases.items()):
             if key.layer not in soon and lease != self._late:
                 self._release(lease)

@@ -23,6 +23,7 @@ from tierd.core.model import (
     Event,
     Evict,
     Grant,
+    Hint,
     HolderGone,
     Later,
     ModelAdded,
@@ -235,6 +236,9 @@ class Simulation:
                     return
                 del leases[event.lease]
                 world.release(event.lease)
+            case Hint():
+                if event.client not in self._connected:
+                    return
             case ClientJoined():
                 self._connected[event.client] = {}
             case ClientGone():

@@ -1,0 +1,128 @@
+"""A node at scale, drawn from a seed: models, GPUs, and clients that come and go all the time."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from tierd.sim.clients import Profile
+from tierd.sim.scenario import PAGE, Device, Model
+
+GRANULE = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much there is of what. `events`: after so many the clients leave, and the run ends."""
+
+    clients: int = 200
+    models: int = 50
+    gpus: int = 8
+    layers: int = 48  #: of the longest model
+    events: int = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What a run at scale consists of. Models are replaced by others of the same sizes at times."""
+
+    seed: int
+    size: Size
+    models: tuple[Model, ...]
+    placed: tuple[tuple[int, ...], ...]  #: by GPU: numbers of models
+    dram_bytes: int
+    gpu_bytes: tuple[int, ...]
+    disk: Device
+    link: Device  #: from DRAM to each GPU
+    reads_in_flight: int
+    copies_in_flight: int
+    fence_ns: int = 50_000_000  #: from the end of a GPU's client to that of its context
+    replace_ns: int = 2_000_000_000  #: on average, from one replaced model to the next
+    granule_bytes: int = field(default=GRANULE)
+
+    def profile(self, rng: random.Random, now_ns: int) -> Profile:
+        """The next client that comes; `model` is the place of one in `models`."""
+        gpu = rng.randrange(self.size.gpus) if self.size.gpus and rng.random() < 0.8 else None
+        models = range(len(self.models)) if gpu is None else self.placed[gpu]
+        model = rng.choice(models)
+        order = list(range(len(self.models[model].layer_bytes)))
+        kind = rng.choices(["cyclic", "once", "open"], [8, 1, 2])[0]
+        if kind == "cyclic" and rng.random() < 0.1:
+            rng.shuffle(order)
+        if kind == "open":
+            order = order[: max(len(order) // 2, 1)]
+        odd = rng.choice(["", "", "", "", "hoards", "sleeps", "dies", "strays", "pauses", "late"])
+        early = odd in ("hoards", "sleeps", "dies")
+        return Profile(
+            model,
+            tuple(order),
+            kind=kind,
+            lookahead=rng.choice([0, 1, 1, 2, 4]),
+            steps=rng.randint(1, 8) * len(order),
+            compute_ns=rng.choice([200_000, 1_000_000, 5_000_000, 20_000_000]),
+            planless=rng.random() < 0.05,
+            releases_late=odd == "late",
+            hoards_after=rng.randint(0, 20) if odd == "hoards" else None,
+            sleeps_after=rng.randint(0, 20) if odd == "sleeps" else None,
+            dies_ns=rng.randint(1, 3_000_000_000) if early else None,
+            stray_share=0.05 if odd == "strays" else 0.0,
+            skip_share=0.05 if odd == "strays" else 0.0,
+            replan_share=0.01 if odd == "strays" else 0.0,
+            second_lease_share=0.05 if odd == "strays" else 0.0,
+            pause_share=0.03 if odd == "pauses" else 0.0,
+            hint_share=0.7 if kind == "open" else 0.0,
+            tokens_per_pass=rng.choice([1, 1, 8]),
+            weight=rng.choice([100, 100, 100, 20, 400]),
+            start_ns=now_ns,
+            gpu=gpu,
+        )
+
+
+def drawn_fleet(seed: int, size: Size | None = None) -> Fleet:
+    """The same for the same arguments; everything may go wrong in it."""
+    size = size or Size()
+    rng = random.Random(f"fleet {seed}")
+    models = tuple(_model(rng, number, size.layers) for number in range(size.models))
+    placed = [
+        tuple(sorted(rng.sample(range(size.models), min(6, size.models)))) for _ in range(size.gpus)
+    ]
+    charges = [sum(-(-nbytes // GRANULE) for nbytes in model.layer_bytes) for model in models]
+    largest = max(-(-nbytes // GRANULE) for model in models for nbytes in model.layer_bytes)
+    on_gpu = max(1, size.clients * 4 // 5 // max(size.gpus, 1))
+    feeds = sum(len(numbers) for numbers in placed)
+    dram_least = largest * (size.clients // 5 + feeds + 2)
+    dram = max(dram_least, sum(charges) * rng.choice([20, 40, 60]) // 100)
+    gpus = tuple(
+        max(largest * (on_gpu + 2), sum(charges[n] for n in numbers) * rng.choice([15, 40]) // 100)
+        for numbers in placed
+    )
+    if rng.random() < 0.3:  # too little for all of them at once
+        dram = max(largest, dram_least // 2)
+    return Fleet(
+        seed,
+        size,
+        models,
+        tuple(placed),
+        dram * GRANULE,
+        tuple(granules * GRANULE for granules in gpus),
+        Device(
+            bandwidth=rng.choice([3_000_000_000, 12_000_000_000, 100_000_000_000]),
+            error_share=rng.choice([0, 0.002]),
+            slow_share=rng.choice([0, 0.01]),
+        ),
+        Device(
+            bandwidth=rng.choice([12_000_000_000, 50_000_000_000]),
+            latency_ns=20_000,
+            error_share=rng.choice([0, 0.002]),
+            slow_share=rng.choice([0, 0.01]),
+        ),
+        rng.choice([2, 4, 8]),
+        rng.choice([1, 2, 3]),
+    )
+
+
+def _model(rng: random.Random, number: int, layers: int) -> Model:
+    count = rng.randint(max(layers // 2, 1), layers)
+    size = GRANULE * rng.randint(2, 16) - PAGE * rng.randint(0, 400)
+    embedding = size * rng.randint(1, 3)
+    return Model(number, 0, (embedding, *[size] * count, PAGE, embedding))

@@ -61,7 +61,8 @@ class Answers:
             f"layer {layer} of model '{model.name}' needs {model.charges[layer] * granule} bytes; "
             f"{max(free, 0) * granule} of the budget of {self._books.memory.budget * granule} are "
             f"available ({len(self._books.clients) - 1} other clients, "
-            f"{self._books.ledger.quarantined * granule} bytes in quarantine)",
+            f"{self._books.ledger.quarantined * granule} bytes in quarantine, "
+            f"{self._books.ledger.pinned * granule} pinned)",
         )
 
     def refuse_slot(self, event: Plan | Acquire, model: ModelState, layer: int) -> None:
@@ -71,7 +72,8 @@ class Answers:
             "lease_limit",
             f"layer {layer} of model '{model.name}' needs a slot; of {ledger.slot_limit} slots "
             f"clients hold or have reserved {ledger.committed_slots}, and "
-            f"{ledger.quarantined_slots} are in quarantine: release first",
+            f"{ledger.quarantined_slots} are in quarantine, {ledger.pinned_slots} pinned: "
+            f"release first",
         )
 
     def close(self, request: Request) -> None:

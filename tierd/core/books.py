@@ -79,6 +79,7 @@ class Books:
         self.bills: dict[int, Bill] = {}  #: by slot: the reads in flight
         self.arrivals = 0
         self.plans: dict[int, Plan] = {}  #: by client: plans that wait until others hold less
+        self.pins: dict[LayerKey, int] = {}  #: layers that stay, and their charges
         self.now = 0
         self.actions: list[Action] = []
         self.told: list[Told] = []  #: decisions of the event that is being handled

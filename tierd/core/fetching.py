@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tierd.core.model import Discard, Evict, LayerKey, Read
+from tierd.core.model import DEFAULT_WEIGHT, OPERATOR, Discard, Evict, LayerKey, Read
 from tierd.core.plans import NEVER
 from tierd.core.residency import Slot, SlotState
 
@@ -40,6 +40,7 @@ class Fetcher:
     def __init__(self, books: Books, answers: Answers) -> None:
         self._books = books
         self._answers = answers
+        self._blocked = False  #: a request of some device waits for memory that is on its way
 
     def advance(self) -> None:
         """Starts what can be started now: promised memory first, then requests, then plans."""
@@ -53,7 +54,8 @@ class Fetcher:
                 self._read(slot)
         devices = self._books.devices.values()
         served = [self._serve_requests(device) for device in devices]
-        if all(served):
+        self._blocked = not all(served)
+        if not self._blocked:
             for device in devices:
                 while device.in_flight < self._books.reads_limit(device.id):
                     if not self._fetch_ahead(device):
@@ -68,15 +70,14 @@ class Fetcher:
         limit = self._books.reads_limit(device.id)
         device.most_in_flight = max(device.most_in_flight, limit + 1)
         while device.in_flight <= limit:
+            full = device.in_flight == limit
             request = device.eligible()
-            if request is None and (lowest := device.lowest_tag()) is not None:
-                if device.in_flight < limit and self._fetch_ahead(device, lowest):
+            if request is None and not full and (lowest := device.lowest_tag()) is not None:
+                if not self._blocked and self._fetch_ahead(device, lowest):
                     continue
                 device.advance_to(lowest)
                 request = device.eligible()
-            if request is None:
-                return True
-            if device.in_flight == limit and not self._small_beside(request, device):
+            if request is None or (full and not self._small_beside(request, device)):
                 return True
             if not self._serve(request):
                 return False
@@ -141,9 +142,25 @@ class Fetcher:
                     return True
             elif chosen is None or tag < chosen[0]:
                 chosen = tag, candidate, share
+        if device.unread_pins:
+            share = device.share(OPERATOR, DEFAULT_WEIGHT)
+            tag = max(share.tag, device.virtual)
+            first = (below is None or tag < below) and (chosen is None or tag < chosen[0])
+            if first and self._start_pinned(device, share):
+                device.advance_to(tag)
+                return True
         if chosen is None or not self._start_ahead(chosen[1], chosen[2]):
             return False
         device.advance_to(chosen[0])
+        return True
+
+    def _start_pinned(self, device: Device, share: Share) -> bool:
+        key = next(iter(device.unread_pins))
+        model = self._books.models[key.model]
+        claim = self._claim(model, key.layer, None)
+        if claim is None:
+            return False
+        self._start(model, key, claim, share)
         return True
 
     def _start_ahead(self, candidate: Candidate, share: Share) -> bool:
@@ -195,13 +212,14 @@ class Fetcher:
         waiting = self._books.waiting.get(key, ())
         slot = Slot(
             self._books.numbers.take(), self._books.next_generation, key, model.arena, claim.place,
-            SlotState.CLAIMED, bool(waiting), claim,
+            SlotState.CLAIMED, bool(waiting), claim, key in self._books.pins,
         )  # fmt: skip
         self._books.next_generation += 1
         self._books.slots[slot.id] = slot
         self._books.in_flight[slot.id] = slot
         model.put(slot)
         device = self._books.devices[model.device]
+        device.unread_pins.pop(key, None)
         for request in waiting:
             request.unread = False
         payers = [request.share for request in waiting]

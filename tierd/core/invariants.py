@@ -43,6 +43,7 @@ def _check_slots(books: Books) -> None:
             if slot.evictable and model.removed:
                 raise InvariantBroken(f"slot {slot.id} holds a layer that nobody can ask for")
     _check_reads(books)
+    _check_pins(books)
     quarantined = sum(s.place.range.granules for s in books.slots.values() if s.holders)
     held = sum(1 for slot in books.slots.values() if slot.holders)
     if held != books.ledger.quarantined_slots or any(
@@ -54,6 +55,19 @@ def _check_slots(books: Books) -> None:
     for model in books.models.values():
         if model.missing != model.slots.count(None):
             raise InvariantBroken(f"model {model.id} misses {model.missing} layers")
+
+
+def _check_pins(books: Books) -> None:
+    ledger = books.ledger
+    if sum(books.pins.values()) != ledger.pinned or len(books.pins) != ledger.pinned_slots:
+        raise InvariantBroken(f"{ledger.pinned} granules and {ledger.pinned_slots} slots pinned")
+    for slot in books.slots.values():
+        if slot.pinned is not (slot.key in books.pins):
+            raise InvariantBroken(f"slot {slot.id} is pinned: {slot.pinned}")
+    for device in books.devices.values():
+        for key in device.unread_pins:
+            if key not in books.pins or books.models[key.model].slots[key.layer] is not None:
+                raise InvariantBroken(f"{key} is to be read for its pin, without need")
 
 
 def _check_reads(books: Books) -> None:

@@ -5,11 +5,11 @@ Every client `c` has a *reserve* `Q_c`, the charge of the largest layer of its p
 once for every client that holds it: were a shared slot counted once in all, the release by one
 client would raise what the other is charged with. The rule, in granules:
 
-    sum over clients of max(Q_c, h_c)  +  quarantined  <=  budget
+    sum over clients of max(Q_c, h_c)  +  quarantined  +  pinned  <=  budget
 
-and the same in slots, of which a reserve is one and every layer that is held another:
+and the same in slots, of which a reserve is one and every layer that is held or pinned another:
 
-    sum over clients of max(Q_c > 0, layers held)  +  quarantined slots  <=  slot limit
+    sum over clients of max(Q_c > 0, layers held)  +  quarantined  +  pinned slots  <=  slot limit
 
 Both hold after every accepted request, so all accepted requests fit beside all leases at once, and
 none of them waits for a release (the proof is in README.md).
@@ -53,6 +53,8 @@ class Ledger:
         self.slot_limit = slot_limit
         self.quarantined = 0
         self.quarantined_slots = 0
+        self.pinned = 0  #: charges of the layers that an operator pinned
+        self.pinned_slots = 0
         self.awaited = 0  #: reserves of plans that wait until others hold less
         self.committed = 0  #: sum of `Account.committed`
         self.committed_slots = 0  #: sum of `Account.slots`
@@ -63,13 +65,13 @@ class Ledger:
 
     @property
     def available(self) -> int:
-        """Granules that nobody has reserved or holds."""
-        return self.budget - self.quarantined - self.committed
+        """Granules that nobody has reserved, holds or pinned."""
+        return self.budget - self.quarantined - self.pinned - self.committed
 
     @property
     def available_slots(self) -> int:
-        """Slots that nobody has reserved or holds."""
-        return self.slot_limit - self.quarantined_slots - self.committed_slots
+        """Slots that nobody has reserved, holds or pinned."""
+        return self.slot_limit - self.quarantined_slots - self.pinned_slots - self.committed_slots
 
     def open(self, client: int) -> None:
         self._accounts[client] = Account()
@@ -104,8 +106,8 @@ class Ledger:
         mine = self._accounts[client]
         slots = sum(other > 0 for other in others) + max(1, len(mine.layers))
         return (
-            sum(others) + max(reserve, mine.held) + self.quarantined <= self.budget
-            and slots + self.quarantined_slots <= self.slot_limit
+            sum(others) + max(reserve, mine.held) + self.quarantined + self.pinned <= self.budget
+            and slots + self.quarantined_slots + self.pinned_slots <= self.slot_limit
         )
 
     def set_reserve(self, client: int, reserve: int) -> None:
@@ -152,16 +154,16 @@ class Ledger:
         committed = sum(account.committed for account in self._accounts.values())
         if committed != self.committed:
             raise InvariantBroken(f"{committed} granules committed, booked {self.committed}")
-        if committed + self.quarantined > self.budget and not over_budget:
+        if committed + self.quarantined + self.pinned > self.budget and not over_budget:
             raise InvariantBroken(
-                f"{committed} granules committed and {self.quarantined} quarantined "
-                f"exceed the budget of {self.budget}"
+                f"{committed} granules committed, {self.quarantined} quarantined and "
+                f"{self.pinned} pinned exceed the budget of {self.budget}"
             )
         slots = sum(account.slots for account in self._accounts.values())
         if slots != self.committed_slots:
             raise InvariantBroken(f"{slots} slots committed, booked {self.committed_slots}")
         if self.available_slots < 0:
             raise InvariantBroken(
-                f"{slots} slots committed and {self.quarantined_slots} quarantined exceed "
-                f"the limit of {self.slot_limit}"
+                f"{slots} slots committed, {self.quarantined_slots} quarantined and "
+                f"{self.pinned_slots} pinned exceed the limit of {self.slot_limit}"
             )

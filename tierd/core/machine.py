@@ -29,17 +29,21 @@ from tierd.core.model import (
     DeviceMeasured,
     DiscardDone,
     Event,
+    EvictNow,
     Hint,
     HolderGone,
     LayerKey,
     ModelAdded,
     ModelRemoved,
+    Pin,
     Plan,
     ReadDone,
     ReadFailed,
     Release,
     Tick,
+    Unpin,
 )
+from tierd.core.pins import Pins
 from tierd.core.placement import Range
 from tierd.core.plans import LONGEST_STEP_NS
 from tierd.core.residency import Slot, SlotState
@@ -63,6 +67,7 @@ class TierMachine:
         self._admission = Admission(books, self._answers, self._convoys)
         self._fetcher = Fetcher(books, self._answers)
         self._restart = Restart(books, self._fetcher)
+        self._pins = Pins(books, self._fetcher)
 
     @property
     def books(self) -> Books:
@@ -124,6 +129,12 @@ class TierMachine:
                 self._restart.holder_gone(event)
             case DeviceMeasured():
                 self._device_measured(event)
+            case Pin():
+                self._pins.pin(event)
+            case Unpin():
+                self._pins.unpin(event)
+            case EvictNow():
+                self._pins.evict(event)
             case Tick():
                 pass
 
@@ -196,6 +207,7 @@ class TierMachine:
         model.removed = True
         self._books.removed.add(model.id)
         self._convoys.model_removed(model.id)
+        self._pins.forget(model)
         for client in self._books.clients.values():
             if client.plan is not None and client.plan.model == model.id:
                 self._admission.drop_plan(client)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 PLAN_KINDS = ("cyclic", "once", "open")
 DEFAULT_WEIGHT = 100
+OPERATOR = 0  #: the client of refusals to an operator; no connection has this id
 CERTAIN_PPM = 1_000_000  #: a probability of one, in millionths
 
 # --------------------------------------------------------------------------------------------------
@@ -222,6 +223,33 @@ class DeviceMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """An operator wants these layers to be resident and to stay. Answered by Done or Refuse."""
+
+    at_ns: int
+    request: int
+    keys: tuple[LayerKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unpin:
+    """These layers may be evicted again. Answered by Done."""
+
+    at_ns: int
+    request: int
+    keys: tuple[LayerKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvictNow:
+    """An operator wants these layers to go, whoever needs them next. Answered by Done or Refuse."""
+
+    at_ns: int
+    request: int
+    keys: tuple[LayerKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed. Send one now and then while plans are open: what waits too long is refused."""
 
@@ -244,6 +272,9 @@ Event = (
     | Adopted
     | HolderGone
     | DeviceMeasured
+    | Pin
+    | Unpin
+    | EvictNow
     | Tick
 )
 
@@ -315,7 +346,8 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """A final answer to a plan or an acquire. `code` is one of `tierd_layouts.wire.ErrorCode`."""
+    """A final answer to a plan or an acquire, or to an operator, who is client 0. `code` is one of
+    `tierd_layouts.wire.ErrorCode`."""
 
     client: int
     request: int
@@ -323,4 +355,13 @@ class Refuse:
     text: str
 
 
-Action = Read | Evict | Discard | Grant | Later | Admit | Refuse
+@dataclass(frozen=True, slots=True)
+class Done:
+    """An operator's command is in effect for `keys`; of those in `kept` it says why not."""
+
+    request: int
+    keys: tuple[LayerKey, ...]
+    kept: tuple[tuple[LayerKey, str], ...] = ()
+
+
+Action = Read | Evict | Discard | Grant | Later | Admit | Refuse | Done

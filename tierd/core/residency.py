@@ -35,6 +35,7 @@ class Slot:
     state: SlotState
     demanded: bool = False  #: somebody asked for it; else it is fetched ahead of all requests
     claim: Claim | None = None  #: while CLAIMED
+    pinned: bool = False  #: an operator wants it to stay
     leases: int = 0
     spared: bool = False  #: not to be chosen once more as a victim, for a moment
     holders: dict[int, None] = field(
@@ -43,7 +44,12 @@ class Slot:
 
     @property
     def evictable(self) -> bool:
-        return self.state is SlotState.RESIDENT and not self.leases and not self.holders
+        return (
+            self.state is SlotState.RESIDENT
+            and not self.leases
+            and not self.pinned
+            and not self.holders
+        )
 
 
 class SlotNumbers:

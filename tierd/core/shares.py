@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tierd.core.books import Request
+    from tierd.core.model import LayerKey
 
 #: Part that one observation has in what a byte takes.
 _CORRECTION = 8
@@ -101,6 +102,7 @@ class Device:
         self.ns_per_mib = 0  #: what a MiB takes at present, while it is read without a pause
         self.backlog_weight = 0  #: of clients that have requests
         self._shares: dict[int, Share] = {}
+        self.unread_pins: dict[LayerKey, None] = {}  #: pinned layers to be read, first come first
         self._bills: dict[Bill, None] = {}
         self._by_tag: list[Entry] = []  #: with requests, ahead of their share
         self._by_deadline: list[Entry] = []  #: with requests, eligible
@@ -111,6 +113,11 @@ class Device:
         if found is None:
             found = self._shares[client] = Share(client, weight, self.virtual)
         return found
+
+    def charged_bytes(self, client: int) -> int:
+        """The client's part of all that was read for somebody."""
+        share = self._shares.get(client)
+        return 0 if share is None else share.charged_bytes
 
     def drop(self, client: int) -> None:
         """The client is gone; its requests are closed."""

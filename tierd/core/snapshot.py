@@ -23,6 +23,7 @@ class MemorySnapshot:
     leased_bytes: int
     in_flight_bytes: int
     quarantined_bytes: int
+    pinned_bytes: int
     reserved_bytes: int  #: what admission has promised to all clients
     discarding_bytes: int
 
@@ -60,6 +61,10 @@ class ClientSnapshot:
     reserved_bytes: int
     stall_ns: int
     granted: int
+    weight: int
+    read_bytes: int  #: its part of what was read: a read is for all who wait for it, in equal parts
+    kind: str | None  #: of its plan
+    tokens_per_pass: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,7 @@ class LayerSnapshot:
     layer: int
     nbytes: int
     state: str  #: "absent", "reading" or "resident"
+    pinned: bool
     leases: int
     slot: int | None
     generation: int | None
@@ -97,12 +103,13 @@ def snapshot_of(books: Books) -> Snapshot:
         MemorySnapshot(
             memory.budget * granule, memory.warm * granule, memory.peak * granule,
             resident, leased, in_flight, books.ledger.quarantined * granule,
+            books.ledger.pinned * granule,
             books.ledger.committed * granule, memory.discarding * granule,
         ),
         Counters(**books.count),
         tuple(_client_snapshot(books, client) for client in books.clients.values()),
         {
-            model.id: tuple(_layer_snapshot(model, i) for i in range(len(model.slots)))
+            model.id: tuple(_layer_snapshot(books, model, i) for i in range(len(model.slots)))
             for model in books.models.values()
         },
     )  # fmt: skip
@@ -122,15 +129,22 @@ def _client_snapshot(books: Books, client: Client) -> ClientSnapshot:
         account.reserve * granule,
         client.stall_ns,
         client.granted,
+        client.weight,
+        sum(device.charged_bytes(client.id) for device in books.devices.values()),
+        None if plan is None else plan.kind,
+        None if plan is None else plan.tokens_per_pass,
     )
 
 
-def _layer_snapshot(model: ModelState, layer: int) -> LayerSnapshot:
+def _layer_snapshot(books: Books, model: ModelState, layer: int) -> LayerSnapshot:
     slot = model.slots[layer]
     distances = [plan.distance(layer) for plan in model.plans.values()]
     next_use = min((steps for steps in distances if steps is not None), default=None)
     nbytes = model.layer_bytes[layer]
+    pinned = model.keys[layer] in books.pins
     if slot is None:
-        return LayerSnapshot(layer, nbytes, "absent", 0, None, None, next_use)
+        return LayerSnapshot(layer, nbytes, "absent", pinned, 0, None, None, next_use)
     state = "resident" if slot.state is SlotState.RESIDENT else "reading"
-    return LayerSnapshot(layer, nbytes, state, slot.leases, slot.id, slot.generation, next_use)
+    return LayerSnapshot(
+        layer, nbytes, state, pinned, slot.leases, slot.id, slot.generation, next_use
+    )

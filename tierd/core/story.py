@@ -19,8 +19,10 @@ from tierd.core.model import (
     ClientJoined,
     ModelAdded,
     ModelRemoved,
+    Pin,
     Plan,
     Refuse,
+    Unpin,
 )
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class Story:
         self._models: dict[int, ModelAdded] = {}
         self._clients: dict[int, ClientJoined] = {}
         self._plans: dict[int, Plan] = {}
+        self._pins: dict[LayerKey, int] = {}  #: when each was pinned
 
     def keep(self, at_ns: int, event: Event, actions: list[Action], told: list[Told]) -> None:
         """The event was decided. Forgets the oldest entries where the ring is full."""
@@ -111,6 +114,11 @@ class Story:
             case ClientGone():
                 self._clients.pop(event.client, None)
                 self._plans.pop(event.client, None)
+            case Pin() if not any(isinstance(action, Refuse) for action in actions):
+                self._pins.update(dict.fromkeys(event.keys, event.at_ns))
+            case Unpin():
+                for key in event.keys:
+                    self._pins.pop(key, None)
             case Plan() if not any(isinstance(action, Refuse) for action in actions):
                 self._plans[event.client] = event
             case _:
@@ -126,11 +134,14 @@ class Story:
         )
 
     def opening(self) -> list[Event]:
-        """What was there when the first entry that is kept began: arenas, models, clients, plans,
-        with the times at which they came."""
+        """What was there when the first entry that is kept began: arenas, models, pins, clients,
+        plans, with the times at which they came."""
+        pins = [
+            Pin(at_ns, 0, (key,)) for key, at_ns in self._pins.items() if key.model in self._models
+        ]
         plans = [plan for plan in self._plans.values() if plan.model in self._models]
         return [
-            *self._arenas.values(), *self._models.values(), *self._clients.values(), *plans,
+            *self._arenas.values(), *self._models.values(), *pins, *self._clients.values(), *plans,
         ]  # fmt: skip
 
     def entries(self, first: int = 0, limit: int | None = None) -> Iterator[Entry]:

@@ -20,6 +20,7 @@ from tierd_layouts.errors import FormatError
 from tierd_tools import pack, progress, random_model, unpack
 from tierd_tools.demo import report, rows
 from tierd_tools.demo.memory_cap import CapUnavailable, MemoryCap
+from tierd_tools.demo.model_processes import WorkerFailed
 from tierd_tools.errors import ToolError
 
 SIZES = {"full": random_model.FULL, "small": random_model.SMALL}
@@ -77,7 +78,7 @@ def compare(
 ) -> tuple[list[rows.Row], dict[str, Any] | None]:
     """All rows; then, if wanted, one and two clients again with the SSD throttled."""
     reference = rows.run_memory(setting)
-    table = [rows.run_accelerate(setting, reference[0])]
+    table = [rows.run_accelerate(setting, reference)]
     report_row(table[-1])
     for clients in (1, 2):
         for compute in ("dense", "fused"):
@@ -146,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     try:
         result = run(parser().parse_args())
-    except (ToolError, FormatError, rows.WorkerFailed) as error:
+    except (ToolError, FormatError, WorkerFailed) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     broken = broken_promises(result)

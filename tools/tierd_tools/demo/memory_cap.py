@@ -33,12 +33,14 @@ class MemoryCap:
 
     def __init__(self, name: str, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._folder, self._version = _create(name)
+        self.folder, self.version = _create(name)
         try:
-            _limit(self._folder, self._version, limit_bytes)
+            _limit(self.folder, self.version, limit_bytes)
         except OSError as error:
-            self._folder.rmdir()
-            raise CapUnavailable(f"{self._folder} takes no limit: {error}") from error
+            self.folder.rmdir()
+            raise CapUnavailable(f"{self.folder} takes no limit: {error}") from error
+        #: groups that commands join; with cgroup v1 there may be others, of other controllers
+        self.joined = [self.folder]
         self._peak_memory = self._peak_cache = 0
         self._stop = threading.Event()
         self._sampler = threading.Thread(target=self._sample, name="memory-cap", daemon=True)
@@ -52,16 +54,18 @@ class MemoryCap:
         self._sampler.join()
         for _ in range(100):  # the kernel needs a moment after the last exit
             try:
-                self._folder.rmdir()
+                self.folder.rmdir()
                 return
             except OSError:
                 threading.Event().wait(0.05)
-        self._folder.rmdir()
+        self.folder.rmdir()
 
     def command(self, argv: list[str]) -> list[str]:
         """`argv`, started inside the group."""
         join = 'echo $$ > "$0" && exec "$@"'
-        return ["/bin/sh", "-c", join, str(self._folder / "cgroup.procs"), *argv]
+        for folder in self.joined:
+            argv = ["/bin/sh", "-c", join, str(folder / "cgroup.procs"), *argv]
+        return argv
 
     def peak(self) -> Peak:
         return Peak(self._peak_memory, self._peak_cache)
@@ -73,9 +77,9 @@ class MemoryCap:
             self._peak_cache = max(self._peak_cache, cache)
 
     def _usage(self) -> tuple[int, int]:
-        text = (self._folder / "memory.stat").read_text()
+        text = (self.folder / "memory.stat").read_text()
         stat = {key: int(value) for key, value in (line.split() for line in text.splitlines())}
-        if self._version == 1:
+        if self.version == 1:
             shmem = stat["total_shmem"]
             return stat["total_rss"] + shmem, stat["total_cache"] - shmem
         return stat["anon"] + stat["shmem"], stat["file"] - stat["shmem"]

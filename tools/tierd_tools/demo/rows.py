@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tierd_tools.demo import ssd_counter
 from tierd_tools.demo.memory_cap import MemoryCap, Peak
+from tierd_tools.demo.model_processes import run_workers
+from tierd_tools.demo.read_limit import limited_reads
 from tierd_tools.diagnostics import ask
 from tierd_tools.serving import serve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 MIB = 1 << 20
 #: What torch and transformers take in a process before any weight, granted to each model process.
 RUNTIME_BYTES = 350 * MIB
-READY_SECONDS = 240
 #: Share of the time; what clients wait below it is the round trips and the jitter of the reads.
 BOUND_STALL = 0.1
 
@@ -44,10 +42,12 @@ class Setting:
     prompt_tokens: int
     new_tokens: int
     cap_enforced: bool
+    cap_divisor: int = 2  #: the dense model is this many times the cap less the runtimes
+    read_limit: int | None = None  #: bytes per second that the kernel lets a row read
 
     @property
     def cap_bytes(self) -> int:
-        return self.dense_bytes // 2
+        return self.dense_bytes // self.cap_divisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +81,34 @@ def run_memory(setting: Setting) -> tuple[list[int], list[float]]:
     return result["tokens"], result["gaps"]
 
 
-def run_accelerate(setting: Setting, reference: list[int]) -> Row:
+def run_accelerate(
+    setting: Setting,
+    reference: tuple[list[int], list[float]],
+    environment: dict[str, str] | None = None,
+) -> Row:
     """Accelerate with the same DRAM budget for whole layers and the rest on disk."""
+    return _run_offloading(setting, "accelerate", reference, environment)
+
+
+def run_transformers(setting: Setting, reference: tuple[list[int], list[float]]) -> Row:
+    """transformers' own device map with the same DRAM budget, the rest read from the checkpoint."""
+    return _run_offloading(setting, "transformers", reference, None)
+
+
+def _run_offloading(
+    setting: Setting,
+    kind: str,
+    reference: tuple[list[int], list[float]],
+    environment: dict[str, str] | None,
+) -> Row:
     offload = setting.work_dir / "offload"
     shutil.rmtree(offload, ignore_errors=True)
+    offload.mkdir()
     ssd_counter.drop_from_page_cache(setting.pruned_dir)
-    with capped(setting, "accelerate", 1) as group:
+    with capped(setting, kind, 1) as group:
         argv = worker_argv(
             setting,
-            "accelerate",
+            kind,
             setting.threads,
             *("--model", str(setting.pruned_dir), "--offload", str(offload)),
             *("--dram-bytes", str(setting.dram_budget_bytes)),
@@ -98,10 +117,11 @@ def run_accelerate(setting: Setting, reference: list[int]) -> Row:
         # goes before the clock starts.
         results = run_workers(
             [group.command(argv)],
-            setting.work_dir / "accelerate.log",
+            setting.work_dir / f"{kind}.log",
             before_go=lambda: ssd_counter.drop_from_page_cache(offload),
+            environment=environment,
         )
-    row = summarise(setting, "accelerate", "dense", group, results, [(reference, [])])
+    row = summarise(setting, kind, "dense", group, results, [reference])
     shutil.rmtree(offload)
     return row
 
@@ -158,7 +178,13 @@ def capped(setting: Setting, name: str, clients: int) -> Iterator[MemoryCap | Un
     if not setting.cap_enforced:
         yield Uncapped()
         return
-    with MemoryCap(f"tierd-demo-{name}", setting.cap_bytes + clients * RUNTIME_BYTES) as group:
+    limit_bytes = setting.cap_bytes + clients * RUNTIME_BYTES
+    with (
+        MemoryCap(f"tierd-demo-{name}", limit_bytes) as group,
+        limited_reads(group, setting.work_dir, setting.read_limit)
+        if setting.read_limit is not None
+        else contextlib.nullcontext(),
+    ):
         yield group
 
 
@@ -168,61 +194,6 @@ def worker_argv(setting: Setting, kind: str, threads: int, *more: str) -> list[s
     argv += ["--new-tokens", str(setting.new_tokens)]
     stat = ssd_counter.stat_file(setting.work_dir)
     return [*argv, *(("--stat", str(stat)) if stat else ()), *more]
-
-
-def run_workers(
-    commands: list[list[str]], log: Path, before_go: Callable[[], None] | None = None
-) -> list[dict[str, Any]]:
-    """Start all, wait until all are ready, let all go at once, collect their JSON lines.
-
-    What the workers say on stderr goes to `log`; a worker that fails raises WorkerFailed with it.
-    """
-    environment = dict(os.environ, HF_HUB_OFFLINE="1")
-    with log.open("w") as errors:
-        workers = [
-            subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=environment,
-            )
-            for command in commands
-        ]
-    try:
-        for worker in workers:
-            assert worker.stdout is not None
-            line = worker.stdout.readline().strip()
-            if line != "ready":
-                raise WorkerFailed(_last_lines(log, worker.wait()))
-        if before_go is not None:
-            before_go()
-        outputs = []
-        for worker in workers:
-            assert worker.stdin is not None
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-        for worker in workers:
-            out, _ = worker.communicate(timeout=READY_SECONDS)
-            if worker.returncode != 0:
-                raise WorkerFailed(_last_lines(log, worker.returncode))
-            outputs.append(json.loads(out))
-        return outputs
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait()
-
-
-class WorkerFailed(RuntimeError):
-    """A model process ended early; the text has its last lines on stderr."""
-
-
-def _last_lines(log: Path, returncode: int) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-20:]
-    return "\n".join([f"a model process ended with {returncode}; it said, in {log}:", *lines])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,7 +222,7 @@ def summarise(
     )
     has_device = ssd_counter.stat_file(setting.work_dir) is not None
     stall = None
-    if name != "accelerate":
+    if all(result["waited_ns"] is not None for result in results):
         passed_ns, waited_ns = (
             sum(result[key][-1] - result[key][0] for result in results)
             for key in ("at_ns", "waited_ns")

@@ -1,6 +1,7 @@
 """One model process of the demo: loads, says `ready`, waits for `go`, generates, prints JSON.
 
 python -m tierd_tools.demo.worker accelerate --model DIR --offload DIR ...
+python -m tierd_tools.demo.worker transformers --model DIR --offload DIR ...
 python -m tierd_tools.demo.worker tierd --model NAME --socket PATH --compute fused ...
 python -m tierd_tools.demo.worker memory --model DIR ...
 """
@@ -31,7 +32,7 @@ class TokenClock:
         self.tokens: list[int] = []
         self.at_ns: list[int] = []
         self.ssd_bytes: list[int] = []
-        self.waited_ns: list[int] = []
+        self.waited_ns: list[int] | None = [] if hasattr(model, "tierd") else None
 
     def put(self, value: torch.Tensor) -> None:
         if not self._prompt_seen:  # transformers hands over the prompt first
@@ -39,7 +40,8 @@ class TokenClock:
             return
         self.at_ns.append(time.monotonic_ns())
         self.ssd_bytes.append(ssd_counter.read_bytes(self._stat) if self._stat else 0)
-        self.waited_ns.append(_waited_ns(self._model))
+        if self.waited_ns is not None:
+            self.waited_ns.append(int(self._model.tierd.statistics().stall_ns))
         self.tokens.extend(int(token) for token in value.flatten())
 
     def end(self) -> None:
@@ -81,6 +83,20 @@ def load_accelerate(args: argparse.Namespace) -> Any:
     )
 
 
+def load_transformers(args: argparse.Namespace) -> Any:
+    """transformers' device map with the same budget: reads what does not fit from the checkpoint's
+    own files, which it maps."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        args.model,
+        dtype="auto",
+        device_map="auto",
+        max_memory={"cpu": args.dram_bytes, "disk": 1 << 50},
+        offload_folder=args.offload,
+    )
+
+
 def load_memory(args: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -93,7 +109,12 @@ def load_tierd(args: argparse.Namespace) -> Any:
     return tierd_client.load_model(args.model, compute=args.compute, socket=args.socket)
 
 
-LOADERS = {"accelerate": load_accelerate, "memory": load_memory, "tierd": load_tierd}
+LOADERS = {
+    "accelerate": load_accelerate,
+    "memory": load_memory,
+    "tierd": load_tierd,
+    "transformers": load_transformers,
+}
 
 
 def generate(model: Any, args: argparse.Namespace) -> dict[str, object]:
@@ -124,11 +145,6 @@ def generate(model: Any, args: argparse.Namespace) -> dict[str, object]:
         best = [torch.topk(step[0].float(), 2).values for step in out.logits]
         result["gaps"] = [float(two[0] - two[1]) for two in best]
     return result
-
-
-def _waited_ns(model: Any) -> int:
-    weights = getattr(model, "tierd", None)
-    return int(weights.statistics().stall_ns) if weights is not None else 0
 
 
 def main() -> None:

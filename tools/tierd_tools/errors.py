@@ -13,6 +13,8 @@
     ├── TextRefused (ValueError)             no tokenizer, or a text that is unreadable or too short
     ├── EvaluationError (RuntimeError)       a pack cannot be served or run to be evaluated
     ├── VerifyError (ValueError)             a pack does not hold what its index promises
+    ├── NotServable (ValueError)             a node that is asked about cannot serve the model
+    ├── TraceRefused (ValueError)            a file is no recorded day that can be replayed
     ├── NoDaemon (ConnectionError)           nobody answers at the socket
     └── DaemonRefused (RuntimeError)         the daemon answered with an error
 
@@ -72,6 +74,14 @@ class EvaluationError(ToolError, RuntimeError):
 
 class VerifyError(ToolError, ValueError):
     """A pack does not hold what its index promises."""
+
+
+class NotServable(ToolError, ValueError):
+    """A machine as described cannot serve the model; the text has what it needs and has."""
+
+
+class TraceRefused(ToolError, ValueError):
+    """A file is not what `tierctl trace` writes, or holds too little to be replayed."""
 
 
 class NoDaemon(ToolError, ConnectionError):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierd_layouts.errors import FormatError, SocketPathTooLong
 from tierd_layouts.names import check_model_name
-from tierd_tools import pack_settings, render
+from tierd_tools import pack_settings, predict_command, render
 from tierd_tools.diagnostics import ask
 from tierd_tools.errors import BadSetting, ToolError
 
@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--text", type=Path, required=True, metavar="FILE")
     evaluate.add_argument("--windows", type=int, metavar="N", help="how many windows of the text")
     evaluate.add_argument("--window-tokens", type=int, metavar="T", help="tokens of a window")
+
+    predict_command.add(command)
 
     for name, about in (
         ("status", "Show the daemon, its tiers and what it has done."),

@@ -153,6 +153,12 @@ class Diagnosis:
             first = max(first, extent.first)
             reply["items"] = _page(_entry(entry) for entry in record.entries(first, PAGE_ITEMS))
         reply["next"] = first + len(reply["items"])
+        if part == "entries" and reply["next"] >= extent.end:
+            memory = self._daemon.engine.machine.snapshot().memory
+            reply["memory"] = {  # at the end of the record: counters can be led back from here
+                "resident_bytes": memory.resident_bytes,
+                "leased_bytes": memory.leased_bytes,
+            }
         return reply
 
     def _about(self) -> Reply:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from tierd.core.errors import UnknownRecord
 from tierd.core.model import CoreConfig, Read, ReadDone, ReadFailed
 from tierd.core.transcript import restored
 from tierd.sim.errors import BadRecording
@@ -57,18 +58,21 @@ class Recording:
         if data.get("version") != VERSION:
             raise BadRecording(f"{path} has version {data.get('version')!r}, not {VERSION}")
         try:
-            return cls._restored(data)
-        except (KeyError, TypeError, IndexError) as error:
+            return cls.restored(data)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            if isinstance(error, UnknownRecord):
+                raise
             raise BadRecording(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def _restored(cls, data: dict[str, Any]) -> Recording:
+    def restored(cls, data: dict[str, Any]) -> Recording:
+        """From what the daemon tells: `schema`, `config`, `opening`, `entries`."""
         schema = data["schema"]
         known = {field.name for field in fields(CoreConfig)}
         config = {name: value for name, value in data["config"].items() if name in known}
         moments = [
             Moment(at_ns, restored(event, schema), tuple(restored(a, schema) for a in actions))
-            for _, at_ns, event, actions in data["entries"]
+            for _, at_ns, event, actions, *_ in data["entries"]
         ]
         opening = tuple(restored(event, schema) for event in data["opening"])
         return cls(CoreConfig(**config), opening, tuple(moments))

@@ -41,6 +41,7 @@ class Use:
     released_ns: int | None = None
     pause_ns: int = 0
     compute_ns: int = 0
+    begin_ns: int = 0  #: when it could begin to compute, which went on for `compute_ns`
     trigger: int = (
         0  #: index of the use with which this one is asked for; its own without lookahead
     )
@@ -166,6 +167,7 @@ def _time(client: RecordedClient, end_ns: int) -> None:
         last_ns = end_ns if use.released_ns is None else use.released_ns
         over_ns = max(last_ns, begin_ns)
         use.compute_ns = over_ns - begin_ns
+        use.begin_ns = begin_ns
         # It was asked for in the course of the first use that was not over by then.
         use.trigger = bisect_right(overs, use.asked_ns)
         use.at_turn = use.trigger == index or use.asked_ns < begins[use.trigger]

@@ -207,6 +207,53 @@ def reload(reply: Reply) -> None:
         console().print("nothing changed")
 
 
+def why(reply: Reply) -> None:
+    console().print(reply["sentence"], soft_wrap=True)
+    rows = [
+        (f"{duration(told['ago_ns'])} ago", told["what"], told["text"])
+        for told in reply.get("history", ())
+    ]
+    if rows:
+        _table(("WHEN", "WHAT", "WHY"), rows)
+    if "history" in reply:
+        record = reply["record"]
+        reaches = record["reaches_ns"]
+        console().print(
+            "the record is empty"
+            if reaches is None
+            else f"the record reaches back {duration(reaches)}; "
+            f"{record['forgotten_events']} older events are forgotten"
+        )
+
+
+def replay(reply: Reply) -> None:
+    def times(row: Reply, key: str) -> str:
+        bound = ">= " if row["policy"] == "min" else ""
+        return bound + duration(row[key])
+
+    rows = [
+        (
+            row["policy"],
+            size(row["budget_bytes"]),
+            f"{row['hit_ratio']:.1%}",
+            size(row["read_bytes"]),
+            "-" if row["in_time"] is None else f"{row['in_time']}/{row['uses']}",
+            times(row, "stall_ns"),
+            times(row, "elapsed_ns"),
+        )
+        for row in reply["rows"]
+    ]
+    headings = ("POLICY", "DRAM", "HITS", "READ", "IN TIME", "STALL", "ELAPSED")
+    bandwidth = {row["bandwidth"] for row in reply["rows"]}
+    console().print(
+        f"{reply['trace']}: {reply['events']} events over {duration(int(reply['seconds'] * 1e9))}, "
+        f"at {' and '.join(size(rate) for rate in bandwidth)}/s; memory is empty at the begin"
+    )
+    _table(headings, rows, right=headings[1:])
+    for text in dict.fromkeys(text for row in reply["rows"] for text in row["refused"]):
+        console().print(f"left out: {text}", soft_wrap=True)
+
+
 TABLES: dict[str, Callable[[Reply], None]] = {
     "status": status,
     "models": models,
@@ -214,4 +261,6 @@ TABLES: dict[str, Callable[[Reply], None]] = {
     "clients": clients,
     "config": config,
     "reload": reload,
+    "why": why,
+    "replay": replay,
 }

@@ -78,7 +78,37 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--socket", help="default: $TIERD_SOCKET, then the usual places")
         if name == "layers":
             sub.add_argument("model")
+    _add_record(command)
     return top
+
+
+def _add_record(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands about the record of all decisions."""
+    why = command("why", _why, "Say in a sentence why a layer is where it is.")
+    why.add_argument("model")
+    why.add_argument("layer", help="its name, or its number")
+    why.add_argument("--history", action="store_true", help="print what was decided about it, too")
+    trace = command("trace", _trace, "Write what was decided, for Perfetto and for replay.")
+    trace.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    trace.add_argument(
+        "--seconds", type=float, default=0.0, metavar="N",
+        help="record on for so long; default: what the daemon remembers",
+    )  # fmt: skip
+    for sub in (why, trace):
+        sub.add_argument("--socket", help="default: $TIERD_SOCKET, then the usual places")
+    replay = command("replay", _replay, "Run a recorded day against other budgets and policies.")
+    replay.add_argument("trace", type=Path, metavar="TRACE", help="a file of `tierctl trace`")
+    replay.add_argument(
+        "--policy", action="append", default=[], metavar="POLICY",
+        choices=("next-use", "lru", "lfu", "mru", "pin-first-n", "min"),
+        help="next-use (tierd), lru, lfu, mru, pin-first-n, or min (the bound); default: all",
+    )  # fmt: skip
+    replay.add_argument(
+        "--dram", action="append", default=[], metavar="SIZE", help="a budget; default: as recorded"
+    )
+    replay.add_argument(
+        "--ssd-bandwidth", metavar="BANDWIDTH", help="e.g. 3GB/s; default: of the recorded reads"
+    )
 
 
 def _add_pack_settings(pack: argparse.ArgumentParser) -> None:
@@ -170,10 +200,37 @@ def _eval(arguments: argparse.Namespace) -> Any:
 
 
 def _ask(arguments: argparse.Namespace) -> render.Reply:
+    fields = {"model": check_model_name(arguments.model)} if arguments.command == "layers" else {}
+    return ask(_socket(arguments), arguments.command, **fields)
+
+
+def _socket(arguments: argparse.Namespace) -> str | None:
     if arguments.socket == "":  # `--socket "$UNSET"` must not end at another daemon
         raise BadSetting("--socket '' is no path")
-    fields = {"model": check_model_name(arguments.model)} if arguments.command == "layers" else {}
-    return ask(arguments.socket, arguments.command, **fields)
+    return arguments.socket  # type: ignore[no-any-return]
+
+
+def _why(arguments: argparse.Namespace) -> render.Reply:
+    from tierd_tools import why
+
+    reply = why.why(_socket(arguments), arguments.model, arguments.layer)
+    if not (arguments.history or arguments.json):
+        del reply["history"]
+    return reply
+
+
+def _trace(arguments: argparse.Namespace) -> Any:
+    from tierd_tools import trace
+
+    if not 0 <= arguments.seconds < 1e6:
+        raise BadSetting(f"--seconds {arguments.seconds} is not a number from 0 to 1000000")
+    return trace.trace(_socket(arguments), arguments.output, arguments.seconds)
+
+
+def _replay(arguments: argparse.Namespace) -> render.Reply:
+    from tierd_tools import replay
+
+    return replay.run(arguments.trace, arguments.policy, arguments.dram, arguments.ssd_bandwidth)
 
 
 def _failed(result: Any) -> bool:

@@ -1,0 +1,145 @@
+"""`tierctl why`, `trace` and `replay` against a daemon at work."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING, Any
+
+import msgpack  # type: ignore[import-untyped]
+import pytest
+
+import tierd_client
+from tests.tools.test_trace_tracks import check_format
+from tierd.sim.recording import Recording
+from tierd_tools import random_model, tierctl, trace
+from tierd_tools.serving import serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("packs")
+    random_model.write_pack(folder / "tiny", random_model.TINY)
+    with serve(["--models", str(folder), "--dram", "64MiB"], folder / "log") as daemon:
+        yield daemon.socket
+
+
+def one_pass(socket: str) -> int:
+    """A client goes through the model once; how many layers it has."""
+    with tierd_client.Client(socket, name="walker") as client:
+        opened = client.open("tiny")
+        layers = range(len(opened.index.layers))
+        opened.plan(layers)
+        for layer in layers:
+            opened.acquire(layer).release()
+        return len(layers)
+
+
+def test_a_trace_of_a_daemon_is_drawn_and_can_be_replayed(
+    socket: str, tmp_path: Path, capsys: Capture
+) -> None:
+    layers = one_pass(socket)
+    path = tmp_path / "day.json"
+    assert tierctl.main(["trace", "-o", str(path), "--socket", socket]) == 0
+    assert "perfetto" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [path]
+    document = json.loads(path.read_text())
+    check_format(document["traceEvents"])
+    names = {event["args"]["name"] for event in document["traceEvents"] if event["ph"] == "M"}
+    assert {"tier dram", "ssd", "clients", "reader 1"} <= names
+    data = document["otherData"]
+    assert (data["gaps"], data["forgotten_events"]) == ([], 0)
+    assert data["status"]["ssd"]["reads"] >= layers
+    recording = Recording.read(path)
+    assert recording.config.budget_bytes == 64 << 20
+    assert len(recording.moments) == len(data["entries"])
+
+    assert tierctl.main(["replay", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("next-use", "lru", "lfu", "mru", "pin-first-n", "min", "HITS", "STALL"):
+        assert word in printed
+    argv = ["replay", str(path), "--json", "--policy", "lru", "--policy", "min"]
+    argv += ["--dram", "64MiB", "--dram", "1GiB", "--ssd-bandwidth", "1GB/s"]
+    assert tierctl.main(argv) == 0
+    reply = json.loads(capsys.readouterr().out)
+    rows = [(row["policy"], row["budget_bytes"], row["bandwidth"]) for row in reply["rows"]]
+    assert rows == [(policy, size << 20, 10**9) for size in (64, 1024) for policy in ("lru", "min")]
+    assert all(row["uses"] >= layers for row in reply["rows"])
+
+
+def test_a_trace_goes_on_for_as_long_as_it_is_told(socket: str, tmp_path: Path) -> None:
+    walker = threading.Timer(0.3, one_pass, [socket])
+    walker.start()
+    before = trace.trace(socket, tmp_path / "before.json")
+    written = trace.trace(socket, tmp_path / "day.json", seconds=1.5)
+    walker.join()
+    after = trace.trace(socket, tmp_path / "after.json")
+    assert before.entries < written.entries == after.entries
+    assert written.missed == 0
+
+
+def test_what_the_ring_forgot_between_two_pages_is_counted(tmp_path: Path) -> None:
+    def page(first: int, end: int, kept: int, numbers: list[int]) -> dict[str, Any]:
+        items = [msgpack.packb([n, n, ["@Tick", n], [], []]) for n in numbers]
+        return {"items": items, "next": first + len(items), "end": end, "first": kept}
+
+    entries = [page(10, 20, 10, [10, 11]), page(15, 17, 15, [15, 16]), page(17, 17, 15, [])]
+
+    def ask(op: str, part: str, first: int = 0) -> dict[str, Any]:
+        assert op == "trace"
+        if part == "entries":
+            return entries.pop(0)
+        return {"items": [], "next": 0, "end": 20, "first": 10, "clients": []}
+
+    found = trace.fetch(ask, 0.0)
+    assert [entry[0] for entry in found.entries] == [10, 11, 15, 16]
+    assert found.gaps == [[12, 15]]
+    assert found.forgotten == 10
+
+
+def test_why_is_a_sentence_and_with_history_the_decisions(socket: str, capsys: Capture) -> None:
+    one_pass(socket)
+    argv = ["why", "tiny", "model.layers.1", "--socket", socket]
+    assert tierctl.main(argv) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("model.layers.1 of tiny (")
+    assert "is resident since" in line
+    assert tierctl.main([*argv, "--history"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(" read " in line for line in lines[1:])
+    assert "the record reaches back" in lines[-1]
+    assert tierctl.main([*argv, "--json"]) == 0
+    reply = json.loads(capsys.readouterr().out)
+    assert reply["sentence"].endswith(".")
+    assert reply["state"] == "resident"
+    assert {told["what"] for told in reply["history"]} >= {"read", "resident", "grant"}
+
+
+def test_what_cannot_be_answered_is_one_line_and_a_code(
+    socket: str, tmp_path: Path, capsys: Capture
+) -> None:
+    stray = tmp_path / "stray.json"
+    stray.write_text('{"traceEvents": []}')
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"otherData": {"format": "tierd-trace", "version": 1}}')
+    for argv, code, text in (
+        (["why", "tiny", "nothing", "--socket", socket], 1, "has no layer 'nothing'"),
+        (["why", "nothing", "0", "--socket", socket], 1, "no model 'nothing'"),
+        (["trace", "-o", str(tmp_path / "x"), "--seconds", "-1", "--socket", socket], 2, "-1"),
+        (["trace", "-o", str(tmp_path / "no" / "x"), "--socket", socket], 1, "No such file"),
+        (["trace", "-o", str(tmp_path / "x"), "--socket", str(tmp_path / "s")], 1, "s"),
+        (["replay", str(stray)], 1, "not from `tierctl trace`"),
+        (["replay", str(damaged)], 1, "damaged"),
+        (["replay", str(tmp_path / "none")], 1, "No such file"),
+        (["replay", str(stray), "--dram", "lots"], 2, "'lots' is not a size"),
+    ):
+        assert tierctl.main(argv) == code
+        errors = capsys.readouterr().err
+        assert text in errors
+        assert errors.count("\n") == 1

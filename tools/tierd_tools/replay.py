@@ -1,0 +1,58 @@
+"""`tierctl replay`: a recorded day against other budgets, bandwidths and policies, in a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from tierd.core.errors import UnknownRecord
+from tierd.sim.errors import BadRecording
+from tierd.sim.recording import Recording
+from tierd.sim.replay import POLICIES, replay
+from tierd.sizes import parse_size
+from tierd_tools.errors import BadSetting, TraceRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+def run(
+    path: Path,
+    policies: Sequence[str] = (),
+    dram: Sequence[str] = (),
+    ssd_bandwidth: str | None = None,
+) -> dict[str, Any]:
+    """Rows for every policy (all, if none is named) under every budget (the recorded one)."""
+    budgets: list[int | None] = [_size("--dram", text) for text in dram]
+    bandwidth = (
+        None
+        if ssd_bandwidth is None
+        else _size("--ssd-bandwidth", ssd_bandwidth.removesuffix("/s"))
+    )
+    try:
+        recording = Recording.read(path)
+        rows = [
+            row
+            for budget in budgets or [None]
+            for row in replay(
+                recording, policies or POLICIES, budget_bytes=budget, bandwidth=bandwidth
+            )
+        ]
+    except (BadRecording, UnknownRecord) as error:
+        raise TraceRefused(str(error)) from error
+    return {
+        "trace": str(path),
+        "seconds": (recording.end_ns - recording.begin_ns) / 1e9,
+        "events": len(recording.moments),
+        "recorded_budget_bytes": recording.config.budget_bytes,
+        "recorded_bandwidth": recording.bandwidth(),
+        "rows": [{**dataclasses.asdict(row), "hit_ratio": row.hit_ratio} for row in rows],
+    }
+
+
+def _size(option: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise BadSetting(f"{option}: {error}") from error

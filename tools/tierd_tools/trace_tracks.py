@@ -1,0 +1,321 @@
+"""A recording as trace events: what Perfetto and chrome://tracing draw.
+
+Format: "Trace Event Format" (Chromium project), JSON object form. Used here: M (names), X (slices:
+reads, waits, compute), b and e (how long a layer was resident), i (other decisions), C (counters),
+s and f (a flow from a read to the use that it served). Times in microseconds since the first event.
+
+track               one line each
+tier dram           decisions; residency of each layer; counters of bytes resident and leased
+ssd                 a line per read that runs beside others; a counter of bytes a second
+clients             a line per client: waiting for a layer, computing with it
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tierd.core.model import (
+    ClientGone,
+    Evict,
+    Grant,
+    LayerKey,
+    ModelAdded,
+    Read,
+    ReadDone,
+    ReadFailed,
+    Release,
+)
+from tierd.sim.workload import clients_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from tierd.sim.recording import Recording
+
+    #: by model: its name, the names of its layers
+    Names = Mapping[int, tuple[str, Sequence[str]]]
+
+TIER, SSD, CLIENTS = 1, 2, 3  #: process ids of the tracks
+RATE_STEP_NS, RATE_STEPS = 10_000_000, 5_000  #: resolution of the bandwidth: at most so many
+DRAWN = ("read", "resident", "grant", "wait")  #: decisions that other events show
+
+TraceEvent = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A decision of the record: the layer is (model, layer)."""
+
+    at_ns: int
+    what: str
+    key: tuple[int, int] | None
+    text: str
+
+
+@dataclass(slots=True)
+class Reading:
+    """A read of the recording."""
+
+    read: Read
+    begin_ns: int
+    end_ns: int
+    result: str
+    lane: int = 0
+
+
+def tracks(
+    recording: Recording,
+    decided: Iterable[Decided],
+    layers: Names,
+    clients: Mapping[int, str],
+    memory: Mapping[str, int],
+) -> list[TraceEvent]:
+    """All trace events, names first, then by time. `memory`: bytes at the end, from which the
+    counters are led back."""
+    drawing = _Drawing(recording, layers)
+    drawing.reads()
+    drawing.clients()
+    drawing.decisions(decided)
+    drawing.residency()
+    drawing.counters(memory)
+    # The sort is stable: of what happens at one time, a begin stays before its end.
+    drawing.events.sort(key=lambda event: float(event["ts"]))
+    return [*drawing.names(clients), *drawing.events]
+
+
+class _Drawing:
+    def __init__(self, recording: Recording, layers: Names) -> None:
+        self.events: list[TraceEvent] = []
+        self._recording = recording
+        self._layers = layers
+        self._begin_ns = recording.begin_ns
+        self._readings = _readings(recording)
+        self._lanes = 0
+        self._clients: dict[int, None] = {}
+
+    def _us(self, at_ns: int) -> float:
+        return (at_ns - self._begin_ns) / 1000
+
+    def _name(self, key: LayerKey) -> str:
+        name, layers = self._layers.get(key.model, (f"model {key.model}", ()))
+        layer = layers[key.layer] if key.layer < len(layers) else f"layer {key.layer}"
+        return f"{name} {layer}"
+
+    def _add(self, ph: str, name: str, at_ns: int, pid: int, tid: int, **more: Any) -> None:
+        self.events.append(
+            {"ph": ph, "name": name, "ts": self._us(at_ns), "pid": pid, "tid": tid, **more}
+        )
+
+    def names(self, clients: Mapping[int, str]) -> list[TraceEvent]:
+        known = {(TIER, 1): "decisions"}
+        known |= {(SSD, lane): f"reader {lane}" for lane in range(1, self._lanes + 1)}
+        for client in self._clients:
+            name = clients.get(client, "")
+            known[CLIENTS, client] = f"client {client}" + (f" ({name})" if name else "")
+        result = [
+            {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}}
+            for pid, name in ((TIER, "tier dram"), (SSD, "ssd"), (CLIENTS, "clients"))
+        ]
+        for (pid, tid), name in known.items():
+            where = {"pid": pid, "tid": tid}
+            result.append({"ph": "M", "name": "thread_name", **where, "args": {"name": name}})
+        return result
+
+    def reads(self) -> None:
+        """A slice for each, on the first line that is free."""
+        free: list[int] = []
+        busy: list[tuple[int, int]] = []
+        for reading in self._readings:
+            while busy and busy[0][0] <= reading.begin_ns:
+                heapq.heappush(free, heapq.heappop(busy)[1])
+            if not free:
+                self._lanes += 1
+                free.append(self._lanes)
+            reading.lane = heapq.heappop(free)
+            heapq.heappush(busy, (reading.end_ns, reading.lane))
+            read = reading.read
+            duration_ns = reading.end_ns - reading.begin_ns
+            self._add(
+                "X", self._name(read.key), reading.begin_ns, SSD, reading.lane,
+                dur=duration_ns / 1000, cat="read",
+                args={
+                    "reason": read.reason, "bytes": read.nbytes, "slot": read.slot,
+                    "result": reading.result,
+                    "MB/s": read.nbytes * 1000 // duration_ns if duration_ns else None,
+                },
+            )  # fmt: skip
+
+    def clients(self) -> None:
+        """Waits and compute, one after the other; a flow from the read that a use waited for."""
+        served = {(r.read.slot, r.read.generation): r for r in self._readings}
+        granted: dict[tuple[int, LayerKey, int], Grant] = {}
+        for moment in self._recording.moments:
+            for action in moment.actions:
+                if isinstance(action, Grant):
+                    granted[action.client, action.key, moment.at_ns] = action
+        for client in clients_of(self._recording):
+            self._clients[client.client] = None
+            turn_ns = client.joined_ns
+            for use in client.uses:
+                turn_ns += use.pause_ns
+                name, where = self._name(use.key), (CLIENTS, client.client)
+                if use.begin_ns > turn_ns:
+                    wait_us = (use.begin_ns - turn_ns) / 1000
+                    self._add("X", f"wait for {name}", turn_ns, *where, dur=wait_us, cat="wait")
+                ended_ns = use.begin_ns + use.compute_ns
+                asked_ms = (use.begin_ns - use.asked_ns) / 1e6
+                self._add(
+                    "X", name, use.begin_ns, *where, dur=use.compute_ns / 1000, cat="compute",
+                    args={"asked_ms_before": asked_ms},
+                )  # fmt: skip
+                assert use.granted_ns is not None
+                grant = granted[client.client, use.key, use.granted_ns]
+                reading = served.pop((grant.slot, grant.generation), None)
+                if reading is not None and reading.result == "done":
+                    self._flow(reading, grant.lease, use.begin_ns, client.client)
+                turn_ns = ended_ns
+
+    def _flow(self, reading: Reading, number: int, begin_ns: int, client: int) -> None:
+        flow = {"id": number, "cat": "serves"}
+        self._add("s", "serves", reading.begin_ns, SSD, reading.lane, **flow)
+        self._add("f", "serves", begin_ns, CLIENTS, client, bp="e", **flow)
+
+    def decisions(self, decided: Iterable[Decided]) -> None:
+        """An instant for each that nothing else shows, with its reason."""
+        for one in decided:
+            if one.what not in DRAWN:
+                key = None if one.key is None else LayerKey(*one.key)
+                name = one.what if key is None else f"{one.what} {self._name(key)}"
+                self._add(
+                    "i", name, one.at_ns, TIER, 1, s="t", cat=one.what, args={"reason": one.text}
+                )
+
+    def residency(self) -> None:
+        """From the end of its read to its eviction, or to the end of the record."""
+        began: dict[int, Reading] = {}
+        for reading in self._readings:
+            if reading.result == "done":
+                began[reading.read.generation] = reading
+        ends = {
+            action.generation: moment.at_ns
+            for moment in self._recording.moments
+            for action in moment.actions
+            if isinstance(action, Evict)
+        }
+        for generation, reading in began.items():
+            same = {"id": generation, "cat": "resident"}
+            name = self._name(reading.read.key)
+            nbytes = {"bytes": reading.read.nbytes, "slot": reading.read.slot}
+            self._add("b", name, reading.end_ns, TIER, 1, args=nbytes, **same)
+            end_ns = ends.get(generation, self._recording.end_ns)
+            self._add("e", name, end_ns, TIER, 1, **same)
+
+    def counters(self, memory: Mapping[str, int]) -> None:
+        for name, changes in _occupancy(self._recording).items():
+            self._counter(TIER, name, changes, memory.get(f"{name}_bytes"))
+        self._counter(SSD, "bytes per second", _bandwidth(self._recording, self._readings), 0)
+
+    def _counter(
+        self, pid: int, name: str, changes: list[tuple[int, int]], end: int | None
+    ) -> None:
+        """`changes`: (at_ns, by how much). `end`: the value after the last of them."""
+        total = sum(change for _, change in changes)
+        value = 0 if end is None else max(end - total, 0)
+        at: dict[int, int] = {}
+        for at_ns, change in [(self._begin_ns, 0), *sorted(changes)]:
+            value += change
+            at[at_ns] = value
+        for at_ns, value in at.items():
+            self._add("C", name, at_ns, pid, 0, args={"bytes": max(value, 0)})
+
+
+def _readings(recording: Recording) -> list[Reading]:
+    """Every read; one that did not end in the recording ends with it."""
+    running: dict[int, Reading] = {}
+    found: list[Reading] = []
+    for moment in recording.moments:
+        event = moment.event
+        if isinstance(event, ReadDone | ReadFailed) and event.slot in running:
+            reading = running.pop(event.slot)
+            reading.end_ns = moment.at_ns
+            reading.result = "done" if isinstance(event, ReadDone) else event.code
+        for action in moment.actions:
+            if isinstance(action, Read):
+                reading = Reading(action, moment.at_ns, recording.end_ns, "in flight")
+                running[action.slot] = reading
+                found.append(reading)
+    return found
+
+
+def _bandwidth(recording: Recording, readings: Iterable[Reading]) -> list[tuple[int, int]]:
+    """Changes of the bytes a second, in steps. The bytes of a read came between the end of the one
+    that ended before it, or its own begin, and its end."""
+    begin_ns = recording.begin_ns
+    step_ns = max(RATE_STEP_NS, (recording.end_ns - begin_ns) // RATE_STEPS)
+    steps: Counter[int] = Counter()
+    before_ns = begin_ns
+    for reading in sorted(readings, key=lambda reading: reading.end_ns):
+        if reading.result != "done":
+            continue
+        from_ns = max(before_ns, reading.begin_ns)
+        before_ns = reading.end_ns
+        first, last = (from_ns - begin_ns) // step_ns, (reading.end_ns - begin_ns) // step_ns
+        for step in range(first, last + 1):
+            low = max(from_ns, begin_ns + step * step_ns)
+            high = min(reading.end_ns, begin_ns + (step + 1) * step_ns)
+            share = (high - low, reading.end_ns - from_ns) if reading.end_ns > from_ns else (1, 1)
+            steps[step] += reading.read.nbytes * share[0] // share[1]
+    changes: list[tuple[int, int]] = []
+    for step, nbytes in steps.items():
+        rate = nbytes * 10**9 // step_ns
+        changes += [(begin_ns + step * step_ns, rate), (begin_ns + (step + 1) * step_ns, -rate)]
+    return changes
+
+
+def _occupancy(recording: Recording) -> dict[str, list[tuple[int, int]]]:
+    """Changes of the bytes resident and leased, (at_ns, by how much)."""
+    events = [*recording.opening, *(moment.event for moment in recording.moments)]
+    sizes = {event.model: event.layer_bytes for event in events if isinstance(event, ModelAdded)}
+    changes: dict[str, list[tuple[int, int]]] = {"resident": [], "leased": []}
+    reading: dict[int, int] = {}
+    leases: dict[int, tuple[int, int, int]] = {}  # lease: client, slot, bytes
+    holders: Counter[int] = Counter()
+
+    def over(lease: int, at_ns: int) -> None:
+        _, slot, nbytes = leases.pop(lease)
+        holders[slot] -= 1
+        if not holders[slot]:
+            changes["leased"].append((at_ns, -nbytes))
+
+    for moment in recording.moments:
+        at_ns, event = moment.at_ns, moment.event
+        match event:
+            case ReadDone() if event.slot in reading:
+                changes["resident"].append((at_ns, reading.pop(event.slot)))
+            case Release() if event.lease in leases:
+                over(event.lease, at_ns)
+            case ClientGone():
+                for lease in [n for n, (c, _, _) in leases.items() if c == event.client]:
+                    over(lease, at_ns)
+            case _:
+                pass
+        for action in moment.actions:
+            match action:
+                case Read():
+                    reading[action.slot] = action.nbytes
+                case Evict():
+                    failed = reading.pop(action.slot, None) is not None
+                    if not failed and action.key is not None and action.key.model in sizes:
+                        nbytes = sizes[action.key.model][action.key.layer]
+                        changes["resident"].append((at_ns, -nbytes))
+                case Grant():
+                    leases[action.lease] = (action.client, action.slot, action.nbytes)
+                    holders[action.slot] += 1
+                    if holders[action.slot] == 1:
+                        changes["leased"].append((at_ns, action.nbytes))
+                case _:
+                    pass
+    return changes

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tierd.core.orders import Order
+from tierd.core.orders import Order, between, first_after, last_before
 from tierd.core.plans import NEVER, PlanState
 
 
@@ -76,3 +76,34 @@ def test_the_time_of_a_step_follows_the_client_but_not_its_pauses() -> None:
     assert 1_900_000 < plan.step_ns < 2_200_000
     plan.advance(0, 3_600_000_000_000)
     assert plan.step_ns < 4_500_000
+
+
+def test_a_client_that_stalls_does_not_look_slow() -> None:
+    """The disk makes each step ten times as long; what the client computes is seen through it."""
+    plan, free = plan_of(0, 1, 2, 3), plan_of(0, 1, 2, 3)
+    for step in range(60):
+        plan.advance(step % 4, step * 20_000_000)
+        plan.waited(18_000_000)
+        free.advance(step % 4, step * 2_000_000)
+    assert 1_900_000 < plan.compute_ns < 2_200_000
+    assert 17_000_000 < plan.wait_ns < 19_000_000
+    assert plan.step_ns == plan.compute_ns + plan.wait_ns
+    assert abs(plan.compute_ns - free.compute_ns) < 100_000
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sets_of_places_agree_with_a_walk(seed: int) -> None:
+    rng = random.Random(seed)
+    length = rng.randint(1, 90)
+    for _ in range(40):
+        places = rng.getrandbits(length) if rng.random() < 0.9 else 0
+        position = rng.randrange(-1, length)
+        ahead = [(position + step) % length for step in range(1, length + 1)]
+        there = [place for place in ahead if places >> place & 1]
+        assert first_after(places, position) == (there[0] if there else None)
+        behind = [(position - step) % length for step in range(length)]
+        back = [place for place in behind if places >> place & 1]
+        assert last_before(places, position) == (back[0] if back else None)
+        place = rng.choice(ahead)
+        upto = ahead[: ahead.index(place)]
+        assert between(places, position, place) == sum(places >> at & 1 for at in upto)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tierd.core.books import Books, Client
     from tierd.core.phases import Gathering
     from tierd.core.plans import PlanState
-    from tierd.core.residency import ModelState
+    from tierd.core.served import ModelState
 
 LONGEST_REST = 64  #: passes for which a client that keeps falling out of phase is left alone
 SILENT_STEPS = 4  #: a client without a sign of life for so many steps neither runs nor is held

@@ -166,7 +166,7 @@ class Fetcher:
     def _start_ahead(self, candidate: Candidate, share: Share) -> bool:
         key = candidate.key
         model = self._books.models[key.model]
-        due = candidate.due if candidate.may_evict else -NEVER
+        due = self._books.policy.spared_until(candidate, self._books.now)
         if not candidate.may_evict and (
             model.charges[key.layer] > self._books.memory.free or self._books.numbers.exhausted
         ):

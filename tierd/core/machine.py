@@ -237,6 +237,7 @@ class TierMachine:
         plan = self._books.client(event.client).plan
         if plan is not None and plan.kind == "open" and plan.model == event.model:
             plan.hint(event)
+            self._books.policy.touched(event.client, plan)
 
     def _client_gone(self, event: ClientGone) -> None:
         client = self._books.client(event.client)

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from tierd.core.served import ModelState
 
 
-FAR_ENOUGH = 3, 2  #: for a read ahead gives way what is due 3/2 times as far ahead
+#: For a read ahead gives way what is due this many times as far ahead,
+#: unless the client is about to ask for it.
+FAR_ENOUGH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +143,8 @@ class Policy:
         found = self._furthest.top() or self._furthest.top_small()
         if found is None:
             return None
-        if needed_due is not None:
-            times, over = FAR_ENOUGH
-            if over * (found[1] + now_ns) <= times * (needed_due + now_ns):
-                return None
+        if needed_due is not None and found[1] <= needed_due:
+            return None
         return self._passing_instead(Victim(*found), needed_due, now_ns)
 
     def _least_recently_used(self) -> Slot | None:
@@ -210,6 +210,14 @@ class Policy:
     def soonest(self, limit: int, device: int) -> list[Candidate]:
         """The next missing layers on a device, of the `limit` clients that need them soonest."""
         return self._soonest.first(limit, device)
+
+    def spared_until(self, candidate: Candidate, now_ns: int) -> int:
+        """The due value up to which no layer may give way to this candidate."""
+        if not candidate.may_evict:
+            return -NEVER
+        if candidate.urgent:
+            return candidate.due
+        return FAR_ENOUGH * (candidate.due + now_ns) - now_ns
 
     def candidate_of(self, client: int) -> Candidate | None:
         """The next missing layer of this client's plan."""

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tierd.core.served import ModelState
 
 _SPARE_ENTRIES = 64  #: outdated ones that the heap may hold beside twice the plans
-_CERTAIN_PPM = 1_000_000
+#: A candidate is urgent so many steps beyond the layers that move at once.
+URGENT_STEPS = 1
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class Candidate:
     key: LayerKey
     distance: int
     may_evict: bool  #: else it is fetched into free memory only
+    urgent: bool  #: the client is about to ask for it
 
 
 class Soonest:
@@ -176,7 +178,7 @@ class Soonest:
         moving += between(moved, position, place)
         key = model.keys[route.layers[place]]
         due = plan.compute_ns * distance - plan.last_ns
-        return Candidate(due, client, key, distance, moving < room)
+        return Candidate(due, client, key, distance, moving < room, distance <= room + URGENT_STEPS)
 
     def _hinted(self, model: ModelState, client: int, plan: PlanState) -> Candidate | None:
         """Of an open plan only what was announced is fetched ahead, the most likely soonest."""
@@ -188,5 +190,5 @@ class Soonest:
                 continue
             due = plan.due(layer)
             if ppm and (best is None or due < best.due):
-                best = Candidate(due, client, key, at - plan.steps, True)
+                best = Candidate(due, client, key, at - plan.steps, True, False)
         return best

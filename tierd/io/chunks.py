@@ -42,15 +42,15 @@ class ChunkRead:
 
 
 def read_chunk(chunk: Chunk, piece_bytes: int) -> ChunkRead:
-    """Fill and verify the chunk's target. Blocks; releases the GIL while reading and hashing.
+    """Fill the chunk's target. Blocks without the GIL.
 
     piece_bytes: the most that one call to the system asks for, a multiple of 4 KiB.
     A file system that opens with O_DIRECT but refuses to read with it (EINVAL) is read through the
-    page cache from then on, and nothing is left there.
-    Raises ReadError (system error, file too short) and ChecksumMismatch.
+    page cache from then on, and nothing is left there. Raises ReadError (system error, file too
+    short).
     """
     try:
-        outcome = _read(chunk, piece_bytes)
+        return _read(chunk, piece_bytes)
     except ReadError:
         raise
     except OSError as error:
@@ -59,8 +59,20 @@ def read_chunk(chunk: Chunk, piece_bytes: int) -> ChunkRead:
             f"{chunk.name} cannot be read: {errno.errorcode.get(number, number)} "
             f"({os.strerror(number)}), {chunk.target.nbytes} bytes at offset {chunk.offset}"
         ) from None
-    _verify(chunk)
-    return outcome
+
+
+def verify_chunk(chunk: Chunk) -> None:
+    """Hash what was read, without the GIL. Raises ChecksumMismatch."""
+    for number, expected in enumerate(chunk.xxh3):
+        start = number * BLOCK_BYTES
+        block = chunk.target[start : start + BLOCK_BYTES]
+        found = xxhash.xxh3_64_intdigest(block)
+        if found != expected:
+            raise ChecksumMismatch(
+                f"{chunk.name} is corrupt: block {chunk.index + number} of {chunk.count} "
+                f"({block.nbytes} bytes at offset {chunk.offset + start}) "
+                f"has xxh3 {found:016x}, expected {expected:016x}"
+            )
 
 
 def _read(chunk: Chunk, piece_bytes: int) -> ChunkRead:
@@ -99,16 +111,3 @@ def _fill(chunk: Chunk, piece_bytes: int) -> None:
             done += pages
         else:
             done = end
-
-
-def _verify(chunk: Chunk) -> None:
-    for number, expected in enumerate(chunk.xxh3):
-        start = number * BLOCK_BYTES
-        block = chunk.target[start : start + BLOCK_BYTES]
-        found = xxhash.xxh3_64_intdigest(block)
-        if found != expected:
-            raise ChecksumMismatch(
-                f"{chunk.name} is corrupt: block {chunk.index + number} of {chunk.count} "
-                f"({block.nbytes} bytes at offset {chunk.offset + start}) "
-                f"has xxh3 {found:016x}, expected {expected:016x}"
-            )

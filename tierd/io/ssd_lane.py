@@ -1,7 +1,11 @@
 """The threads that read one device.
 
+`readers` of them read, one more verifies meanwhile: so the device always has as much to do as it
+was meant to have. One verifies at a time, because one can use up the memory's bandwidth; two that
+share it take more time for the same bytes.
+
 A device that never answers keeps the threads of its lane, and those of no other: the packs on other
-devices are read on. Threads start with the lane's first job and are never more than `readers`.
+devices are read on. Threads start with the lane's first job and are never more than `readers` + 1.
 """
 
 from __future__ import annotations
@@ -14,13 +18,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tierd.errors import ReadCancelled, ReadError
-from tierd.io.chunks import read_chunk
+from tierd.io.chunks import read_chunk, verify_chunk
 from tierd.io.ssd_job import ReadResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from tierd.io.chunks import Chunk, ChunkRead
+    from tierd.io.chunks import Chunk
     from tierd.io.ssd_job import ReadJob
     from tierd.io.throttle import Throttle
 
@@ -73,9 +77,11 @@ class Lane:
         self._lock = threading.Lock()
         self._queued = threading.Condition(self._lock)
         self._closing = threading.Event()
+        self._verifying = threading.Lock()
         # Everything below is counted under the lock.
         self._read_bytes = self._reads = self._failed = 0
         self._busy_ns = self._busy_since_ns = 0
+        self._taken = 0  # chunks that are to be read, or are being read, by a thread
         self._under_way: dict[Chunk, int] = {}  # since when, the oldest first
         self._buffered: set[str] = set()
 
@@ -102,7 +108,7 @@ class Lane:
             self._queued.notify(len(chunks))
 
     def _start_threads(self) -> None:
-        while len(self._threads) < self._readers:
+        while len(self._threads) < self._readers + 1:
             thread = threading.Thread(
                 target=self._run, name=f"{self._name}-{self._started}", daemon=True
             )
@@ -173,11 +179,12 @@ class Lane:
         """Wait for the next chunk; None when this thread is to end."""
         with self._queued:
             while True:
-                if len(self._threads) > self._readers:
+                if len(self._threads) > self._readers + 1:
                     self._threads.remove(threading.current_thread())
                     self._queued.notify()  # perhaps of a chunk that came meanwhile
                     return None
-                if self._queue:
+                if self._queue and self._taken < self._readers:
+                    self._taken += 1
                     return self._queue.popleft()
                 if self._closing.is_set():
                     return None
@@ -187,12 +194,18 @@ class Lane:
         """The boundary of a reader thread: whatever happens in it becomes the job's outcome."""
         error: ReadError
         try:
-            # A job that failed, or waits for bandwidth while we close, needs no more chunks.
-            if work.error is not None:
-                return None
-            if self._throttle and not self._throttle.wait(chunk.target.nbytes, self._closing):
-                return _cancelled(work)
-            self._read(chunk)
+            try:
+                # A job that failed, or waits for bandwidth while we close, needs no more chunks.
+                if work.error is not None:
+                    return None
+                if self._throttle and not self._throttle.wait(chunk.target.nbytes, self._closing):
+                    return _cancelled(work)
+                self._read(chunk)
+            finally:
+                with self._queued:
+                    self._taken -= 1
+                    self._queued.notify()
+            self._verify(chunk)
             return None
         except ReadError as failure:
             error = failure
@@ -203,7 +216,6 @@ class Lane:
         return error
 
     def _read(self, chunk: Chunk) -> None:
-        outcome: ChunkRead | None = None
         now_ns = time.monotonic_ns()
         with self._lock:
             if not self._under_way:
@@ -216,12 +228,17 @@ class Lane:
                 del self._under_way[chunk]
                 if not self._under_way:
                     self._busy_ns += time.monotonic_ns() - self._busy_since_ns
-                if outcome is not None:
-                    self._read_bytes += chunk.target.nbytes
-                    if not outcome.direct:
-                        self._buffered.add(f"{chunk.pack}/{chunk.file}")
+        if not outcome.direct:
+            with self._lock:
+                self._buffered.add(f"{chunk.pack}/{chunk.file}")
         if outcome.fell_back:
             log.warning("%s refuses O_DIRECT: it is read through the page cache", chunk.name)
+
+    def _verify(self, chunk: Chunk) -> None:
+        with self._verifying:
+            verify_chunk(chunk)
+        with self._lock:
+            self._read_bytes += chunk.target.nbytes
 
     def _finish(self, work: _Work, error: ReadError | None) -> None:
         with self._lock:

@@ -170,15 +170,17 @@ class PlanState:
             self.position = (self.position + distance) % len(self.order)
         self.steps += 1
         if self.stepped_ns is not None and (distance < len(self.order) or self.reuse is not None):
-            self._measure(at_ns - self.stepped_ns, distance)
+            self._measure(at_ns - self.stepped_ns)
         self.stepped_ns = at_ns
         self.stalled_ns = 0
 
-    def _measure(self, elapsed_ns: int, distance: int) -> None:
+    def _measure(self, elapsed_ns: int) -> None:
+        """One layer took so long. Who skips layers is not faster for it: its next ones are expected
+        later than they may come, which costs this client alone."""
         stalled = min(self.stalled_ns, elapsed_ns)
         longest = min(LONGEST_STEP_NS, 8 * self.compute_ns)
-        sample = min(max((elapsed_ns - stalled) // distance, SHORTEST_STEP_NS), longest)
+        sample = min(max(elapsed_ns - stalled, SHORTEST_STEP_NS), longest)
         compute_ns = self.compute_ns + (sample - self.compute_ns) // 8
         self.compute_ns = max(compute_ns, SHORTEST_STEP_NS)
-        waited = min(stalled // distance, LONGEST_STEP_NS)
+        waited = min(stalled, LONGEST_STEP_NS)
         self.wait_ns += (waited - self.wait_ns) // 8

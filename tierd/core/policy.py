@@ -215,7 +215,7 @@ class Policy:
         """The due value up to which no layer may give way to this candidate."""
         if not candidate.may_evict:
             return -NEVER
-        if candidate.urgent:
+        if candidate.due + now_ns <= candidate.urgent_ns:
             return candidate.due
         return FAR_ENOUGH * (candidate.due + now_ns) - now_ns
 

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from tierd.core.served import ModelState
 
 _SPARE_ENTRIES = 64  #: outdated ones that the heap may hold beside twice the plans
-#: A candidate is urgent so many steps beyond the layers that move at once.
+#: A candidate is urgent so many steps beyond the layers that move at once, ...
 URGENT_STEPS = 1
+#: ... and unless the client is silent: for more than what it should take to come to it, times this.
+SILENT_TIMES = 4
 
 
 @dataclass(slots=True)
@@ -35,7 +37,7 @@ class Candidate:
     key: LayerKey
     distance: int
     may_evict: bool  #: else it is fetched into free memory only
-    urgent: bool  #: the client is about to ask for it
+    urgent_ns: int  #: it is urgent while its client is expected to ask for it within this time
 
 
 class Soonest:
@@ -177,8 +179,9 @@ class Soonest:
             distance += route.length
         moving += between(moved, position, place)
         key = model.keys[route.layers[place]]
-        due = plan.compute_ns * distance - plan.last_ns
-        return Candidate(due, client, key, distance, moving < room, distance <= room + URGENT_STEPS)
+        ahead_ns = plan.compute_ns * distance
+        urgent_ns = SILENT_TIMES * ahead_ns if distance <= room + URGENT_STEPS else 0
+        return Candidate(ahead_ns - plan.last_ns, client, key, distance, moving < room, urgent_ns)
 
     def _hinted(self, model: ModelState, client: int, plan: PlanState) -> Candidate | None:
         """Of an open plan only what was announced is fetched ahead, the most likely soonest."""
@@ -190,5 +193,5 @@ class Soonest:
                 continue
             due = plan.due(layer)
             if ppm and (best is None or due < best.due):
-                best = Candidate(due, client, key, at - plan.steps, True, False)
+                best = Candidate(due, client, key, at - plan.steps, True, 0)
         return best

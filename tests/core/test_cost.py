@@ -119,6 +119,13 @@ def test_the_limit_caps_what_is_predicted_but_not_what_is_learned() -> None:
     assert cost.device_bandwidth(Setting(4 * MIB, 8)) > 10**9
 
 
+def test_below_a_limit_the_device_has_headroom() -> None:
+    """Two reads would just reach the limit, if nobody ever waited for it."""
+    limit = FLASH.bandwidth(16 * MIB, 2)
+    assert DeviceCost(samples(FLASH)).choose(depths=(2,)).depth == 2
+    assert DeviceCost(samples(FLASH), limit).choose().depth == 4
+
+
 def test_the_choice_is_the_fewest_reads_that_come_near_the_best() -> None:
     chosen = DeviceCost(samples(FLASH)).choose()
     assert chosen == Setting(16 * MIB, 4)

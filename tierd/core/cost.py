@@ -25,6 +25,7 @@ CHUNKS = tuple(MIB << power for power in range(5))  #: 1 MiB to 16 MiB: what may
 DEPTHS = (2, 4, 8, 16)  #: reads at once; one alone would leave the device idle while it is verified
 NEAR_BEST = 0.95  #: of the best bandwidth is as good as the best
 WORTH_A_CHANGE = 1.10  #: times the bandwidth, to leave a setting that works
+LIMIT_HEADROOM = 2  #: times the limit is as fast as a device need be
 LONGEST_WINDOW_NS = 50_000_000  #: for which what is needed now may wait behind reads at work
 LARGEST_READS_IN_FLIGHT = 64
 USUAL_LATENCY_NS = 100_000  #: of a flash device, where a single chunk size was measured
@@ -157,11 +158,17 @@ class DeviceCost:
             for depth in depths
             if chunk == min(chunks) or self._suits(Setting(chunk, depth), 2 * layer_bytes)
         ]
-        best = max(self.bandwidth(setting) for setting in settings)
-        if now in settings and best < WORTH_A_CHANGE * self.bandwidth(now):
+        best = max(self._worth(setting) for setting in settings)
+        if now in settings and best < WORTH_A_CHANGE * self._worth(now):
             return now
-        good = [setting for setting in settings if self.bandwidth(setting) >= NEAR_BEST * best]
+        good = [setting for setting in settings if self._worth(setting) >= NEAR_BEST * best]
         return min(good, key=lambda setting: (setting.depth, -setting.chunk_bytes))
+
+    def _worth(self, setting: Setting) -> int:
+        """The bandwidth, as far as it is of use: threads that wait for the limit and then read
+        reach it only when the device is a good deal faster."""
+        found = self.device_bandwidth(setting)
+        return found if self.limit is None else min(found, LIMIT_HEADROOM * self.limit)
 
     def _suits(self, setting: Setting, window_bytes: int) -> bool:
         """Whether so much is asked for at once, and is no burden for what is needed now."""

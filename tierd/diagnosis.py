@@ -74,6 +74,7 @@ class Diagnosis:
             "waiting": [self._client(client) for client in found.waiting],
             "planned_by": [self._client(client) for client in found.planned_by],
             "kept": found.kept,
+            "pinned": found.pinned,
             "failed": found.failed,
             "next_use": found.next_use
             and {

@@ -16,10 +16,12 @@ from tierd.core.model import (
     Hint,
     LayerKey,
     ModelAdded,
+    Pin,
     Plan,
     Read,
     ReadDone,
     ReadFailed,
+    Unpin,
 )
 
 if TYPE_CHECKING:
@@ -85,6 +87,14 @@ def test_a_hint_of_an_open_plan_is_a_use_with_a_probability(machine: TierMachine
     need = where(machine, 4).next_use
     assert need is not None
     assert (need.client, need.steps, need.probability_ppm) == (5, 2, 900_000)
+
+
+def test_a_pin_is_known(machine: TierMachine) -> None:
+    assert not where(machine, 2).pinned
+    machine.handle(Pin(1, 1, (LayerKey(7, 2),)))
+    assert where(machine, 2).pinned
+    machine.handle(Unpin(2, 2, (LayerKey(7, 2),)))
+    assert not where(machine, 2).pinned
 
 
 def test_a_failed_read_is_known_until_somebody_asks_again(machine: TierMachine) -> None:

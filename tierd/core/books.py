@@ -88,7 +88,7 @@ class Books:
 
     def tell(self, what: str, key: LayerKey | None, reason: str, *values: object) -> None:
         """Records a decision (`story`)."""
-        self.told.append((what, key, reason, values))
+        self.told.append((what, key, reason, *values))
 
     def reads_limit(self, device: int) -> int:
         """How many reads may run at once on a device."""

@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 
     from tierd.core.model import Action, Event, LayerKey
 
-    #: what, layer, reason with `{}` where the values go, values
-    Told = tuple[str, LayerKey | None, str, tuple[object, ...]]
+    #: what, layer, reason with `{}` where the values go, the values: one tuple, which is cheap
+    Told = tuple[str, LayerKey | None, str, *tuple[object, ...]]
+
+_REMEMBERED = frozenset(
+    (ArenaAdded, ModelAdded, ModelRemoved, ClientJoined, ClientGone, Plan, Pin, Unpin)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class Story:
     def __init__(self, length: int) -> None:
         self._length = length
         self._kept = 0  #: events, actions and decisions in the ring
-        self._ring: deque[tuple[int, Event, tuple[Action, ...], tuple[Told, ...]]] = deque()
+        self._ring: deque[tuple[int, Event, tuple[Action, ...], list[Told]]] = deque()
         self._first = 0
         self._forgotten_decisions = 0
         self._arenas: dict[int, ArenaAdded] = {}
@@ -91,17 +95,23 @@ class Story:
         self._pins: dict[LayerKey, int] = {}  #: when each was pinned
 
     def keep(self, at_ns: int, event: Event, actions: list[Action], told: list[Told]) -> None:
-        """The event was decided. Forgets the oldest entries where the ring is full."""
-        self._ring.append((at_ns, event, tuple(actions), tuple(told)))
-        self._kept += 1 + len(actions) + len(told)
-        while self._kept > self._length:
-            self._forget()
+        """The event was decided. Forgets the oldest entries where the ring is full.
 
-    def _forget(self) -> None:
-        _, event, actions, told = self._ring.popleft()
-        self._kept -= 1 + len(actions) + len(told)
-        self._first += 1
-        self._forgotten_decisions += len(told)
+        `told` is the record's from now on; `actions` stays the caller's.
+        """
+        self._ring.append((at_ns, event, tuple(actions), told))
+        kept = self._kept + 1 + len(actions) + len(told)
+        while kept > self._length:
+            _, oldest, its_actions, its_told = self._ring.popleft()
+            kept -= 1 + len(its_actions) + len(its_told)
+            self._first += 1
+            self._forgotten_decisions += len(its_told)
+            if type(oldest) in _REMEMBERED:  # few are: the case distinction would cost the rest
+                self._remember(oldest, its_actions)
+        self._kept = kept
+
+    def _remember(self, event: Event, actions: tuple[Action, ...]) -> None:
+        """What a replay of the entries after this one needs of it."""
         match event:
             case ArenaAdded():
                 self._arenas[event.arena] = event
@@ -151,14 +161,18 @@ class Story:
         for offset, (at_ns, event, actions, told) in enumerate(
             islice(self._ring, skip, stop), start=self._first + skip
         ):
-            decisions = tuple(Decision(at_ns, *one) for one in told)
+            decisions = tuple(_decision(at_ns, one) for one in told)
             yield Entry(offset, at_ns, event, actions, decisions)
 
     def about(self, key: LayerKey | None = None) -> list[Decision]:
         """The decisions about one layer, or all of them; oldest first."""
         return [
-            Decision(at_ns, what, about, reason, values)
+            _decision(at_ns, one)
             for at_ns, _, _, told in self._ring
-            for what, about, reason, values in told
-            if key is None or about == key
+            for one in told
+            if key is None or one[1] == key
         ]
+
+
+def _decision(at_ns: int, told: Told) -> Decision:
+    return Decision(at_ns, told[0], told[1], told[2], told[3:])

@@ -38,6 +38,7 @@ class Whereabouts:
     waiting: tuple[int, ...]  #: clients whose accepted requests wait for it
     planned_by: tuple[int, ...]  #: clients whose plans have it
     kept: bool  #: the policy wants it to stay while others of its model pass through
+    pinned: bool  #: the operator wants it to stay
     failed: bool  #: its last read failed
     next_use: Need | None
     story: tuple[Decision, ...]
@@ -64,6 +65,7 @@ def whereabouts_of(books: Books, key: LayerKey, now_ns: int) -> Whereabouts | No
         tuple(dict.fromkeys(request.client for request in books.waiting.get(key, ()))),
         tuple(client for client, plan in model.plans.items() if key.layer in plan.order),
         bool(model.kept[key.layer]),
+        key in books.pins,
         key.layer in model.failed,
         min(needs, key=lambda need: (need.in_ns, need.client), default=None),
         tuple(books.story.about(key)),

@@ -85,6 +85,9 @@ class Machine(Protocol):
     @property
     def waits_for_time(self) -> bool: ...
 
+    @property
+    def wakes_at_ns(self) -> int | None: ...
+
     def handle(self, event: Event) -> list[Action]: ...
 
 
@@ -138,6 +141,7 @@ class Replay:
         self._sequence = 0
         self._device_free_ns = 0
         self._ticking = False
+        self._wakes_at_ns: int | None = None
         self.clients: dict[int, ReplayClient] = {}
 
     def run(self) -> None:
@@ -184,6 +188,10 @@ class Replay:
         """The event reaches the machine; what follows from it happens."""
         for action in self._machine.handle(event):
             self._act(action)
+        wakes_at_ns = self._machine.wakes_at_ns
+        if wakes_at_ns is not None and wakes_at_ns != self._wakes_at_ns:
+            self._at(max(wakes_at_ns, self.now), lambda: self.send(Tick(self.now)))
+        self._wakes_at_ns = wakes_at_ns
         if self._machine.waits_for_time and not self._ticking:
             self._ticking = True
             self._at(self.now + TICK_NS, self._tick)

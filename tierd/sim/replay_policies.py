@@ -143,6 +143,10 @@ class DemandMachine:
     def waits_for_time(self) -> bool:
         return False
 
+    @property
+    def wakes_at_ns(self) -> int | None:
+        return None
+
     def handle(self, event: Event) -> list[Action]:
         """Takes one event, returns what is to be done."""
         self._actions = []

@@ -247,7 +247,7 @@ class Daemon:
         if not self.registry.served:
             places = ", ".join(str(path) for path in (*self.config.models, *self.config.packs))
             log.warning("nothing is served yet: no sound pack in %s; see `tierctl reload`", places)
-        Watchdog(loop, self.engine, self.pool, self.config.readers).start()
+        Watchdog(loop, self.pool).start()
         self.costs.probe_new(loop)
         self.models.changed = lambda: self.costs.probe_new(loop)
         # Modules and indices live as long as the daemon: no collection has to walk them again.

@@ -1,4 +1,9 @@
-"""Pings to systemd's watchdog: only while the loop runs and the readers move bytes."""
+"""Pings to systemd's watchdog: while the loop runs and every reader thread lives.
+
+A device that does not answer is no reason to restart. A thread that waits for it cannot even be
+killed, so the restart would hang too, and until then nobody would be served: neither what is
+resident nor what other devices hold. So it is reported, and its layers wait.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +12,22 @@ import os
 from typing import TYPE_CHECKING
 
 from tierd import sdnotify
-from tierd_layouts.records import BLOCK_BYTES
 
 if TYPE_CHECKING:
     import asyncio
 
-    from tierd.engine import Engine
     from tierd.io.ssd import ReaderPool
 
 log = logging.getLogger(__name__)
 
-STUCK_SECONDS = 60.0  # a device that answers nothing for so long needs a restart, and an operator
-
 
 class Watchdog:
-    """That `_tick` runs shows that the loop does. The readers must have moved something lately,
-    unless they have nothing to do."""
+    """That `_tick` runs shows that the loop does."""
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, engine: Engine, pool: ReaderPool, readers: int
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, pool: ReaderPool) -> None:
         self._loop = loop
-        self._engine = engine
         self._pool = pool
-        self._readers = readers
-        self._moved: tuple[int, int, int] = (0, 0, 0)
-        self._moved_at = loop.time()
+        self._silent: set[int] = set()
 
     def start(self) -> None:
         """Ping as often as systemd wants; not at all when it does not watch."""
@@ -41,21 +36,19 @@ class Watchdog:
             self._tick(interval_s)
 
     def _tick(self, interval_s: float) -> None:
-        stuck_s = self.stuck_seconds()
-        if stuck_s is None:
+        self.look()
+        if self._pool.alive():
             sdnotify.notify("WATCHDOG=1", environ=os.environ)
         else:
-            log.error("the readers moved no byte for %.0f s: no ping to the watchdog", stuck_s)
+            log.error("a reader thread ended by itself: no ping to the watchdog")
         self._loop.call_later(interval_s, self._tick, interval_s)
 
-    def stuck_seconds(self) -> float | None:
-        """For how long the readers moved nothing that they should have; None when all is well."""
-        readers = self._pool.statistics()
-        moved = (readers.read_bytes, readers.reads, readers.failed)
-        if moved != self._moved or not self._engine.reads:
-            self._moved, self._moved_at = moved, self._loop.time()
-        limit_s = STUCK_SECONDS
-        if readers.bandwidth_limit is not None:  # a block may take long because it should
-            limit_s += self._readers * BLOCK_BYTES / readers.bandwidth_limit
-        stuck_s = self._loop.time() - self._moved_at
-        return stuck_s if stuck_s > limit_s else None
+    def look(self) -> None:
+        """Log each device once when it falls silent, and once when it is back."""
+        silent = self._pool.silent()
+        for device, text in silent.items():
+            if device not in self._silent:
+                log.error("%s", text)
+        for device in self._silent - silent.keys():
+            log.warning("device %d answers again", device)
+        self._silent = set(silent)

@@ -540,16 +540,16 @@ async def test_a_device_that_does_not_answer_stops_no_other(
     assert (found[1].in_flight, found[1].packs, found[1].reads) == (4, ("hung",), 0)
     assert found[1].waiting_ns > 0
     assert (found[2].in_flight, found[2].reads, found[2].waiting_ns) == (0, 8, 0)
-    assert pool.silent() == []  # not yet worth a word
+    assert pool.silent() == {}  # not yet worth a word
     monkeypatch.setattr(ssd, "SILENT_NS", 0)
-    assert len(pool.silent()) == 1
-    assert pool.silent() == pool.notes()
-    assert pool.silent()[0].startswith("the device of pack 'hung' has not answered for 0 s")
+    assert list(pool.silent()) == [1]
+    assert pool.silent()[1].startswith("the device of pack 'hung' has not answered for 0 s")
+    assert list(pool.silent().values()) == pool.notes()
     released.set()
     pool.close()
     await asyncio.sleep(0)
     assert len(answers) == 8
-    assert pool.silent() == []
+    assert pool.silent() == {}
 
 
 @pytest.fixture

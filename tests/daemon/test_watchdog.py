@@ -1,61 +1,92 @@
-"""The watchdog is pinged while readers move bytes or have nothing to do, and only then."""
+"""The watchdog is pinged while the readers live; a device that is silent is only reported."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from tierd.watchdog import STUCK_SECONDS, Watchdog
+from tierd import sdnotify
+from tierd.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import asyncio
 
 
-class Clock:
-    now = 1000.0
+class Readers:
+    """What the watchdog looks at."""
 
-    def time(self) -> float:
-        return self.now
+    lives = True
+
+    def __init__(self) -> None:
+        self.devices: dict[int, str] = {}
+
+    def alive(self) -> bool:
+        return self.lives
+
+    def silent(self) -> dict[int, str]:
+        return self.devices
 
 
-def watchdog(clock: Clock, engine: Any, readers: Any) -> Watchdog:
-    loop = cast("asyncio.AbstractEventLoop", clock)
-    pool = cast("Any", SimpleNamespace(statistics=lambda: readers))
-    return Watchdog(loop, engine, pool, readers=4)
+class Loop:
+    """Keeps what is to be called next."""
+
+    def call_later(self, seconds: float, call: Any, *arguments: Any) -> None:
+        self.next = (seconds, lambda: call(*arguments))
 
 
 @pytest.fixture
-def readers() -> SimpleNamespace:
-    return SimpleNamespace(read_bytes=0, reads=0, failed=0, bandwidth_limit=None)
+def pings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    sent: list[str] = []
+    monkeypatch.setattr(sdnotify, "notify", lambda text, *, environ: sent.append(text))
+    return sent
 
 
-def test_readers_without_work_are_well(readers: SimpleNamespace) -> None:
-    clock, engine = Clock(), SimpleNamespace(reads=0)
-    dog = watchdog(clock, engine, readers)
-    clock.now += 10 * STUCK_SECONDS
-    assert dog.stuck_seconds() is None
+def watch(readers: Readers, loop: Loop) -> Watchdog:
+    return Watchdog(cast("asyncio.AbstractEventLoop", loop), cast("Any", readers))
 
 
-def test_readers_that_move_nothing_for_long_are_stuck(readers: SimpleNamespace) -> None:
-    clock, engine = Clock(), SimpleNamespace(reads=1)
-    dog = watchdog(clock, engine, readers)
-    for _ in range(10):
-        clock.now += STUCK_SECONDS - 1
-        readers.read_bytes += 1
-        assert dog.stuck_seconds() is None
-    clock.now += STUCK_SECONDS + 1
-    assert dog.stuck_seconds() == STUCK_SECONDS + 1
-    readers.failed += 1
-    assert dog.stuck_seconds() is None
+def test_nobody_is_pinged_unless_systemd_watches(
+    pings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    loop = Loop()
+    watch(Readers(), loop).start()
+    assert pings == []
+    assert not hasattr(loop, "next")
 
 
-def test_readers_that_are_throttled_have_more_time(readers: SimpleNamespace) -> None:
-    clock, engine = Clock(), SimpleNamespace(reads=1)
-    readers.bandwidth_limit = 1 << 20  # 4 MiB blocks of four readers: 16 s
-    dog = watchdog(clock, engine, readers)
-    clock.now += STUCK_SECONDS + 15
-    assert dog.stuck_seconds() is None
-    clock.now += 2
-    assert dog.stuck_seconds() is not None
+def test_pings_go_on_while_the_readers_live_and_a_device_is_silent(
+    pings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdnotify, "watchdog_interval_s", lambda environ: 7.0)
+    readers, loop = Readers(), Loop()
+    watch(readers, loop).start()
+    assert pings == ["WATCHDOG=1"]
+    readers.devices = {5: "the device of pack 'a' has not answered for 99 s"}
+    assert loop.next[0] == 7.0
+    loop.next[1]()
+    assert pings == ["WATCHDOG=1"] * 2
+    readers.lives = False
+    loop.next[1]()
+    assert pings == ["WATCHDOG=1"] * 2
+    readers.lives = True
+    loop.next[1]()
+    assert pings == ["WATCHDOG=1"] * 3
+
+
+def test_a_silent_device_is_logged_once_and_once_when_it_is_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    readers = Readers()
+    dog = watch(readers, Loop())
+    for _ in range(3):
+        readers.devices = {5: "the device of pack 'a' is silent"}
+        dog.look()
+    readers.devices = {}
+    dog.look()
+    dog.look()
+    assert [record.message for record in caplog.records] == [
+        "the device of pack 'a' is silent",
+        "device 5 answers again",
+    ]

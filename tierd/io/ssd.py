@@ -132,18 +132,18 @@ class ReaderPool:
         not counted here: its layers wait, those of other devices need not."""
         return all(lane.alive() for lane in self._lanes.values())
 
-    def silent(self) -> list[str]:
-        """The devices that do not answer: what waits for them, and for how long."""
-        return [
-            f"the device of pack {', '.join(map(repr, found.packs))} has not answered for "
+    def silent(self) -> dict[int, str]:
+        """The devices that do not answer: what waits for each, and for how long."""
+        return {
+            device: f"the device of pack {', '.join(map(repr, found.packs))} has not answered for "
             f"{found.waiting_ns / 1e9:.0f} s: its layers wait, other devices are read on"
-            for found in self.devices().values()
+            for device, found in self.devices().items()
             if found.waiting_ns > SILENT_NS
-        ]
+        }
 
     def notes(self) -> list[str]:
         """What an operator should know about these reads, for `tierctl status`."""
-        return self.silent() + [
+        return list(self.silent().values()) + [
             f"{file} is read through the page cache: its file system refuses O_DIRECT"
             for lane in self._lanes.values()
             for file in lane.buffered()

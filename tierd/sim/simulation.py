@@ -44,6 +44,7 @@ from tierd.sim.world import World
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tierd.core.model import LayerKey
     from tierd.sim.scenario import Scenario
 
 CONVOY_WAIT_NS = 100_000_000
@@ -104,6 +105,7 @@ class Simulation:
         self.now = 0
         self.events = 0
         self.reads: list[Read] = []  #: every read, for tests that look closer
+        self.granted: list[LayerKey] = []  #: the layer of every grant, in their order
         self.read_bytes_at_grant: list[int] = []  #: bytes of all reads begun before each grant
         self.clients: dict[int, VirtualClient] = {}
         self._check = check
@@ -314,6 +316,7 @@ class Simulation:
                 self.after(delay, lambda: self._discarded(action))
             case Grant():
                 world.grant(action)
+                self.granted.append(action.key)
                 self.read_bytes_at_grant.append(self._read_bytes)
                 self._connected[action.client][action.lease] = None
                 self._answered(action)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tierd_tools.bench import scheduler_reads
+from tierd_tools.bench import scheduler_core, scheduler_reads
 
 if TYPE_CHECKING:
     from tierd_tools.benchmark import Row
 
-PARTS = (scheduler_reads,)
+PARTS = (scheduler_core, scheduler_reads)
 
 
 def run() -> list[Row]:

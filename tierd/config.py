@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tierd import __version__
+from tierd.core.model import DEFAULT_WEIGHT
 from tierd.errors import ConfigError
 from tierd.settings import BY_KEY, SETTINGS, Setting
 from tierd_layouts.errors import LayoutsError
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
 
 CONFIG_VARIABLE = "TIERD_CONFIG"
 
-_TOML_NAMES = {str: "a text", int: "a whole number", bool: "true or false", list: "a list"}
+_TOML_NAMES = {
+    str: "a text",
+    int: "a whole number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,7 @@ class Config:
     convoy_wait: int  #: milliseconds
     read_chunk: int | None  #: bytes that one read asks for; None: as measured
     max_clients: int
+    weights: Mapping[str, int]  #: by uid, and "default"
     populate: bool
     mlock: str  #: "auto" or "off"
     log_level: str
@@ -58,6 +66,10 @@ class Config:
             }
             for setting in SETTINGS
         ]
+
+    def weight_of(self, uid: int) -> int:
+        """The share of a device that a client of this uid has, against those of others."""
+        return self.weights.get(str(uid), self.weights.get("default", DEFAULT_WEIGHT))
 
     def check_paths(self) -> None:
         """Raise ConfigError unless every directory of packs, and every pack, is one."""

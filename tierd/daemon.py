@@ -331,7 +331,8 @@ class Daemon:
         self.sessions[session.client] = session
         kept = self.orphans.hello(session.client, session.process, held)
         log.info("%s joined%s", session, f", holding {len(kept)} old leases" if kept else "")
-        self.engine.submit(ClientJoined(self.engine.now(), session.client))
+        weight = self.config.weight_of(session.connection.peer.uid)
+        self.engine.submit(ClientJoined(self.engine.now(), session.client, weight))
 
     def session_ended(self, session: Session, reason: str) -> None:
         del self._connected[session.client]

@@ -11,11 +11,13 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from tierd.core import model as core_model
 from tierd.core.machine import TierMachine
 from tierd.core.model import (
     Admit,
     Discard,
     DiscardDone,
+    Done,
     Evict,
     Grant,
     Later,
@@ -27,6 +29,7 @@ from tierd.core.model import (
 )
 from tierd.errors import ReadError
 from tierd.io.ssd_job import ReadJob, ReadResult
+from tierd.operators import Operators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -70,6 +73,7 @@ class Engine:
         self._held: list[tuple[Read, Pack]] | None = None
         self._tick: asyncio.TimerHandle | None = None
         self._stopped = False
+        self.operators = Operators(self, registry)
         #: called with the device of every layer that was read
         self.after_read: Callable[[int], None] | None = None
 
@@ -142,6 +146,10 @@ class Engine:
             case Admit():
                 if session := self._sessions.get(action.client):
                     session.plan_admitted(action)
+            case Done():
+                self.operators.answered(action)
+            case Refuse(client=core_model.OPERATOR):
+                self.operators.answered(action)
             case Refuse():
                 if session := self._sessions.get(action.client):
                     session.refused(action)

@@ -132,6 +132,7 @@ class Models:
         engine.submit(
             ModelAdded(engine.now(), pack.model, pack.name, pack.arena, sizes, pack.device)
         )
+        engine.operators.model_served(pack)
         granule, budget = engine.config.granule_bytes, engine.config.budget_bytes
         largest = max(pack.index.layers, key=lambda layer: layer.nbytes)
         needed = -(-largest.nbytes // granule) * granule

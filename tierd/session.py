@@ -107,6 +107,8 @@ class Session:
                 self.reply(request, getattr(self._daemon.statistics, op)())
             case "layers":
                 self.reply(request, self._daemon.statistics.layers(_text(message, "model")))
+            case "pin" | "unpin" | "evict":
+                self._daemon.engine.operators.command(self, request, message)
             case "why":
                 self.reply(request, self._daemon.diagnosis.why(self.connection.peer, message))
             case "trace":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _LARGEST_MODE = 0o777
+LARGEST_WEIGHT = 10_000
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 256 << 10, 64 << 20
 
 
@@ -104,6 +105,26 @@ def _number(lowest: int, highest: int) -> Callable[[object, Path], int]:
     return parse
 
 
+def _weights(value: object, base: Path) -> dict[str, int]:
+    expected = f"expected uid=weight, or default=weight, weights from 1 to {LARGEST_WEIGHT}"
+    if isinstance(value, str):
+        value = value.split(",")
+    if isinstance(value, list):
+        parts = [str(entry).partition("=") for entry in value]
+        value = {name: weight for name, _, weight in parts}
+    if not isinstance(value, dict):
+        raise ValueError(expected)
+    weights: dict[str, int] = {}
+    for name, weight in value.items():
+        if name != "default" and not re.fullmatch(r"[0-9]{1,10}", name, re.ASCII):
+            raise ValueError(expected)
+        try:
+            weights[name] = _number(1, LARGEST_WEIGHT)(weight, base)
+        except ValueError as error:
+            raise ValueError(expected) from error
+    return weights
+
+
 def _choice(*choices: str) -> Callable[[object, Path], str]:
     def parse(value: object, base: Path) -> str:
         if not isinstance(value, str) or value not in choices:
@@ -121,7 +142,7 @@ def _boolean(value: object, base: Path) -> bool:
     raise ValueError("expected true or false")
 
 
-_TEXT, _INT, _LIST, _BOOL = (str,), (int,), (list,), (bool,)
+_TEXT, _INT, _LIST, _BOOL, _TABLE = (str,), (int,), (list,), (bool,), (dict,)
 _TEXT_OR_INT = (str, int)
 
 SETTINGS = (
@@ -160,6 +181,11 @@ SETTINGS = (
     Setting(
         "max_clients", 64, _number(1, 4096), _INT, "N",
         "connections served at the same time (default 64)",
+    ),
+    Setting(
+        "weights", {}, _weights, _TABLE, "UID=N",
+        "share of a device for clients of a uid, or of those that are not named (default=N), "
+        "against 100; repeatable", "--weight",
     ),
     Setting(
         "populate", True, _boolean, _BOOL, "BOOL",

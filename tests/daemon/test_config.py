@@ -87,6 +87,12 @@ def test_every_setting_has_a_flag_a_variable_and_a_key(toml: Path, tmp_path: Pat
         "read_chunk": (["--read-chunk", "8MiB"], "8MiB", "8388608", 8 << 20),
         "convoy_wait": (["--convoy-wait", "30"], "30", "30", 30),
         "max_clients": (["--max-clients", "3"], "3", "3", 3),
+        "weights": (
+            ["--weight", "1000=300", "--weight", "default=50"],
+            "1000=300,default=50",
+            "{1000 = 300, default = 50}",
+            {"1000": 300, "default": 50},
+        ),
         "populate": (["--no-populate"], "no", "false", False),
         "mlock": (["--mlock", "off"], "off", '"off"', "off"),
         "log_level": (["--log-level", "error"], "error", '"error"', "error"),

@@ -40,7 +40,8 @@ def test_status_has_the_promised_keys(served: tuple[RunningDaemon, PackOnDisk]) 
     }  # fmt: skip
     assert set(status["dram"]) == {
         "budget_bytes", "used_bytes", "peak_bytes", "resident_bytes", "leased_bytes",
-        "in_flight_bytes", "quarantined_bytes", "populated_bytes", "pages", "locked_bytes",
+        "in_flight_bytes", "quarantined_bytes", "pinned_bytes", "populated_bytes", "pages",
+        "locked_bytes",
     }  # fmt: skip
     assert set(status["ssd"]) == {
         "read_bytes", "reads", "failed", "busy_ns", "bandwidth_limit", "devices",
@@ -73,7 +74,8 @@ def test_the_numbers_follow_what_a_client_does(
     assert client == {
         "name": "test", "pid": os.getpid(), "uid": os.getuid(), "model": "tiny", "position": 1,
         "leases": 3, "leased_bytes": 2 * LAYER_BYTES, "stall_ns": grown["stall_ns"], "granted": 3,
-        "predicted": None,
+        "predicted": None, "weight": 100, "read_bytes": 2 * LAYER_BYTES, "plan": None,
+        "tokens_per_pass": None,
     }  # fmt: skip
     (model,) = daemon.ask("models")["models"]
     assert model.pop("model_id") == opened.model_id
@@ -87,7 +89,7 @@ def test_the_numbers_follow_what_a_client_does(
     assert layers["layers"][1] == {
         "layer": 1, "name": "model.layers.1", "bytes": LAYER_BYTES, "state": "resident",
         "leases": 2, "slot": leases[1]["slot"], "generation": leases[1]["generation"],
-        "next_use": None,
+        "next_use": None, "pinned": False,
     }  # fmt: skip
     assert layers["layers"][3]["state"] == "absent"
 

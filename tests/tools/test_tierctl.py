@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 COMMANDS = (
     *("pack", "verify", "unpack", "status", "models", "layers", "clients", "config", "reload"),
+    *("pin", "unpin", "evict"),
 )
 
 
@@ -199,6 +200,20 @@ def test_layers_lists_every_layer_of_a_model(
     table = capsys.readouterr().out
     assert "model.layers.1" in table
     assert "model.embed_tokens" in table
+
+
+def test_pin_unpin_and_evict_by_pattern(socket: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tierctl.main(["pin", "tiny", "model.layers.*", "--socket", socket]) == 0
+    assert "pinned 2 layers" in capsys.readouterr().out
+    assert tierctl.main(["layers", "tiny", "--socket", socket]) == 0
+    assert capsys.readouterr().out.count(", pinned") == 2
+    assert tierctl.main(["unpin", "tiny", "model.layers.1", "--socket", socket]) == 0
+    capsys.readouterr()
+    assert tierctl.main(["evict", "tiny", "--socket", socket]) == 1
+    assert "model.layers.0 stays" in capsys.readouterr().out
+    assert tierctl.main(["unpin", "tiny", "--socket", socket]) == 0
+    assert tierctl.main(["pin", "tiny", "nothing", "--socket", socket]) == 1
+    assert "nothing" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_served_is_refused_by_name(

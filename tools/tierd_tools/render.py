@@ -147,7 +147,7 @@ def layers(reply: Reply) -> None:
     rows = [
         (
             layer["name"],
-            layer["state"],
+            layer["state"] + (", pinned" if layer["pinned"] else ""),
             size(layer["bytes"]),
             str(layer["leases"]),
             "-" if layer["slot"] is None else f"{layer['slot']}/{layer['generation']}",
@@ -173,6 +173,8 @@ def clients(reply: Reply) -> None:
             f"{client['leases']} ({size(client['leased_bytes'])})",
             size(client["reserved_bytes"]),
             str(client["granted"]),
+            f"{client['weight']}: {size(client['read_bytes'])}",
+            "-" if client["plan"] is None else f"{client['plan']}, {client['tokens_per_pass']}",
             duration(client["stall_ns"]),
             _predicted(client["predicted"]),
             duration(client["connected_ns"]),
@@ -182,10 +184,14 @@ def clients(reply: Reply) -> None:
     _table(
         (
             *("CLIENT", "NAME", "PID/UID", "MODEL", "POSITION", "LEASES"),
-            *("RESERVED", "GRANTED", "STALL", "PREDICTED STALL", "CONNECTED"),
+            *("RESERVED", "GRANTED", "WEIGHT: READ", "PLAN, TOKENS"),
+            *("STALL", "PREDICTED STALL", "CONNECTED"),
         ),
         rows,
-        right=("CLIENT", "POSITION", "LEASES", "RESERVED", "GRANTED", "STALL", "CONNECTED"),
+        right=(
+            *("CLIENT", "POSITION", "LEASES", "RESERVED", "GRANTED", "WEIGHT: READ", "STALL"),
+            "CONNECTED",
+        ),
     )
 
 
@@ -205,6 +211,25 @@ def reload(reply: Reply) -> None:
         console().print(f"failed {failure['name']}: {failure['text']}")
     if not changed:
         console().print("nothing changed")
+
+
+def pin(reply: Reply) -> None:
+    _commanded("pinned", reply)
+
+
+def unpin(reply: Reply) -> None:
+    _commanded("unpinned", reply)
+
+
+def evict(reply: Reply) -> None:
+    _commanded("evicted", reply)
+
+
+def _commanded(what: str, reply: Reply) -> None:
+    count = len(reply["layers"])
+    console().print(f"{what} {count} layer{'' if count == 1 else 's'}, {size(reply['bytes'])}")
+    for kept in reply["kept"]:
+        console().print(f"{kept['layer']} stays: {kept['text']}")
 
 
 def why(reply: Reply) -> None:
@@ -261,6 +286,9 @@ TABLES: dict[str, Callable[[Reply], None]] = {
     "clients": clients,
     "config": config,
     "reload": reload,
+    "pin": pin,
+    "unpin": unpin,
+    "evict": evict,
     "why": why,
     "replay": replay,
 }

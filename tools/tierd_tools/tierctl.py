@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tierd_tools.progress import Progress
 
 USAGE, FAILURE = 2, 1
+_OF_A_MODEL = ("layers", "pin", "unpin", "evict")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,12 +73,17 @@ def parser() -> argparse.ArgumentParser:
         ("layers", "List the layers of a model and where they are."),
         ("clients", "List the connected clients, their plans and leases."),
         ("config", "Show every setting in effect and where it came from."),
+        ("pin", "Keep layers of a model in memory, all or those named."),
+        ("unpin", "Let pinned layers go again, all of a model or those named."),
+        ("evict", "Empty layers of a model that nobody holds, all or those named."),
         ("reload", "Look for added, replaced and removed packs."),
     ):
         sub = command(name, _ask, about)
         sub.add_argument("--socket", help="default: $TIERD_SOCKET, then the usual places")
-        if name == "layers":
+        if name in _OF_A_MODEL:
             sub.add_argument("model")
+        if name in ("pin", "unpin", "evict"):
+            sub.add_argument("layers", nargs="*", metavar="LAYER", help="a name or a glob")
     _add_record(command)
     return top
 
@@ -200,7 +206,11 @@ def _eval(arguments: argparse.Namespace) -> Any:
 
 
 def _ask(arguments: argparse.Namespace) -> render.Reply:
-    fields = {"model": check_model_name(arguments.model)} if arguments.command == "layers" else {}
+    fields: dict[str, Any] = {}
+    if arguments.command in _OF_A_MODEL:
+        fields["model"] = check_model_name(arguments.model)
+    if layers := getattr(arguments, "layers", None):
+        fields["layers"] = layers
     return ask(_socket(arguments), arguments.command, **fields)
 
 
@@ -234,8 +244,9 @@ def _replay(arguments: argparse.Namespace) -> render.Reply:
 
 
 def _failed(result: Any) -> bool:
-    """Whether a reload met packs that it could not load; everything else raises."""
-    return isinstance(result, dict) and bool(result.get("failed"))
+    """Whether a reload met packs that it could not load, or an evict layers that had to stay;
+    everything else raises."""
+    return isinstance(result, dict) and bool(result.get("failed") or result.get("kept"))
 
 
 def _show(arguments: argparse.Namespace, result: Any) -> None:

@@ -1,0 +1,131 @@
+"""pin, unpin and evict by name and pattern, over reloads, and for whom."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.daemon.conftest import RawClient, Refused, RunningDaemon, wait_until, write_pack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Start = Callable[..., RunningDaemon]
+    Connect = Callable[..., RawClient]
+
+LAYERS, LAYER_BYTES = 6, 2 << 20
+
+
+@pytest.fixture
+def daemon(start_daemon: Start, models: Path) -> RunningDaemon:
+    write_pack(models / "m", LAYERS, LAYER_BYTES)
+    return start_daemon("--models", models, "--dram", str(4 * LAYER_BYTES))
+
+
+def layers_of(daemon: RunningDaemon) -> list[tuple[str, str, bool]]:
+    listed = daemon.ask("layers", model="m")["layers"]
+    return [(layer["name"], layer["state"], layer["pinned"]) for layer in listed]
+
+
+def test_pinned_layers_are_read_and_shown(daemon: RunningDaemon) -> None:
+    names = [name for name, _, _ in layers_of(daemon)]
+    reply = daemon.ask("pin", model="m", layers=[names[2], names[5]])
+    assert (reply["layers"], reply["bytes"]) == ([names[2], names[5]], 2 * LAYER_BYTES)
+    wanted = [(names[2], "resident", True), (names[5], "resident", True)]
+    wait_until(lambda: [x for x in layers_of(daemon) if x[2]] == wanted, "they are resident")
+    assert daemon.status()["dram"]["pinned_bytes"] == 2 * LAYER_BYTES
+    assert daemon.ask("unpin", model="m")["layers"] == [names[2], names[5]]
+    assert daemon.status()["dram"]["pinned_bytes"] == 0
+
+
+def test_a_pin_that_breaks_the_budget_is_refused_with_both_numbers(daemon: RunningDaemon) -> None:
+    with pytest.raises(Refused) as refusal:
+        daemon.ask("pin", model="m", layers=["*"])
+    assert refusal.value.code == "budget_too_small"
+    assert str(LAYERS * LAYER_BYTES) in refusal.value.text
+    assert str(4 * LAYER_BYTES) in refusal.value.text
+    assert not any(pinned for _, _, pinned in layers_of(daemon))
+
+
+def test_evict_spares_what_is_leased_and_says_so(daemon: RunningDaemon, connect: Connect) -> None:
+    opened = connect(daemon).open("m")
+    held = opened.acquire(0)
+    opened.client.call("release", leases=[opened.acquire(1)["lease"]])
+    names = [name for name, _, _ in layers_of(daemon)]
+    reply = daemon.ask("evict", model="m")
+    assert reply["layers"] == [names[1]]
+    assert reply["kept"] == [{"layer": names[0], "text": "1 leases are on it"}]
+    opened.client.call("release", leases=[held["lease"]])
+    assert daemon.ask("evict", model="m", layers=[names[0]])["layers"] == [names[0]]
+
+
+def test_pins_come_back_when_their_pack_is_replaced_or_returns(
+    daemon: RunningDaemon, models: Path
+) -> None:
+    name = layers_of(daemon)[3][0]
+    daemon.ask("pin", model="m", layers=[name])
+    (models / "m").rename(models.parent / "aside")
+    assert daemon.ask("reload")["removed"] == ["m"]
+    assert daemon.status()["dram"]["pinned_bytes"] == 0
+    write_pack(models / "m", LAYERS, LAYER_BYTES)
+    assert daemon.ask("reload")["added"] == ["m"]
+    wait_until(lambda: layers_of(daemon)[3] == (name, "resident", True), "it is pinned again")
+    write_pack(models.parent / "new", LAYERS, LAYER_BYTES)
+    (models / "m").rename(models.parent / "old")
+    (models.parent / "new").rename(models / "m")
+    assert daemon.ask("reload")["replaced"] == ["m"]
+    wait_until(lambda: layers_of(daemon)[3] == (name, "resident", True), "it is pinned once more")
+    assert daemon.status()["dram"]["pinned_bytes"] == LAYER_BYTES
+
+
+def test_a_command_that_means_nothing_is_refused(daemon: RunningDaemon) -> None:
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"model": "nobody"}, "not_found"),
+        ({"model": "m", "layers": ["no such layer"]}, "not_found"),
+        ({"model": "m", "layers": "all"}, "bad_request"),
+        ({"model": 3}, "bad_request"),
+    ]
+    for op in ("pin", "unpin", "evict"):
+        for fields, code in wrong:
+            with pytest.raises(Refused) as refusal:
+                daemon.ask(op, **fields)
+            assert refusal.value.code == code, (op, fields)
+
+
+AS_NOBODY = """
+import os, sys
+from tests.daemon.conftest import RawClient, Refused
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+client = RawClient(sys.argv[1])
+for op in ("pin", "unpin", "evict", "layers"):
+    try:
+        client.call(op, model="m")
+        print("ok")
+    except Refused as refused:
+        print(refused.code)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_only_root_and_the_daemon_s_own_user_may(models: Path, tmp_path: Path) -> None:
+    write_pack(models / "m", LAYERS, LAYER_BYTES)
+    with tempfile.TemporaryDirectory() as place:  # that of pytest is closed to others
+        os.chmod(place, 0o755)
+        arguments = ["--models", str(models), "--dram", "8MiB", "--socket-mode", "0666"]
+        daemon = RunningDaemon(f"{place}/s", tmp_path / "log", arguments).wait_ready()
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", AS_NOBODY, daemon.socket],
+                capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
+            )  # fmt: skip
+        finally:
+            daemon.stop()
+    assert done.stdout.split() == [*["access_denied"] * 3, "ok"], done.stderr

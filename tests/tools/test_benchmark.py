@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tierd_tools.bench.__main__ import main, names
+from tierd_tools.bench import scheduler, scheduler_reads
+from tierd_tools.bench.__main__ import main, modules, names
 from tierd_tools.benchmark import Row, interleaved, write_json
 
 if TYPE_CHECKING:
@@ -72,4 +76,25 @@ def test_an_unknown_benchmark_is_a_usage_error(capsys: pytest.CaptureFixture[str
 
 
 def test_the_first_benchmarks_are_there() -> None:
-    assert {"acquire", "kernels", "offload", "ssd"} <= set(names())
+    assert {"acquire", "kernels", "offload", "scheduler", "ssd"} <= set(names())
+
+
+def test_a_part_of_a_benchmark_runs_with_it_or_when_named() -> None:
+    assert "scheduler_reads" in modules()
+    assert "scheduler_reads" not in names()
+    assert scheduler_reads in scheduler.PARTS
+
+
+def test_the_clock_of_another_process_counts_its_work_and_not_its_sleep() -> None:
+    program = "import time; [0 for _ in range(10**6)]; print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        busy = scheduler_reads.cpu_seconds(process.pid)
+        own = time.process_time()
+        while time.process_time() < own + 0.1:
+            pass
+        later = scheduler_reads.cpu_seconds(process.pid)
+        process.kill()
+    assert busy > 0.005
+    assert later - busy < 0.1

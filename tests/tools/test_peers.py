@@ -12,6 +12,7 @@ import pytest
 from tierd_tools import pack, random_model, unpack
 from tierd_tools.bench import peers
 from tierd_tools.checkpoint import Checkpoint
+from tierd_tools.demo.model_processes import WorkerFailed
 from tierd_tools.demo.rows import Row
 from tierd_tools.peers import comparison
 from tierd_tools.peers.comparison import ACCELERATE, LLAMA, TRANSFORMERS
@@ -94,9 +95,21 @@ def test_contenders_run_in_every_round_and_the_others_once() -> None:
         return row(1.0)
 
     systems = {name: partial(once, name) for name in (ACCELERATE, LLAMA, peers.OURS)}
-    counted = {name: len(repeats) for name, repeats in peers.measure(systems).items()}
+    counted = {name: len(repeats) for name, repeats in peers.measure(systems, {}).items()}
     assert counted == {ACCELERATE: 1, LLAMA: peers.ROUNDS, peers.OURS: peers.ROUNDS}
     assert calls[:5] == [ACCELERATE, LLAMA, peers.OURS, LLAMA, peers.OURS], "they take turns"
+
+
+def test_a_peer_that_dies_is_left_out_with_what_it_said_and_tierd_is_not() -> None:
+    def dies() -> Row:
+        raise WorkerFailed("ended with -9")
+
+    failed: peers.Failures = {}
+    counted = peers.measure({LLAMA: dies, peers.OURS: lambda: row(1.0)}, failed)
+    assert list(counted) == [peers.OURS]
+    assert failed == {LLAMA: "ended with -9"}
+    with pytest.raises(WorkerFailed):
+        peers.measure({peers.OURS: dies}, {})
 
 
 def test_a_checkpoint_cut_by_layer_has_the_same_tensors(tmp_path: Path) -> None:

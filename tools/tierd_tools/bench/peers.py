@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tierd_tools.benchmark import Row
 from tierd_tools.demo import rows
 from tierd_tools.demo.memory_cap import CapUnavailable, MemoryCap
+from tierd_tools.demo.model_processes import WorkerFailed
 from tierd_tools.demo.read_limit import limited_reads
 from tierd_tools.peers import comparison, table
 from tierd_tools.peers.comparison import LLAMA, TRANSFORMERS, tierd_name
@@ -37,6 +38,7 @@ OURS = tierd_name("lossless", "fused")
 CONTENDERS = (TRANSFORMERS, LLAMA, OURS, tierd_name("lossless", "dense"))
 
 Runs = dict[str, list[rows.Row]]
+Failures = dict[str, str]  #: why a peer has no figure
 
 
 def run() -> list[Row]:
@@ -56,35 +58,52 @@ def _run() -> list[Row]:
     }
     table.print_settings(settings["lossless"], rows.RUNTIME_BYTES)
     reference = rows.run_memory(settings["lossless"])
-    fast = measure(comparison.systems(files, settings, reference))
-    table.print_rows(fast, "The disk as it is")
-    no_limit = uncapped or _reason(with_reads=True)
-    slow = {} if no_limit else _slow(files, settings, reference)
-    _write(fast, slow)
     missing = comparison.llama_missing()
-    judged = judge(fast, "", AT_LEAST, uncapped or missing)
-    if slow:
-        judged += judge(slow, f", {SLOW_BYTES_PER_SECOND / 1e6:.0f} MB/s", None, missing)
+    failed: Failures = {LLAMA: missing} if missing else {}
+    fast = measure(comparison.systems(files, settings, reference), failed)
+    table.print_rows(fast, "The disk as it is")
+    judged = judge(fast, "", AT_LEAST, uncapped or failed.get(LLAMA))
+    no_limit = uncapped or _reason(with_reads=True)
+    slow: Runs = {}
+    if no_limit is None:
+        slow = measure(_slow_systems(files, settings, reference), failed, rounds=1)
+        table.print_rows(slow, f"Reads of each limited to {SLOW_BYTES_PER_SECOND / 1e6:.0f} MB/s")
+        where = f", {SLOW_BYTES_PER_SECOND / 1e6:.0f} MB/s"
+        judged += judge(slow, where, None, failed.get(LLAMA))
     else:
-        judged.append(_absent("the same with reads limited by the kernel", str(no_limit)))
-    if missing:
-        judged.append(_absent(LLAMA, missing))
-    budget = settings["lossless"].dram_budget_bytes
-    return [*judged, *promises(fast, slow, budget)]
+        judged.append(_absent("the same with reads limited by the kernel", no_limit))
+    _write(fast, slow)
+    judged += [_absent(name, reason) for name, reason in failed.items()]
+    return [*judged, *promises(fast, slow, settings["lossless"].dram_budget_bytes)]
 
 
-def measure(systems: Mapping[str, Callable[[], rows.Row]]) -> Runs:
-    """Every system once, then the contenders again, in turns."""
-    runs: Runs = {name: [] for name in systems}
-    for number in range(ROUNDS):
+def measure(
+    systems: Mapping[str, Callable[[], rows.Row]], failed: Failures, rounds: int = ROUNDS
+) -> Runs:
+    """Every system once, then the contenders again, in turns.
+
+    A peer that dies, under the cap most likely, goes to `failed` with what it said and is not run
+    again; when tierd does, WorkerFailed is raised.
+    """
+    runs: Runs = {}
+    for number in range(rounds):
         for name, once in systems.items():
-            if number == 0 or name in CONTENDERS:
-                runs[name].append(_told(once()))
-    return runs
+            if name in failed or (number and name not in CONTENDERS):
+                continue
+            try:
+                runs.setdefault(name, []).append(_told(once()))
+            except WorkerFailed as error:
+                if name.startswith("tierd"):
+                    raise
+                failed[name] = str(error)
+                print(f"{name} failed: {error}", flush=True)
+    return {name: repeats for name, repeats in runs.items() if repeats}
 
 
-def _slow(files: comparison.Files, settings: dict[str, rows.Setting], reference: Reference) -> Runs:
-    """All but tierd's other forms, with the same limit on what they read."""
+def _slow_systems(
+    files: comparison.Files, settings: dict[str, rows.Setting], reference: Reference
+) -> comparison.Systems:
+    """All but tierd's other forms, with the same limit on what they read, for fewer tokens."""
     limited = {
         codec: dataclasses.replace(
             setting, read_limit=SLOW_BYTES_PER_SECOND, new_tokens=SLOW_NEW_TOKENS
@@ -92,14 +111,11 @@ def _slow(files: comparison.Files, settings: dict[str, rows.Setting], reference:
         for codec, setting in settings.items()
     }
     short = (reference[0][:SLOW_NEW_TOKENS], reference[1][:SLOW_NEW_TOKENS])
-    systems = comparison.systems(files, limited, short)
-    runs = {
-        name: [_told(once())]
-        for name, once in systems.items()
+    return {
+        name: once
+        for name, once in comparison.systems(files, limited, short).items()
         if name == OURS or not name.startswith("tierd")
     }
-    table.print_rows(runs, f"Reads limited to {SLOW_BYTES_PER_SECOND / 1e6:.0f} MB/s for each")
-    return runs
 
 
 def _told(row: rows.Row) -> rows.Row:
@@ -111,6 +127,8 @@ def judge(runs: Runs, where: str, at_least: float | None, reason: str | None) ->
     """Ours against the best of the others, then against each. reason: why the best is not known."""
     middles = {name: comparison.middle(repeats) for name, repeats in runs.items()}
     others = {name: row for name, row in middles.items() if not name.startswith("tierd")}
+    if not others:
+        return []  # all of them failed, and have a row each that says why
     best = min(others, key=lambda name: others[name].seconds_per_token)
     judged = [
         Row(

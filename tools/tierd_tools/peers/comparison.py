@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 CAP_DIVISOR = 4
 #: Of the cap less the runtimes, for what is no weight: the daemon itself, key-value cache, scratch.
-WORKING_BYTES = 64 * MIB
+#: With less, the code of the libraries would not stay in the page cache where the cap pays for it.
+WORKING_BYTES = 32 * MIB
 SPARSITY = 0.5
 ACCELERATE = "Accelerate disk offload"
 TRANSFORMERS = "transformers device_map disk"

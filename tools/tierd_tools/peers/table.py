@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from tierd_tools.demo.memory_cap import CapUnavailable
 from tierd_tools.demo.read_limit import disk_of
 from tierd_tools.peers import comparison
 
@@ -70,5 +71,9 @@ def print_settings(setting: Setting, runtime_bytes: int) -> None:
 
 
 def _read_ahead(path: Path) -> str:
-    file = Path("/sys/dev/block") / disk_of(path) / "queue" / "read_ahead_kb"
+    try:
+        disk = disk_of(path)
+    except CapUnavailable as reason:
+        return f"unknown ({reason})"
+    file = Path("/sys/dev/block") / disk / "queue" / "read_ahead_kb"
     return f"{int(file.read_text())} KiB"

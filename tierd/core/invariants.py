@@ -22,6 +22,7 @@ def check_books(books: Books) -> None:
     books.ledger.check(over_budget=over)
     _check_slots(books)
     _check_clients(books)
+    _check_places(books)
 
 
 def _check_slots(books: Books) -> None:
@@ -88,6 +89,26 @@ def _check_reads(books: Books) -> None:
     for slot in books.in_flight.values():
         if slot.key is not None and any(r.unread for r in books.waiting.get(slot.key, ())):
             raise InvariantBroken(f"slot {slot.id} is on its way, but a request waits for a turn")
+
+
+def _check_places(books: Books) -> None:
+    """The sets of places that choose victims and reads are those of the slots."""
+    for model in books.models.values():
+        if model.charged != sum(model.charges[i] for i, slot in enumerate(model.slots) if slot):
+            raise InvariantBroken(f"model {model.id} is charged {model.charged} granules")
+        for order in model.orders.values():
+            for layer, bits in order.bits.items():
+                slot = model.slots[layer]
+                idle = (order.idle | order.idle_small) & bits
+                if idle != (bits if slot is not None and slot.evictable else 0):
+                    raise InvariantBroken(
+                        f"layer {model.id}/{layer} is no victim, or one by mistake"
+                    )
+                missing = slot is None and layer not in model.failed
+                if order.missing & bits != (bits if missing else 0):
+                    raise InvariantBroken(f"layer {model.id}/{layer} is not missing, or unknown")
+                if order.present & bits != (bits if slot is not None else 0):
+                    raise InvariantBroken(f"layer {model.id}/{layer} is not where it should be")
 
 
 def _check_clients(books: Books) -> None:

@@ -120,27 +120,32 @@ class Ledger:
 
     def hold(self, client: int, key: LayerKey, charge: int) -> None:
         account = self._accounts[client]
-        if key in account.layers:
-            account.layers[key] += 1
-        else:
-            self.committed -= account.committed
-            self.committed_slots -= account.slots
-            account.layers[key] = 1
-            account.charges[key] = charge
-            account.held += charge
-            self.committed += account.committed
-            self.committed_slots += account.slots
+        layers = account.layers
+        if key in layers:
+            layers[key] += 1
+            return
+        # A reserve is committed already: of what is held only the rest comes on top.
+        above = account.held + charge - account.reserve
+        if above > 0:
+            self.committed += min(above, charge)
+        self.committed_slots += bool(layers or not account.reserve)
+        layers[key] = 1
+        account.charges[key] = charge
+        account.held += charge
 
     def let_go(self, client: int, key: LayerKey) -> None:
         account = self._accounts[client]
-        account.layers[key] -= 1
-        if not account.layers[key]:
-            self.committed -= account.committed
-            self.committed_slots -= account.slots
-            del account.layers[key]
-            account.held -= account.charges.pop(key)
-            self.committed += account.committed
-            self.committed_slots += account.slots
+        layers = account.layers
+        if layers[key] > 1:
+            layers[key] -= 1
+            return
+        layers.pop(key)
+        charge = account.charges.pop(key)
+        above = account.held - account.reserve
+        if above > 0:
+            self.committed -= min(above, charge)
+        self.committed_slots -= bool(layers or not account.reserve)
+        account.held -= charge
 
     def check(self, *, over_budget: bool) -> None:
         for client, account in self._accounts.items():

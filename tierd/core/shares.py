@@ -61,6 +61,10 @@ class Entry:
     share: Share = field(compare=False)
 
 
+#: Where an entry stands in a heap: tuples are compared without a call.
+Place = tuple[int, int, Entry]
+
+
 @dataclass(slots=True, eq=False)
 class Bill:
     """A read under way, and who pays for it."""
@@ -104,8 +108,8 @@ class Device:
         self._shares: dict[int, Share] = {}
         self.unread_pins: dict[LayerKey, None] = {}  #: pinned layers to be read, first come first
         self._bills: dict[Bill, None] = {}
-        self._by_tag: list[Entry] = []  #: with requests, ahead of their share
-        self._by_deadline: list[Entry] = []  #: with requests, eligible
+        self._by_tag: list[Place] = []  #: with requests, ahead of their share
+        self._by_deadline: list[Place] = []  #: with requests, eligible
         self._busy_from_ns = 0  #: since then bytes have flowed for the next read that ends
 
     def share(self, client: int, weight: int) -> Share:
@@ -148,7 +152,7 @@ class Device:
     def eligible(self) -> Request | None:
         """Of those that are not ahead of their share, the request with the earliest deadline."""
         while self._by_deadline:
-            entry = self._by_deadline[0]
+            entry = self._by_deadline[0][2]
             share = entry.share
             if share.entry is not entry:
                 heapq.heappop(self._by_deadline)
@@ -165,7 +169,7 @@ class Device:
     def lowest_tag(self) -> int | None:
         """The lowest tag of those who have requests and are ahead of their share."""
         while self._by_tag:
-            entry = self._by_tag[0]
+            entry = self._by_tag[0][2]
             share = entry.share
             if share.entry is not entry:
                 heapq.heappop(self._by_tag)
@@ -178,8 +182,8 @@ class Device:
     def advance_to(self, tag: int) -> None:
         """Nobody with a lower tag wants a read: the virtual time comes to it."""
         self.virtual = max(self.virtual, tag)
-        while self._by_tag and self._by_tag[0].first <= self.virtual:
-            entry = heapq.heappop(self._by_tag)
+        while self._by_tag and self._by_tag[0][0] <= self.virtual:
+            entry = heapq.heappop(self._by_tag)[2]
             if entry.share.entry is entry:
                 self._place(entry.share)
 
@@ -194,10 +198,10 @@ class Device:
             share.tag = max(share.tag, self.virtual)
         if share.tag <= self.virtual:
             share.entry = Entry(request.deadline_ns, request.number, share)
-            heapq.heappush(self._by_deadline, share.entry)
+            heapq.heappush(self._by_deadline, (share.entry.first, share.entry.second, share.entry))
         else:
             share.entry = Entry(share.tag, request.number, share)
-            heapq.heappush(self._by_tag, share.entry)
+            heapq.heappush(self._by_tag, (share.entry.first, share.entry.second, share.entry))
 
     def _unqueue(self, share: Share) -> None:
         if share.entry is not None:

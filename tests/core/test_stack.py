@@ -43,10 +43,17 @@ FIRST = 10  #: client ids on GPU 0 start here
 
 
 def stack_of(
-    dram: int, gpu: int, *models: tuple[int, ...], gpus: int = 1, clients: int = 1
+    dram: int,
+    gpu: int,
+    *models: tuple[int, ...],
+    gpus: int = 1,
+    clients: int = 1,
+    copies: int = 1,
 ) -> TierStack:
     """Budgets and layer sizes in granules; clients 10, 11, ... on GPU 0, 20, ... on GPU 1."""
-    config = StackConfig(CoreConfig(dram * G), (CoreConfig(gpu * G, reads_in_flight=1),) * gpus)
+    config = StackConfig(
+        CoreConfig(dram * G), (CoreConfig(gpu * G, reads_in_flight=copies),) * gpus
+    )
     stack = TierStack(config)
     stack.handle(ArenaAdded(0, 0, 1024 * G, dram * G))
     for number in range(gpus):
@@ -139,6 +146,19 @@ def test_a_failed_read_and_a_failed_copy_reach_the_client_on_the_gpu() -> None:
     assert Refuse(FIRST, 2, "copy_failed", "ECC") in refused
     assert [a.key for a in refused if isinstance(a, Unload)] == [key(1)]
     assert stack.dram.snapshot().memory.leased_bytes == 0
+
+
+def test_a_layer_that_dram_put_off_is_asked_for_again_when_the_read_before_it_failed() -> None:
+    stack = stack_of(2, 4, (2, 2), copies=2)
+    actions = feed(stack, Acquire(0, FIRST, 1, key(0)), Acquire(0, FIRST, 2, key(1)))
+    assert [a.key for a in actions if isinstance(a, Read)] == [key(0)]
+    [only] = stack.feeds.feeds.values()
+    assert only.full
+    assert [read.key for _, read in only.parked] == [key(1)]
+    failed = feed(stack, ReadFailed(1, 0, "read_failed", "EIO"))
+    assert [a.key for a in failed if isinstance(a, Read)] == [key(1)]
+    actions = settle(stack, failed, 2)
+    assert [a.key for a in actions if isinstance(a, Grant)] == [key(1)]
 
 
 def test_the_slots_of_a_dead_client_are_reused_only_after_its_fence() -> None:

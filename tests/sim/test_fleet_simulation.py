@@ -42,7 +42,6 @@ def test_every_promise_of_three_tiers_holds_with_the_full_check_after_every_even
 
 @pytest.mark.parametrize("seed", [1000, 1001, 1046])
 def test_every_promise_of_three_tiers_holds_for_a_crowd_on_small_models(seed: int) -> None:
-    """Seed 1046 once forgot a copy that DRAM had put off, when the one before it failed."""
     run(drawn_fleet(seed, CROWD), 100)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tierd.core.model import (
+    OPERATOR,
     Acquire,
     Admit,
     ArenaAdded,
@@ -23,13 +24,17 @@ from tierd.core.model import (
     CoreConfig,
     Discard,
     DiscardDone,
+    Done,
     Event,
     Evict,
+    EvictNow,
     Grant,
     Hint,
     Later,
+    LayerKey,
     ModelAdded,
     ModelRemoved,
+    Pin,
     Plan,
     Read,
     ReadDone,
@@ -37,6 +42,7 @@ from tierd.core.model import (
     Refuse,
     Release,
     Tick,
+    Unpin,
 )
 from tierd.core.plans import LONGEST_STEP_NS
 from tierd.core.stack import TierStack
@@ -67,6 +73,7 @@ if TYPE_CHECKING:
     from tierd.sim.scenario import Device
 
 TICK_NS = 100_000_000
+OPERATOR_NS = 200_000_000  #: on average, between two commands of the operator
 CONVOY_WAIT_NS = 100_000_000
 SPAN = 16  #: address space of an arena, in budgets
 REST = 100_000  #: events after the last client left: more, and the machines never rest
@@ -127,7 +134,7 @@ class FleetSimulation:
         self._rng = random.Random(f"run {fleet.seed}")
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
-        self._came = 0
+        self._came = OPERATOR + 1  #: the number of the next client
         self._layers = 0  #: of clients that left
         self._stall_ns = 0
         self._count = dict.fromkeys(
@@ -142,6 +149,9 @@ class FleetSimulation:
         self._latest: list[tuple[int, int, int]] = []  #: heap of answers that are due
         self._sources: dict[tuple[int, int], int] = {}  #: copies -> DRAM slots
         self._fencing: dict[int, int] = {}  #: clients that are gone -> their GPU
+        self._commands = 0  #: of the operator
+        self._ordered = 0  #: the operator's command that was answered last
+        self._pinned: dict[LayerKey, None] = {}
         self._tick_ns: int | None = None  #: when the next tick comes
         self._leaving = False
         largest = max(nbytes for model in fleet.models for nbytes in model.layer_bytes)
@@ -170,6 +180,7 @@ class FleetSimulation:
         while self.events < self.fleet.size.events:
             self._step("clients are there, but nothing happens")
         self._leaving = True
+        self._order(Unpin(self.now, self._commands + 1, tuple(self._pinned)))
         for client in list(self.clients.values()):
             client.leave()
         self._rest()
@@ -198,7 +209,7 @@ class FleetSimulation:
             self.fleet.seed,
             self.events,
             self.now / 1e9,
-            self._came,
+            self._came - OPERATOR - 1,
             self._layers + sum(client.done for client in present),
             count["grants"],
             count["reads"],
@@ -221,6 +232,7 @@ class FleetSimulation:
         for _ in range(fleet.size.clients):
             self._after(self._rng.randint(0, 500_000_000), self._come)
         self._after(self._pause_ns(), self._replace_a_model)
+        self._after(OPERATOR_NS, self._operate)
 
     def _step(self, otherwise: str) -> None:
         if not self._heap:
@@ -278,6 +290,28 @@ class FleetSimulation:
         self._next_model += 1
         self._serve(place)
         self._after(self._pause_ns(), self._replace_a_model)
+
+    def _operate(self) -> None:
+        """An operator pins, unpins and evicts layers in DRAM, some of them of models long gone."""
+        if self._leaving:
+            return
+        model = self._rng.randrange(self._next_model)
+        place = self._rng.choice(self._served) if self._rng.random() < 0.8 else model
+        keys = tuple(
+            LayerKey(place, self._rng.randrange(8)) for _ in range(self._rng.randint(1, 3))
+        )
+        self._commands += 1
+        kinds: list[type[Pin | Unpin | EvictNow]] = [Pin, Pin, Unpin, EvictNow]
+        command = self._rng.choice(kinds)(self.now, self._commands, keys)
+        if isinstance(command, Pin):
+            self._pinned.update(dict.fromkeys(keys))
+        self._order(command)
+        self._after(self._rng.randint(1, 2 * OPERATOR_NS), self._operate)
+
+    def _order(self, command: Pin | Unpin | EvictNow) -> None:
+        self._feed(command)
+        if self._ordered != command.request:
+            raise BrokenPromise(f"{command} was not answered, but {self._ordered}")
 
     def _pause_ns(self) -> int:
         return self._rng.randint(1, 2 * self.fleet.replace_ns)
@@ -416,6 +450,10 @@ class FleetSimulation:
             case Admit():
                 self._answered(action)
                 self.clients[action.client].admitted(action)
+            case Done():
+                self._ordered = action.request
+            case Refuse() if action.client == OPERATOR:
+                self._ordered = action.request
             case Refuse():
                 self._count["refusals"] += 1
                 self._check_refusal(action, self._answered(action))

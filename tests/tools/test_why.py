@@ -72,7 +72,7 @@ def need(in_ns: int = 30 * MS, steps: int = 3, ppm: int = 1_000_000) -> dict[str
         (
             answer("making room", next_use=need(0, 1)),
             "waits for memory that is being given back, to be read ahead for client 12 (chat), "
-            "who needs it now (1 step away).",
+            "who was expected to need it by now (1 step away).",
         ),
         (
             answer("resident", (2 * S, "read", "into slot 3: ahead"), (S, "resident", "in slot 3"),

@@ -104,10 +104,13 @@ def _need(reply: Reply) -> str | None:
 
 def _needs_it(need: Reply) -> str:
     steps = f"{need['steps']} step{'s' if need['steps'] != 1 else ''}"
-    when = f"in {duration(need['in_ns'])} ({steps})" if need["in_ns"] else f"now ({steps} away)"
+    if need["in_ns"]:
+        said = f"needs it in {duration(need['in_ns'])} ({steps})"
+    else:  # it is slower than it was, or pauses
+        said = f"was expected to need it by now ({steps} away)"
     if need["probability_ppm"] < 1_000_000:
-        return f"needs it {when} with a probability of {need['probability_ppm'] / 1e6:.0%}"
-    return f"needs it {when}"
+        said += f" with a probability of {need['probability_ppm'] / 1e6:.0%}"
+    return said
 
 
 def _clients(clients: Sequence[Reply]) -> str:

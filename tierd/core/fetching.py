@@ -71,12 +71,14 @@ class Fetcher:
         device.most_in_flight = max(device.most_in_flight, limit + 1)
         while device.in_flight <= limit:
             full = device.in_flight == limit
-            request = device.eligible()
+            request = device.eligible(limit, self._books.now)
             if request is None and not full and (lowest := device.lowest_tag()) is not None:
                 if not self._blocked and self._fetch_ahead(device, lowest):
                     continue
+                if device.waits_at_lowest(limit, self._books.now):
+                    return True
                 device.advance_to(lowest)
-                request = device.eligible()
+                request = device.eligible(limit, self._books.now)
             if request is None or (full and not self._small_beside(request, device)):
                 return True
             if not self._serve(request):
@@ -125,11 +127,12 @@ class Fetcher:
         comes to the layer before its share of the device would have brought it: until then the
         requests of others, who stall, go first.
         """
+        limit = self._books.reads_limit(device.id)
         chosen: tuple[int, Candidate, Share] | None = None
         for candidate in self._books.policy.soonest(CANDIDATES, device.id):
             client = self._books.clients[candidate.client]
             share = device.share(client.id, client.weight)
-            if share.held:
+            if share.held or device.crowded(candidate.key.model, limit, self._books.now):
                 continue
             tag = max(share.tag, device.virtual)
             if below is not None:
@@ -225,7 +228,8 @@ class Fetcher:
         payers = [request.share for request in waiting]
         if ahead_for is not None:
             payers.append(ahead_for)
-        self._books.bills[slot.id] = device.start(payers, claim.place.nbytes, self._books.now)
+        nbytes, now = claim.place.nbytes, self._books.now
+        self._books.bills[slot.id] = device.start(model.id, payers, nbytes, now)
         self._discard(claim.discards)
         if not claim.promised:
             self._read(slot)

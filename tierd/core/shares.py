@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 #: Part that one observation has in what a byte takes.
 _CORRECTION = 8
+#: A model keeps its places for as long as so many of its reads took.
+_RECENT_READS = 4
+#: Requests of crowded models that are passed over for one of another.
+_PASSED_OVER = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +74,9 @@ class Bill:
     """A read under way, and who pays for it."""
 
     device: Device
+    model: int
     nbytes: int
+    started_ns: int
     paid: dict[Share, int] = field(default_factory=dict)  #: bytes charged so far
 
     def join(self, share: Share) -> None:
@@ -108,6 +114,9 @@ class Device:
         self._shares: dict[int, Share] = {}
         self.unread_pins: dict[LayerKey, None] = {}  #: pinned layers to be read, first come first
         self._bills: dict[Bill, None] = {}
+        self._reading: dict[int, int] = {}  #: by model: reads in flight
+        #: by model: until when it counts as one that reads, and with which weight
+        self._recent: dict[int, tuple[int, int]] = {}
         self._by_tag: list[Place] = []  #: with requests, ahead of their share
         self._by_deadline: list[Place] = []  #: with requests, eligible
         self._busy_from_ns = 0  #: since then bytes have flowed for the next read that ends
@@ -149,9 +158,12 @@ class Device:
         share.held = False
         self._place(share)
 
-    def eligible(self) -> Request | None:
-        """Of those that are not ahead of their share, the request with the earliest deadline."""
-        while self._by_deadline:
+    def eligible(self, limit: int, now_ns: int) -> Request | None:
+        """Of those that are not ahead of their share, nor of a crowded model, the request with the
+        earliest deadline."""
+        passed_over: list[Place] = []
+        found: Request | None = None
+        while self._by_deadline and len(passed_over) < _PASSED_OVER:
             entry = self._by_deadline[0][2]
             share = entry.share
             if share.entry is not entry:
@@ -162,9 +174,14 @@ class Device:
                 self._unqueue(share)
             elif (request.deadline_ns, request.number) != (entry.first, entry.second):
                 self._place(share)
+            elif self.crowded(request.key.model, limit, now_ns):
+                passed_over.append(heapq.heappop(self._by_deadline))
             else:
-                return request
-        return None
+                found = request
+                break
+        for place in passed_over:
+            heapq.heappush(self._by_deadline, place)
+        return found
 
     def lowest_tag(self) -> int | None:
         """The lowest tag of those who have requests and are ahead of their share."""
@@ -178,6 +195,11 @@ class Device:
             else:
                 return entry.first
         return None
+
+    def waits_at_lowest(self, limit: int, now_ns: int) -> bool:
+        """Whether who has the lowest tag has to wait for a place of its model."""
+        request = self._by_tag[0][2].share.head()
+        return request is not None and self.crowded(request.key.model, limit, now_ns)
 
     def advance_to(self, tag: int) -> None:
         """Nobody with a lower tag wants a read: the virtual time comes to it."""
@@ -217,16 +239,32 @@ class Device:
         if share.entry is not None:
             self._place(share)
 
-    def start(self, shares: Iterable[Share], nbytes: int, now_ns: int) -> Bill:
+    def start(self, model: int, shares: Iterable[Share], nbytes: int, now_ns: int) -> Bill:
         """A read of `nbytes` begins, for whom these shares are."""
         if not self._bills:
             self._busy_from_ns = now_ns
-        bill = Bill(self, nbytes)
+        bill = Bill(self, model, nbytes, now_ns)
+        self._reading[model] = self._reading.get(model, 0) + 1
         self._bills[bill] = None
         for share in shares:
             bill.join(share)
         bill.split()
         return bill
+
+    def crowded(self, model: int, limit: int, now_ns: int) -> bool:
+        """Whether the model has its part of the `limit` reads in flight, while others read too.
+
+        A device serves what it was given in its own order: who comes often and briefly would find
+        all places taken by who never stops. Clients of one model help each other and count as one.
+        """
+        mine = self._reading.get(model, 0)
+        if not mine or limit == 1:
+            return False
+        for other in [m for m, (until_ns, _) in self._recent.items() if until_ns < now_ns]:
+            del self._recent[other]
+        weight = self._recent.get(model, (0, DEFAULT_WEIGHT))[1]
+        total = weight + sum(w for m, (_, w) in self._recent.items() if m != model)
+        return mine * total >= limit * weight
 
     @property
     def in_flight(self) -> int:
@@ -240,6 +278,12 @@ class Device:
     def ended(self, bill: Bill, now_ns: int, nbytes: int) -> None:
         """A read ended; `nbytes` of it arrived."""
         del self._bills[bill]
+        self._reading[bill.model] -= 1
+        if not self._reading[bill.model]:
+            del self._reading[bill.model]
+        weight = max((share.weight for share in bill.paid), default=DEFAULT_WEIGHT)
+        pause_ns = _RECENT_READS * (now_ns - bill.started_ns)
+        self._recent[bill.model] = now_ns + pause_ns, weight
         took_ns = now_ns - self._busy_from_ns
         self._busy_from_ns = now_ns
         if nbytes:

@@ -85,6 +85,24 @@ def test_a_plan_asks_for_what_is_not_kept_and_for_its_own_compute() -> None:
     assert found.stall_ns == pytest.approx(6 * 20 * MS - LAYERS * 2 * MS, rel=0.1)
 
 
+def test_the_compute_of_a_pass_is_right_where_its_steps_differ() -> None:
+    """A mean of the last steps would depend on where in the pass the client is."""
+    machine = machine_of(LAYERS)
+    head_ns, now = 10 * MS, 0
+    feed(machine, Plan(0, 1, 1, 0, tuple(range(LAYERS))))
+    slots = [0]
+    for number in range(4 * LAYERS):
+        actions = feed(machine, Acquire(now, 1, number + 2, LayerKey(0, number % LAYERS)))
+        while not any(isinstance(action, Grant) for action in actions):
+            actions = feed(machine, ReadDone(now, slots[0]))
+            slots[0] += 1
+        [lease] = [action.lease for action in actions if isinstance(action, Grant)]
+        now += head_ns if number % LAYERS == LAYERS - 1 else MS
+        feed(machine, Release(now, 1, lease))
+    [load] = loads_of(machine.books)
+    assert load.compute_ns == pytest.approx(head_ns + (LAYERS - 1) * MS, rel=0.05)
+
+
 def test_a_model_that_fits_asks_for_nothing() -> None:
     machine = machine_of(LAYERS)
     run_passes(machine, 2, compute_ns=MS, read_ns=MS)

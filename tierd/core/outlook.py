@@ -25,7 +25,7 @@ def loads_of(books: Books) -> list[Load]:
                 client=client.id,
                 model=model.id,
                 device=model.device,
-                compute_ns=plan.compute_ns * len(plan.order),
+                compute_ns=plan.pass_compute_ns or plan.compute_ns * len(plan.order),
                 ssd_bytes=sum(model.layer_bytes[layer] for layer in passing),
                 weight=client.weight,
                 tokens_per_pass=plan.tokens_per_pass,

@@ -44,6 +44,9 @@ class PlanState:
         "lookahead",
         "model",
         "order",
+        "pass_compute_ns",
+        "passed",
+        "passed_ns",
         "position",
         "reuse",
         "route",
@@ -80,6 +83,9 @@ class PlanState:
         self.compute_ns = DEFAULT_STEP_NS  #: running mean of a step, without what it stalled
         self.wait_ns = 0  #: running mean of what it stalls for in a step
         self.stalled_ns = 0  #: in the present step
+        self.pass_compute_ns: int | None = None  #: of a pass, without stalls; None before the first
+        self.passed = 0  #: steps of the pass that is being measured
+        self.passed_ns = 0  #: what it has computed so far
         self.reuse = reuse  #: of the model's layers, for an open plan
         self.hints: dict[int, tuple[int, int]] = {}  #: by layer: step of its use, probability
 
@@ -170,11 +176,11 @@ class PlanState:
             self.position = (self.position + distance) % len(self.order)
         self.steps += 1
         if self.stepped_ns is not None and (distance < len(self.order) or self.reuse is not None):
-            self._measure(at_ns - self.stepped_ns)
+            self._measure(at_ns - self.stepped_ns, distance)
         self.stepped_ns = at_ns
         self.stalled_ns = 0
 
-    def _measure(self, elapsed_ns: int) -> None:
+    def _measure(self, elapsed_ns: int, distance: int) -> None:
         """One layer took so long. Who skips layers is not faster for it: its next ones are expected
         later than they may come, which costs this client alone."""
         stalled = min(self.stalled_ns, elapsed_ns)
@@ -182,5 +188,14 @@ class PlanState:
         sample = min(max(elapsed_ns - stalled, SHORTEST_STEP_NS), longest)
         compute_ns = self.compute_ns + (sample - self.compute_ns) // 8
         self.compute_ns = max(compute_ns, SHORTEST_STEP_NS)
+        self.passed += distance
+        self.passed_ns += sample
+        if self.passed >= len(self.order):
+            # Steps differ (a head is larger than a decoder layer), passes do not.
+            before = self.pass_compute_ns
+            self.pass_compute_ns = (
+                self.passed_ns if before is None else (before + self.passed_ns) // 2
+            )
+            self.passed = self.passed_ns = 0
         waited = min(stalled, LONGEST_STEP_NS)
         self.wait_ns += (waited - self.wait_ns) // 8

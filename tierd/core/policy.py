@@ -219,10 +219,6 @@ class Policy:
             return candidate.due
         return FAR_ENOUGH * (candidate.due + now_ns) - now_ns
 
-    def candidate_of(self, client: int) -> Candidate | None:
-        """The next missing layer of this client's plan."""
-        return self._soonest.of(client)
-
     # ---------------------------------------------------------------------------------- retention
 
     def _choose_kept_again(self, model: ModelState, plan: PlanState) -> None:

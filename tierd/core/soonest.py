@@ -80,18 +80,6 @@ class Soonest:
         self._stamps.pop(client, None)
         self._found.pop(client, None)
 
-    def of(self, client: int) -> Candidate | None:
-        """This client's candidate."""
-        self._refresh()
-        found = self._found.get(client)
-        if found is None:
-            return None
-        model = self._models[found[1].key.model]
-        if found[0] != model.version:
-            self._look(client, model.plans[client])
-            found = self._found.get(client)
-        return None if found is None else found[1]
-
     def first(self, limit: int, device: int) -> list[Candidate]:
         """At most `limit` candidates that the device has, the ones due first; without those for
         which there is no room that they may take. Costs O(limit * log plans)."""

@@ -39,7 +39,7 @@ READERS, CHUNK_BYTES = 4, 16 << 20
 ROUNDS = 7
 #: One step of a client that computes, in times of what reading a layer takes.
 COMPUTE_PER_READ = 2.0
-COMPUTE_PASSES = 3
+COMPUTE_PASSES = 5
 IDLE_SECONDS = 5.0
 SSD_SHARE, STALL_SHARE, CPU_MS_PER_GB, IDLE_SHARE = 0.95, 0.03, 50.0, 0.01
 
@@ -152,11 +152,15 @@ def _walk(opened: OpenedModel, layers: int, seconds: float = 0.0) -> float:
 
 
 def _stall_share(opened: OpenedModel, step_seconds: float) -> float:
-    """Of the time of a client that computes longer than its reads take, after its first pass."""
+    """Of the time of a pass of a client that computes longer than its reads take, after the first
+    pass."""
     _walk(opened, LAYERS, step_seconds)
-    begin = time.perf_counter()
-    waited = _walk(opened, COMPUTE_PASSES * LAYERS, step_seconds)
-    return waited / (time.perf_counter() - begin)
+    shares = []
+    for _ in range(COMPUTE_PASSES):
+        begin = time.perf_counter()
+        waited = _walk(opened, LAYERS, step_seconds)
+        shares.append(waited / (time.perf_counter() - begin))
+    return statistics.median(shares)
 
 
 def _idle_share(daemon: Serving) -> float:

@@ -72,8 +72,11 @@ class LayerLeases:
     forward pass shows. Raises what `OpenedModel.plan` raises.
     """
 
-    def __init__(self, opened: OpenedModel, order: Sequence[int]) -> None:
+    def __init__(
+        self, opened: OpenedModel, order: Sequence[int], *, tokens_per_pass: int = 1
+    ) -> None:
         self.opened = opened
+        self._tokens_per_pass = tokens_per_pass
         self._life = fork.current()
         self._closed = False
         self._lock = threading.Lock()
@@ -293,7 +296,7 @@ class LayerLeases:
             self._declare(trace)
 
     def _declare(self, order: Sequence[int]) -> None:
-        self.opened.plan(order, kind="cyclic", lookahead=1)
+        self.opened.plan(order, kind="cyclic", lookahead=1, tokens_per_pass=self._tokens_per_pass)
         self._order = tuple(order)
 
     # ------------------------------------------------------------------------------------------ end

@@ -33,6 +33,8 @@ def load_model(
     name_or_pack: str | os.PathLike[str],
     compute: str = "fused",
     socket: str | None = None,
+    *,
+    tokens_per_pass: int = 1,
 ) -> PreTrainedModel:
     """The model served as `name_or_pack`, or the pack in that directory, in evaluation mode.
 
@@ -41,17 +43,21 @@ def load_model(
     rounding, and more of them with blocks of it that stay in cache. The in-memory model of a pack
     in a lossy codec (int8, int4) is that of `tierctl unpack`, with the quantised weights rounded to
     its dtype; "fused" multiplies a few tokens with the unrounded ones.
-    socket: see `Client`. The model has `model.tierd`, with `.statistics()` and `.close()`. Norms
-    and biases stay on the meta device until their layer is first used.
+    socket: see `Client`. tokens_per_pass: how many tokens a forward pass mostly serves (a batch, or
+    what a speculative pass verifies), for the daemon's figures per token. The model has
+    `model.tierd`, with `.statistics()` and `.close()`. Norms and biases stay on the meta device
+    until their layer is first used.
     Raises UnsupportedModel with the list of what stands in the way, ModelNotFound, PackInvalid,
     BudgetTooSmall, DaemonGone, PrivateDaemonFailed; ValueError for another `compute`.
     """
+    if tokens_per_pass < 1:
+        raise ValueError(f"tokens_per_pass is {tokens_per_pass}, expected 1 or more")
     if compute not in list(Compute):
         raise ValueError(f"compute {compute!r} is unknown: {', '.join(Compute)}")
     mode = Compute(compute)
     source = open_source(name_or_pack, socket)
     try:
-        return _load(source, mode)
+        return _load(source, mode, tokens_per_pass)
     except BaseException:
         source.close()
         raise
@@ -76,12 +82,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def _load(source: Source, compute: Compute) -> Any:
+def _load(source: Source, compute: Compute, tokens_per_pass: int) -> Any:
     opened = source.opened
     with control_directory(opened.files) as directory:
         model, mapping = _empty_model(opened, directory)
     placement = Placement(model, mapping)
-    leases = LayerLeases(opened, placement.order)
+    leases = LayerLeases(opened, placement.order, tokens_per_pass=tokens_per_pass)
     arithmetic = Arithmetic(leases, compute)
     sites = placement.install(leases, arithmetic)
     copied_bytes = _copy_now(opened, placement.copied_now)

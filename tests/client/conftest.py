@@ -283,7 +283,7 @@ class FakeDaemon:
                 fields |= {"generation": self.table.generation(layer)}
                 fields |= {"offset": layer * SLOT_BYTES}
                 fields |= {"bytes": self.pack.index.layers[layer].nbytes, **self.grant}
-        elif op == "release":
+        elif op in ("release", "hint"):
             for lease in message["leases"]:
                 self.leases.pop(lease, None)
             return

@@ -174,6 +174,25 @@ def test_a_plan_names_layers_and_returns_what_is_reserved(
         opened.plan(["embed", "blocks.7"])
 
 
+def test_a_hint_names_layers_and_their_probability_and_waits_for_no_reply(
+    daemon: FakeDaemon, client: Client
+) -> None:
+    opened = client.open("tiny")
+    opened.plan(kind="open", tokens_per_pass=8)
+    opened.hint({"blocks.0": 0.25, 2: 1.0}, steps=3)
+    client.ask("status")  # what was sent before has arrived
+    (plan,), (hint,) = daemon.asked("plan"), daemon.asked("hint")
+    assert (plan["kind"], plan["tokens_per_pass"]) == ("open", 8)
+    assert (hint["id"], hint["layers"], hint["ppm"], hint["steps"]) == (
+        0,
+        [1, 2],
+        [250_000, 1_000_000],
+        3,
+    )
+    with pytest.raises(ValueError, match=r"probability 1\.5"):
+        opened.hint({0: 1.5})
+
+
 def test_a_plan_that_does_not_fit_says_why(daemon: FakeDaemon, client: Client) -> None:
     daemon.refusals["plan"] = ("budget_too_small", "needs 10, 5 available, budget 20")
     with pytest.raises(BudgetTooSmall, match="needs 10, 5 available") as caught:

@@ -67,9 +67,10 @@ class FakeOpened:
         self.log: list[tuple[str, int]] = []
         self.broken: set[int] = set()
 
-    def plan(self, order: Sequence[int], *, kind: str, lookahead: int) -> int:
+    def plan(self, order: Sequence[int], *, kind: str, lookahead: int, tokens_per_pass: int) -> int:
         assert kind == "cyclic"
         assert lookahead == 1
+        assert tokens_per_pass == 1
         self.plans.append(tuple(order))
         return 0
 

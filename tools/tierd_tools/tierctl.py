@@ -246,7 +246,10 @@ def _replay(arguments: argparse.Namespace) -> render.Reply:
 def _failed(result: Any) -> bool:
     """Whether a reload met packs that it could not load, or an evict layers that had to stay;
     everything else raises."""
-    return isinstance(result, dict) and bool(result.get("failed") or result.get("kept"))
+    if not isinstance(result, dict):
+        return False
+    lists = (result.get("failed"), result.get("kept"))  # `why` says yes or no under these names
+    return any(isinstance(named, list) and named for named in lists)
 
 
 def _show(arguments: argparse.Namespace, result: Any) -> None:

@@ -284,7 +284,7 @@ class FakeDaemon:
                 fields |= {"offset": layer * SLOT_BYTES}
                 fields |= {"bytes": self.pack.index.layers[layer].nbytes, **self.grant}
         elif op in ("release", "hint"):
-            for lease in message["leases"]:
+            for lease in message.get("leases", ()):
                 self.leases.pop(lease, None)
             return
         frame = encode({"id": request, "ok": True, **fields})

@@ -213,7 +213,7 @@ class HolderGone:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMeasured:
-    """What reads from `device` get at present (`cost`), and how many may run at once from now on."""
+    """What reads from `device` get at present (`cost`), and how many may run from now on."""
 
     at_ns: int
     device: int

@@ -32,6 +32,7 @@ Reply = dict[str, Any]
 PAGE_ITEMS = 250  #: a page is made between two events: it must not hold the others up
 PAGE_BYTES = 1 << 20  #: after which a page ends; the item that exceeds it is still in it
 HISTORY = 200  #: decisions about a layer that `why` tells, the newest
+LAST_ITEM = 1 << 62
 PARTS = ("opening", "models", "entries")
 
 
@@ -133,8 +134,10 @@ class Diagnosis:
         part, first = message.get("part", "entries"), message.get("first", 0)
         if part not in PARTS:
             raise BadRequest(f"trace: part is {part!r:.40}, expected one of {', '.join(PARTS)}")
-        if type(first) is not int or first < 0:
-            raise BadRequest(f"trace: first is {first!r:.40}, expected a number from 0 on")
+        if type(first) is not int or not 0 <= first <= LAST_ITEM:
+            raise BadRequest(
+                f"trace: first is {first!r:.40}, expected a number from 0 to {LAST_ITEM}"
+            )
         record = self._daemon.engine.machine.record
         extent = record.extent
         reply: Reply = {

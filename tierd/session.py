@@ -44,7 +44,6 @@ MAX_PLAN_USES = (
     16  # of each layer, on average: the core walks a plan while layers of it are missing
 )
 MAX_TOKENS_PER_PASS = 1 << 24
-MAX_HINT_STEPS = 1 << 16
 MAX_REQUEST_ID = (1 << 63) - 1
 MAX_NAME = 256
 
@@ -219,7 +218,7 @@ class Session:
             raise BadRequest(f"hint: {len(layers)} layers and {len(ppm)} probabilities")
         if len(set(layers)) != len(layers):
             raise BadRequest("hint: a layer is there twice")
-        steps = _number(message, "steps", 1, MAX_HINT_STEPS, default=1)
+        steps = _number(message, "steps", 1, wire.MAX_HINT_STEPS, default=1)
         self._daemon.engine.submit(
             Hint(time.monotonic_ns(), self.client, pack.model, tuple(layers), tuple(ppm), steps)
         )

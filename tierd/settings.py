@@ -112,11 +112,13 @@ def _weights(value: object, base: Path) -> dict[str, int]:
     if isinstance(value, list):
         parts = [str(entry).partition("=") for entry in value]
         value = {name: weight for name, _, weight in parts}
+        if len(value) < len(parts):
+            raise ValueError(f"{expected}, each once")
     if not isinstance(value, dict):
         raise ValueError(expected)
     weights: dict[str, int] = {}
     for name, weight in value.items():
-        if name != "default" and not re.fullmatch(r"[0-9]{1,10}", name, re.ASCII):
+        if name != "default" and not re.fullmatch(r"0|[1-9][0-9]{0,9}", name, re.ASCII):
             raise ValueError(expected)
         try:
             weights[name] = _number(1, LARGEST_WEIGHT)(weight, base)

@@ -16,6 +16,7 @@ from tierd_client.mapping import mappings
 from tierd_layouts.errors import FormatError
 from tierd_layouts.index import INDEX_FILE, PackIndex
 from tierd_layouts.layer_reader import packed_matrix
+from tierd_layouts.wire import MAX_HINT_STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -77,12 +78,15 @@ class OpenedModel:
         """The number of a layer in `index.layers`. Raises LayerNotFound."""
         number = self._numbers.get(name)
         if number is None:
-            raise LayerNotFound(
-                f"model {self.name!r} has no layer {name!r}; it has {len(self._numbers)}, "
-                f"from {self.layer_name(0)!r} to {self.layer_name(-1)!r}",
-                "not_found",
-            )
+            raise self._no_layer(name)
         return number
+
+    def _no_layer(self, layer: str | int) -> LayerNotFound:
+        return LayerNotFound(
+            f"model {self.name!r} has no layer {layer!r}; it has {len(self._numbers)}, "
+            f"from {self.layer_name(0)!r} to {self.layer_name(-1)!r}",
+            "not_found",
+        )
 
     def layer_name(self, layer: int) -> str:
         """The name of layer number `layer`, for errors too: an unknown number is its own name."""
@@ -144,13 +148,22 @@ class OpenedModel:
         advice, dropped by a daemon that knows no such plan. Raises LayerNotFound, ValueError."""
         chances = layers if isinstance(layers, MappingABC) else dict.fromkeys(layers, 1.0)
         wrong = [chance for chance in chances.values() if not 0 <= chance <= 1]
-        if wrong or steps < 1:
+        if wrong or not 1 <= steps <= MAX_HINT_STEPS:
             what = f"probability {wrong[0]}" if wrong else f"{steps} steps"
-            raise ValueError(f"a hint needs probabilities of 0 to 1 and steps >= 1, not {what}")
+            raise ValueError(
+                f"a hint needs probabilities of 0 to 1 and 1 to {MAX_HINT_STEPS} steps, not {what}"
+            )
+        # No reply would tell that the daemon drops a hint: what is wrong with it is said here.
+        numbers = [self._number(item) for item in chances]
+        for number in numbers:
+            if not 0 <= number < len(self.index.layers):
+                raise self._no_layer(number)
+        if len(set(numbers)) < len(numbers):
+            raise ValueError("a hint names a layer twice, by name and by number")
         self.connection.notify(
             "hint",
             model_id=self.model_id,
-            layers=[self._number(item) for item in chances],
+            layers=numbers,
             ppm=[round(chance * 1_000_000) for chance in chances.values()],
             steps=steps,
         )

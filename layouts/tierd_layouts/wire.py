@@ -26,6 +26,7 @@ MAX_FDS = 16  #: descriptors that may travel with one frame
 MAX_REQUEST_ARRAY = 16384
 MAX_REQUEST_MAP = 256
 MAX_REQUEST_TEXT = 4096
+MAX_HINT_STEPS = 1 << 16  #: a hint looks so far ahead
 
 SYSTEM_SOCKET = "/run/tierd/tierd.sock"
 SOCKET_VARIABLE = "TIERD_SOCKET"
@@ -66,12 +67,16 @@ class ErrorCode(StrEnum):
 
 
 def encode(message: Mapping[str, Any], limit: int = MAX_REPLY_BYTES) -> bytes:
-    """Returns one frame. Raises FrameTooLarge when the body is above `limit` bytes.
+    """Returns one frame. Raises FrameTooLarge when the body is above `limit` bytes, MalformedFrame
+    for a number that no frame can hold.
 
     A client passes `limit=MAX_REQUEST_BYTES`, so that it learns about an oversized request from
     this error and not from a closed connection.
     """
-    body: bytes = msgpack.packb(message, use_bin_type=True)
+    try:
+        body: bytes = msgpack.packb(message, use_bin_type=True)
+    except OverflowError as error:
+        raise MalformedFrame("a number of the message has more than 64 bits") from error
     if len(body) > limit:
         raise FrameTooLarge(f"frame body has {len(body)} bytes, the limit is {limit}")
     return _LENGTH.pack(len(body)) + body

@@ -193,6 +193,22 @@ def test_a_hint_names_layers_and_their_probability_and_waits_for_no_reply(
         opened.hint({0: 1.5})
 
 
+def test_a_hint_that_a_daemon_would_drop_in_silence_is_refused_here(
+    daemon: FakeDaemon, client: Client
+) -> None:
+    opened = client.open("tiny")
+    with pytest.raises(LayerNotFound, match="no layer 99"):
+        opened.hint([0, 99])
+    with pytest.raises(ValueError, match="1 to 65536 steps, not 65537 steps"):
+        opened.hint([0], steps=65537)
+    with pytest.raises(ValueError, match="a layer twice"):
+        opened.hint(["blocks.0", 1])
+    with pytest.raises(Refused, match="more than 64 bits"):
+        opened.plan(lookahead=1 << 70)
+    client.ask("status")
+    assert daemon.asked("hint") == []
+
+
 def test_a_plan_that_does_not_fit_says_why(daemon: FakeDaemon, client: Client) -> None:
     daemon.refusals["plan"] = ("budget_too_small", "needs 10, 5 available, budget 20")
     with pytest.raises(BudgetTooSmall, match="needs 10, 5 available") as caught:

@@ -147,6 +147,11 @@ def test_auto_is_a_budget() -> None:
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
+        (
+            ["--weight", "0=5", "--weight", "0=6"],
+            "default=weight, weights from 1 to 10000, each once",
+        ),
+        (["--weight", "007=5"], "weights = ['007=5']: expected uid=weight"),
         (["--dram", "4G"], "flag --dram: dram = '4G': '4G' has no unit that is known"),
         (["--dram", "0"], "'0' is 0 bytes"),
         (["--dram", "lots"], "'lots' is not a size"),

@@ -112,7 +112,12 @@ def test_a_trace_goes_on_where_the_last_page_ended(daemon: RunningDaemon, connec
 
 
 def test_a_trace_is_asked_for_properly_or_not_at_all(daemon: RunningDaemon) -> None:
-    for fields in ({"part": "everything"}, {"part": "entries", "first": -1}, {"first": "0"}):
+    for fields in (
+        {"part": "everything"},
+        {"part": "entries", "first": -1},
+        {"first": "0"},
+        {"first": 1 << 63},
+    ):
         with pytest.raises(Refused) as caught:
             daemon.ask("trace", **fields)
         assert caught.value.code == "bad_request"

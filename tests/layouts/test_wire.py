@@ -116,6 +116,11 @@ def test_a_frame_at_the_limit_passes_and_one_byte_more_does_not() -> None:
         encode(message, limit=999)
 
 
+def test_a_number_that_no_frame_can_hold_is_refused_by_encode() -> None:
+    with pytest.raises(MalformedFrame, match="64 bits"):
+        encode({"layer": 1 << 64})
+
+
 def test_a_plan_over_many_layers_fits_into_a_request() -> None:
     message = {"id": 1, "op": "plan", "model_id": 1, "order": list(range(16000)), "lookahead": 1}
     decoder = FrameDecoder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,27 @@ def one_pass(socket: str) -> int:
         for layer in layers:
             opened.acquire(layer).release()
         return len(layers)
+
+
+def test_a_trace_goes_into_what_is_no_file_and_never_replaces_it(
+    socket: str, tmp_path: Path, capsys: Capture
+) -> None:
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    assert tierctl.main(["trace", "-o", str(pipe), "--socket", socket]) == 0
+    reader.join()
+    assert "traceEvents" in json.loads(read[0])
+    assert pipe.is_fifo()
+    assert tierctl.main(["trace", "-o", str(link), "--socket", socket]) == 0
+    assert link.is_symlink()
+    assert "traceEvents" in json.loads(target.read_text())
+    assert tierctl.main(["trace", "-o", str(tmp_path), "--socket", socket]) == 1
+    assert sorted(tmp_path.iterdir()) == [link, pipe, target]
+    assert not tmp_path.with_name(f"{tmp_path.name}.partial").exists()
 
 
 def test_a_trace_of_a_daemon_is_drawn_and_can_be_replayed(
@@ -131,6 +153,8 @@ def test_what_cannot_be_answered_is_one_line_and_a_code(
     for argv, code, text in (
         (["why", "tiny", "nothing", "--socket", socket], 1, "has no layer 'nothing'"),
         (["why", "nothing", "0", "--socket", socket], 1, "no model 'nothing'"),
+        (["why", "tiny", "9" * 25, "--socket", socket], 1, "has no layer '999"),
+        (["why", "tiny", "9" * 4000, "--socket", socket], 1, "has no layer '999"),
         (["trace", "-o", str(tmp_path / "x"), "--seconds", "-1", "--socket", socket], 2, "-1"),
         (["trace", "-o", str(tmp_path / "no" / "x"), "--socket", socket], 1, "No such file"),
         (["trace", "-o", str(tmp_path / "x"), "--socket", str(tmp_path / "s")], 1, "s"),

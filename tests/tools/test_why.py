@@ -85,12 +85,12 @@ def need(in_ns: int = 30 * MS, steps: int = 3, ppm: int = 1_000_000) -> dict[str
                 leased_by=[client(7)], kept=True, planned_by=[client(7)], pinned=True),
             "is resident since 1.0 s ago, read on demand; pinned by the operator; leased by client "
             "7 (chat); one of those that stay while others of its model pass through; no plan uses "
-            "it: it goes when room is needed.",
+            "it.",
         ),
         (
             answer("resident", (S, "adopt", "slot 3"), quarantined=True),
             "is resident since 1.0 s ago, when this daemon took it over from an earlier one; still "
-            "read by clients of an earlier daemon; no plan uses it: it goes when room is needed.",
+            "read by clients of an earlier daemon; no plan uses it.",
         ),
         (
             answer("resident"),

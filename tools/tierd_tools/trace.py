@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ from tierd_tools.render import duration
 from tierd_tools.trace_tracks import Decided, tracks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+    from typing import TextIO
 
     Ask = Callable[..., dict[str, Any]]
 
@@ -63,14 +65,11 @@ class Fetched:
 
 def trace(socket_path: str | None, path: Path, seconds: float = 0.0) -> Written:
     """Writes what the record holds, and what happens in the next `seconds`."""
-    with asking(socket_path) as ask:
+    with asking(socket_path) as ask, _output(path) as file:
         fetched = fetch(ask, seconds)
         fetched.about["status"] = ask("status")
-    document = compose(fetched)
-    scratch = path.with_name(f"{path.name}.partial")
-    with scratch.open("w", encoding="utf-8") as file:
+        document = compose(fetched)
         json.dump(document, file, separators=(",", ":"), allow_nan=False)
-    os.replace(scratch, path)
     times = [entry[1] for entry in fetched.entries] or [0]
     return Written(
         str(path),
@@ -80,6 +79,24 @@ def trace(socket_path: str | None, path: Path, seconds: float = 0.0) -> Written:
         fetched.forgotten,
         sum(end - begin for begin, end in fetched.gaps),
     )
+
+
+@contextmanager
+def _output(path: Path) -> Iterator[TextIO]:
+    """The file to write, which appears as a whole or not at all. Opened before the day is recorded:
+    a path that cannot be written fails at once."""
+    if path.exists() and not path.is_file():  # /dev/null, a pipe: to be written, never replaced
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    target = path.resolve()  # a link stays one
+    scratch = target.with_name(f"{target.name}.partial")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            yield file
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def fetch(ask: Ask, seconds: float, poll_seconds: float = POLL_SECONDS) -> Fetched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from tierd_layouts.names import check_model_name
@@ -13,13 +14,15 @@ if TYPE_CHECKING:
 
 Reply = dict[str, Any]
 
+_NUMBER = re.compile("[0-9]{1,18}", re.ASCII)  # what is longer does not fit into a request
+
 ARRIVED = ("resident", "adopt")
 LEFT = ("evict", "failed")
 
 
 def why(socket_path: str | None, model: str, layer: str) -> Reply:
     """The daemon's answer with the `sentence` in it. `layer`: its name, or its number."""
-    number: str | int = int(layer) if layer.isdecimal() else layer
+    number: str | int = int(layer) if _NUMBER.fullmatch(layer) else layer
     reply = ask(socket_path, "why", model=check_model_name(model), layer=number)
     return {"sentence": sentence(reply), **reply}
 
@@ -49,7 +52,9 @@ def _resident(reply: Reply) -> str:
         parts.append("still read by clients of an earlier daemon")
     if reply["kept"] and reply["planned_by"]:
         parts.append("one of those that stay while others of its model pass through")
-    parts.append(_need(reply) or "no plan uses it: it goes when room is needed")
+    stays = reply.get("pinned") or reply["leased_by"] or reply["quarantined"]
+    goes = "" if stays else ": it goes when room is needed"
+    parts.append(_need(reply) or f"no plan uses it{goes}")
     return "; ".join(parts)
 
 

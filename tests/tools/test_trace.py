@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import threading
@@ -150,6 +151,16 @@ def test_what_cannot_be_answered_is_one_line_and_a_code(
     stray.write_text('{"traceEvents": []}')
     damaged = tmp_path / "damaged.json"
     damaged.write_text('{"otherData": {"format": "tierd-trace", "version": 1}}')
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    trace.trace(socket, tmp_path / "day.json")
+    day = json.loads((tmp_path / "day.json").read_text())
+    changed = {name: copy.deepcopy(day) for name in ("config", "time", "event")}
+    changed["config"]["otherData"]["config"]["granule_bytes"] = 0
+    changed["time"]["otherData"]["entries"].reverse()
+    changed["event"]["otherData"]["entries"].insert(0, day["otherData"]["entries"][0])
+    for name, document in changed.items():
+        (tmp_path / name).write_text(json.dumps(document))
     for argv, code, text in (
         (["why", "tiny", "nothing", "--socket", socket], 1, "has no layer 'nothing'"),
         (["why", "nothing", "0", "--socket", socket], 1, "no model 'nothing'"),
@@ -160,6 +171,10 @@ def test_what_cannot_be_answered_is_one_line_and_a_code(
         (["trace", "-o", str(tmp_path / "x"), "--socket", str(tmp_path / "s")], 1, "s"),
         (["replay", str(stray)], 1, "not from `tierctl trace`"),
         (["replay", str(damaged)], 1, "damaged"),
+        (["replay", str(deep)], 1, "no JSON document"),
+        (["replay", str(tmp_path / "config")], 1, "granule_bytes is 0"),
+        (["replay", str(tmp_path / "event")], 1, "is no day of a daemon"),
+        (["replay", str(tmp_path / "time")], 1, "its time runs backwards"),
         (["replay", str(tmp_path / "none")], 1, "No such file"),
         (["replay", str(stray), "--dram", "lots"], 2, "'lots' is not a size"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tierd.core.errors import UnknownRecord
@@ -50,7 +51,7 @@ class Recording:
         """From a file of `tierctl trace`. Raises BadRecording, UnknownRecord, OSError."""
         try:
             document = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRecording(f"{path} is no JSON document: {error}") from error
         data = document.get("otherData") if isinstance(document, dict) else None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -70,10 +71,15 @@ class Recording:
         schema = data["schema"]
         known = {field.name for field in fields(CoreConfig)}
         config = {name: value for name, value in data["config"].items() if name in known}
+        for name, value in config.items():
+            if type(value) is not int or value < (name == "granule_bytes"):
+                raise ValueError(f"config: {name} is {value!r:.40}")
         moments = [
             Moment(at_ns, restored(event, schema), tuple(restored(a, schema) for a in actions))
             for _, at_ns, event, actions, *_ in data["entries"]
         ]
+        if any(later.at_ns < earlier.at_ns for earlier, later in pairwise(moments)):
+            raise ValueError("its time runs backwards")
         opening = tuple(restored(event, schema) for event in data["opening"])
         return cls(CoreConfig(**config), opening, tuple(moments))
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     Command = Callable[[str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
 
+LONGEST = 1e9  #: seconds of compute, microseconds of latency
+
 
 def add(command: Command) -> None:
     """Add the command. `command`: what tierctl makes its commands with."""
@@ -21,7 +23,9 @@ def add(command: Command) -> None:
     sub.add_argument("--model", type=Path, metavar="PACK", help="a pack; only its index is read")
     sub.add_argument("--layers", type=_count, metavar="N", help="instead of a pack: equal layers")
     sub.add_argument("--layer-bytes", type=_size, metavar="SIZE", help="of each of them")
-    sub.add_argument("--dram", type=_size, required=True, metavar="SIZE", help="tierd's budget")
+    sub.add_argument(
+        "--dram", type=_size, required=True, metavar="SIZE", help="tierd's budget, in 2 MiB pages"
+    )
     sub.add_argument(
         "--ssd", type=_bandwidth, required=True, metavar="BANDWIDTH", help="e.g. 3GB/s"
     )
@@ -69,14 +73,16 @@ def _predict(arguments: argparse.Namespace) -> Any:
     from tierd_tools import predict
 
     equal = (arguments.layers, arguments.layer_bytes)
-    if (arguments.model is None) == (None in equal):
+    if [value is None for value in (arguments.model, *equal)] not in (
+        [False, True, True], [True, False, False],
+    ):  # fmt: skip
         raise BadSetting("give --model PACK, or --layers N and --layer-bytes SIZE")
     if arguments.copy is not None and arguments.gpu is None:
         raise BadSetting("--copy is the bandwidth to a GPU: give --gpu SIZE too")
     for name in ("compute", "latency"):
         value = getattr(arguments, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise BadSetting(f"--{name} {value:g}: expected a time, not below 0")
+        if value is not None and not 0 <= value <= LONGEST:
+            raise BadSetting(f"--{name} {value:g}: expected a time from 0 to {LONGEST:g}")
     model = predict.of_pack(arguments.model) if arguments.model else predict.of_layers(*equal)
     compute = arguments.compute
     return predict.predict(

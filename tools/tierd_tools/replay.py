@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from tierd.core.errors import UnknownRecord
+from tierd.core.errors import IllegalEvent, UnknownRecord
 from tierd.sim.errors import BadRecording
 from tierd.sim.recording import Recording
 from tierd.sim.replay import POLICIES, replay
@@ -41,6 +41,9 @@ def run(
         ]
     except (BadRecording, UnknownRecord) as error:
         raise TraceRefused(str(error)) from error
+    except IllegalEvent as error:
+        text = str(error).partition("\n")[0]
+        raise TraceRefused(f"{path} is no day of a daemon: {text}") from error
     return {
         "trace": str(path),
         "seconds": (recording.end_ns - recording.begin_ns) / 1e9,

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0  # while a decision of the core is a matter of time
+TICK_NS = 1_000_000_000  # while a decision of the core is a matter of time
+SOONEST_TICK_NS = 1_000_000  # the resolution of the loop's timers
 
 
 class Engine:
@@ -72,6 +73,7 @@ class Engine:
         self._deciding = False
         self._held: list[tuple[Read, Pack]] | None = None
         self._tick: asyncio.TimerHandle | None = None
+        self._tick_at_ns = 0
         self._stopped = False
         self.operators = Operators(self, registry)
         #: called with the device of every layer that was read
@@ -100,15 +102,18 @@ class Engine:
 
     def _tick_soon(self) -> None:
         """A tick within the usual time, or when the core has to decide something."""
-        delay, wakes_at_ns = TICK_SECONDS, self.machine.wakes_at_ns
+        now, wakes_at_ns = self.now(), self.machine.wakes_at_ns
+        tick_at_ns = now + TICK_NS
         if wakes_at_ns is not None:
-            delay = min(delay, max(wakes_at_ns - self.now(), 0) / 1e9)
-        loop = asyncio.get_running_loop()
+            tick_at_ns = min(tick_at_ns, max(wakes_at_ns, now + SOONEST_TICK_NS))
         if self._tick is not None:
-            if self._tick.when() <= loop.time() + delay:
+            if self._tick_at_ns <= tick_at_ns:
                 return
             self._tick.cancel()
-        self._tick = loop.call_later(delay, self._time_passed)
+        # Kept here: for a delay below its resolution, uvloop returns a handle that has no time.
+        self._tick_at_ns = tick_at_ns
+        loop = asyncio.get_running_loop()
+        self._tick = loop.call_later((tick_at_ns - now) / 1e9, self._time_passed)
 
     def _time_passed(self) -> None:
         self._tick = None

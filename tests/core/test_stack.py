@@ -287,3 +287,14 @@ def test_an_illegal_event_raises_and_changes_nothing(event: StackEvent, text: st
         stack.handle(event)
     stack.check()
     assert [machine.snapshot() for machine in (stack.dram, *stack.gpus)] == before
+
+
+def test_what_is_due_when_somebody_joins_a_gpu_is_done_then() -> None:
+    """Any event may be the one that finds out that time has passed."""
+    stack = stack_of(8, 3, (1, 1, 1), clients=2)
+    for layer in range(3):
+        settle(stack, feed(stack, Acquire(0, FIRST, layer, key(layer))))
+    assert not feed(stack, Plan(0, FIRST + 1, 7, 0, (0, 1)))  # it waits for what the other holds
+    patience_ns = stack.gpus[0].config.admission_patience_ns
+    actions = feed(stack, JoinedGpu(patience_ns + 1, FIRST + 2, 0))
+    assert [action.request for action in actions if isinstance(action, Refuse)] == [7]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+import uvloop
 
 from tests.daemon.conftest import write_pack
 from tierd.core.model import (
@@ -17,6 +19,7 @@ from tierd.core.model import (
     LayerKey,
     ModelAdded,
     ModelRemoved,
+    Tick,
 )
 from tierd.engine import Engine
 from tierd.pack import load
@@ -92,3 +95,39 @@ async def test_a_read_that_is_held_back_survives_the_removal_of_its_pack(
     engine.resume_reads()
     assert len(started) == 1
     assert not pack.closed
+
+
+def test_a_decision_that_is_due_within_the_resolution_of_the_timers_is_awaited(
+    slots: Slots,
+) -> None:
+    engine = Engine(
+        CoreConfig(4 * LAYER_BYTES, granule_bytes=4096, small_layer_bytes=4096),
+        slots,
+        cast("Any", None),
+        cast("Any", None),
+        Registry(),
+        {},
+    )
+    handled: list[int] = []
+
+    class Machine:
+        waits_for_time = True
+
+        @property
+        def wakes_at_ns(self) -> int:
+            return engine.now() + 200_000
+
+        def handle(self, event: Tick) -> list[Any]:
+            handled.append(event.at_ns)
+            return []
+
+    engine.machine = cast("Any", Machine())
+
+    async def wait() -> None:
+        engine.submit(Tick(engine.now()))
+        engine.submit(Tick(engine.now()))  # looks at the timer that the first has set
+        await asyncio.sleep(0.1)
+
+    uvloop.run(wait())
+    engine.stop()
+    assert len(handled) > 2

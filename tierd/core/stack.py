@@ -157,8 +157,9 @@ class TierStack:
         match event:
             case JoinedGpu():
                 self._check_new(client)
+                self._check_gpu(event.gpu)
                 joined = ClientJoined(event.at_ns, client, event.weight)
-                self._machine(event.gpu).handle(joined)
+                self.feeds.deliver(event.gpu, joined)
                 self._gpu_of[client] = event.gpu
             case ClientJoined():
                 self._check_new(client)
@@ -187,9 +188,9 @@ class TierStack:
                 self.feeds.deliver(None, event)
             case GpuArenaAdded():
                 self._check_new_arena(event.arena)
-                self._machine(event.gpu).handle(
-                    ArenaAdded(event.at_ns, event.arena, event.span_bytes, event.warm_bytes)
-                )
+                self._check_gpu(event.gpu)
+                added = ArenaAdded(event.at_ns, event.arena, event.span_bytes, event.warm_bytes)
+                self.feeds.deliver(event.gpu, added)
                 self._gpu_of_arena[event.arena] = event.gpu
             case ModelAdded():
                 self.feeds.deliver(None, event)
@@ -197,9 +198,11 @@ class TierStack:
                 self._placed[event.model] = []
             case ModelPlaced():
                 model = self._model(event.model)
-                self._machine(event.gpu).handle(
-                    ModelAdded(event.at_ns, event.model, model.name, event.arena, model.layer_bytes)
+                self._check_gpu(event.gpu)
+                placed = ModelAdded(
+                    event.at_ns, event.model, model.name, event.arena, model.layer_bytes
                 )
+                self.feeds.deliver(event.gpu, placed)
                 self._placed[event.model].append(event.gpu)
             case ModelRemoved():
                 self._model(event.model)
@@ -234,10 +237,9 @@ class TierStack:
             raise self._illegal(f"model {model} is not served")
         return found
 
-    def _machine(self, gpu: int) -> TierMachine:
+    def _check_gpu(self, gpu: int) -> None:
         if not 0 <= gpu < len(self.gpus):
             raise self._illegal(f"there is no GPU {gpu}; this node has {len(self.gpus)}")
-        return self.gpus[gpu]
 
     def _illegal(self, text: str) -> IllegalEvent:
         return self.dram.books.illegal(text)

@@ -52,7 +52,9 @@ _HEADER = np.dtype(
         ("epoch", "<u8"),
         ("next_generation", "<u8"),
         ("next_lease", "<u8"),
-        ("reserved2", "<u8", (2,)),
+        ("pressed", "<u4"),
+        ("attention", "<u4"),
+        ("reserved", "<u8"),
     ]
 )
 _SLOT = np.dtype(
@@ -222,6 +224,25 @@ class SlotTable:
     @holders.setter
     def holders(self, value: int) -> None:
         self._header["holders"][0] = value
+
+    @property
+    def pressed(self) -> bool:
+        """Whether somebody may want memory that others keep: a client then gives back the leases
+        that it does not compute with. While it is False they may be kept between uses."""
+        return bool(self._header["pressed"][0])
+
+    @pressed.setter
+    def pressed(self, value: bool) -> None:
+        self._header["pressed"][0] = value
+
+    @property
+    def attention(self) -> int:
+        """Counts, modulo 2**32, how often the daemon wanted the clients of this tier to `attend`."""
+        return int(self._header["attention"][0])
+
+    def call_attention(self) -> None:
+        """The clients of this tier should ask `attend`."""
+        self._header["attention"][0] = (self.attention + 1) & 0xFFFFFFFF
 
     # ----------------------------------------------------------------------------------------------
     # Writing (the daemon only)

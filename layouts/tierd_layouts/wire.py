@@ -27,6 +27,14 @@ MAX_REQUEST_ARRAY = 16384
 MAX_REQUEST_MAP = 256
 MAX_REQUEST_TEXT = 4096
 MAX_HINT_STEPS = 1 << 16  #: a hint looks so far ahead
+MAX_CHUNKS = MAX_FDS  #: chunks of a GPU's arena that one request may ask for
+MAX_SCRATCH_BYTES = 1 << 50  #: that a client may say it uses of a GPU's memory for itself
+
+#: What hello's `capabilities` says of a daemon that knows tiers, `chunks`, `attend`, and keeps
+#: `pressed` and `attention` of its slot tables up to date.
+GPU_CAPABILITY = "gpu"
+DRAM_TIER = "dram"
+GPU_TIER_PREFIX = "gpu:"
 
 SYSTEM_SOCKET = "/run/tierd/tierd.sock"
 SOCKET_VARIABLE = "TIERD_SOCKET"
@@ -63,6 +71,8 @@ class ErrorCode(StrEnum):
     MODEL_REMOVED = "model_removed"
     SHUTTING_DOWN = "shutting_down"
     TOO_MANY_CLIENTS = "too_many_clients"
+    TIER_UNAVAILABLE = "tier_unavailable"  #: no such tier, or its device does not work
+    COPY_FAILED = "copy_failed"  #: from DRAM to a GPU
     INTERNAL = "internal"
 
 

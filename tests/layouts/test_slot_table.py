@@ -69,6 +69,27 @@ def test_the_bytes_are_those_of_the_specification() -> None:
     assert bytes(buffer) == header + bytes(64) + slot + lease
 
 
+def test_what_clients_are_told_stands_in_words_of_the_header_that_were_zero_before() -> None:
+    buffer, table = new_table()
+    reader = SlotTable(bytes(buffer))
+    assert (reader.pressed, reader.attention) == (False, 0)
+    table.pressed = True
+    table.call_attention()
+    table.call_attention()
+    assert buffer[48:64] == bytes([1, 0, 0, 0, 2, 0, 0, 0]) + bytes(8)
+    reader = SlotTable(bytes(buffer))
+    assert (reader.pressed, reader.attention) == (True, 2)
+    table.pressed = False
+    assert buffer[48:64] == bytes([0, 0, 0, 0, 2, 0, 0, 0]) + bytes(8)
+
+
+def test_attention_begins_again_after_its_largest_number() -> None:
+    buffer, table = new_table()
+    buffer[52:56] = b"\xff" * 4
+    table.call_attention()
+    assert (table.attention, buffer[52:64]) == (0, bytes(12))
+
+
 def test_a_table_in_a_memfd_is_read_through_a_read_only_mapping() -> None:
     fd = os.memfd_create("table")
     try:

@@ -188,6 +188,8 @@ def test_error_codes_are_the_stable_words_of_the_protocol() -> None:
         "model_removed",
         "shutting_down",
         "too_many_clients",
+        "tier_unavailable",
+        "copy_failed",
         "internal",
     }
     assert encode({"code": wire.ErrorCode.NOT_FOUND}) == encode({"code": "not_found"})

@@ -237,7 +237,7 @@ class SlotTable:
 
     @property
     def attention(self) -> int:
-        """Counts, modulo 2**32, how often the daemon wanted the clients of this tier to `attend`."""
+        """How often the clients of this tier were asked to `attend`, modulo 2**32."""
         return int(self._header["attention"][0])
 
     def call_attention(self) -> None:

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import queue
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tierd.gpu.errors import DeviceError, DeviceUnavailable, GpuError
+from tierd.gpu.memfd_device import MemfdDevice
+from tierd.gpu.worker import SILENT_NS, CopyJob, CopyResult, GpuWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tierd.gpu.device import Device, DeviceInfo
+
+CHUNK = 64 << 10
+PATIENCE_S = 20.0
+
+
+class Loop:
+    """Stands for the event loop: what threads hand over is called where `run_one` is."""
+
+    def __init__(self) -> None:
+        self.calls: queue.Queue[tuple[Callable[..., object], tuple[object, ...]]] = queue.Queue()
+
+    def call_soon_threadsafe(self, call: Callable[..., object], *values: object) -> None:
+        self.calls.put((call, values))
+
+    def run_one(self) -> None:
+        call, values = self.calls.get(timeout=PATIENCE_S)
+        call(*values)
+
+
+class Gate:
+    """A `Pending` that ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.failure: Exception | None = None
+
+    def wait(self) -> None:
+        assert self.opened.wait(PATIENCE_S)
+        if self.failure:
+            raise self.failure
+
+
+class Gated(MemfdDevice):
+    """Copies end when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(0, CHUNK, CHUNK)
+        self.gates: list[Gate] = []
+        self.threads: set[str] = set()
+        self.started = threading.Semaphore(0)
+        self.refuses: Exception | None = None
+        self.closed = False
+
+    def copy(self, arena: int, offset: int, source: memoryview) -> Gate:
+        self.threads.add(threading.current_thread().name)
+        if self.refuses:
+            raise self.refuses
+        self.gates.append(Gate())
+        self.started.release()
+        return self.gates[-1]
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
+
+    def wait_started(self) -> None:
+        assert self.started.acquire(timeout=PATIENCE_S)
+
+
+@pytest.fixture
+def loop() -> Loop:
+    return Loop()
+
+
+@pytest.fixture
+def device() -> Gated:
+    return Gated()
+
+
+@pytest.fixture
+def worker(device: Gated, loop: Loop) -> Iterator[GpuWorker]:
+    worker = GpuWorker(device, 2, loop.call_soon_threadsafe)
+    ask(worker, loop, lambda opened: opened.open())
+    ask(worker, loop, lambda opened: opened.add_arena(0, 16 * CHUNK))
+    yield worker
+    for gate in device.gates:
+        gate.opened.set()
+    worker.close()
+
+
+def ask(worker: GpuWorker, loop: Loop, work: Callable[[Device], Any]) -> Any:
+    answers: list[Any] = []
+    worker.submit(work, answers.append)
+    loop.run_one()
+    return answers[0]
+
+
+def job(chunk: int = 0, nbytes: int = CHUNK) -> CopyJob:
+    return CopyJob(0, chunk * CHUNK, memoryview(bytearray(nbytes)), f"layer {chunk}")
+
+
+def test_a_call_is_made_on_the_devices_own_thread_and_answered_on_the_loop(loop: Loop) -> None:
+    worker = GpuWorker(MemfdDevice(3, CHUNK, CHUNK), 1, loop.call_soon_threadsafe)
+    names: list[str] = []
+    answers: list[DeviceInfo | GpuError] = []
+
+    def work(device: Device) -> DeviceInfo:
+        names.append(threading.current_thread().name)
+        return device.open()
+
+    worker.submit(work, answers.append)
+    loop.run_one()
+    worker.close()
+    assert names == ["tierd-gpu3"]
+    assert not isinstance(answers[0], GpuError)
+
+
+def test_what_a_call_raises_is_its_answer(worker: GpuWorker, loop: Loop) -> None:
+    def refuse(device: Device) -> None:
+        raise DeviceUnavailable("no card", "buy one")
+
+    answer = ask(worker, loop, refuse)
+    assert isinstance(answer, DeviceUnavailable)
+    assert (answer.reason, answer.advice) == ("no card", "buy one")
+
+
+def test_a_mistake_in_a_call_is_an_answer_too_and_the_thread_goes_on(
+    worker: GpuWorker, loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = ask(worker, loop, lambda device: device.back(7, 0, 1))
+    assert isinstance(answer, DeviceError)
+    assert "there is no arena 7" in str(answer)
+    assert "there is no arena 7" in caplog.text
+    assert ask(worker, loop, lambda device: device.back(0, 0, 1)) is None
+
+
+def test_a_copy_puts_memory_behind_every_chunk_that_it_touches(loop: Loop) -> None:
+    device = MemfdDevice(0, CHUNK, 4 * CHUNK)
+    worker = GpuWorker(device, 1, loop.call_soon_threadsafe)
+    ask(worker, loop, lambda opened: opened.open())
+    ask(worker, loop, lambda opened: opened.add_arena(0, 16 * CHUNK))
+    answers: list[CopyResult | GpuError] = []
+    source = memoryview(bytearray(2 * CHUNK))
+    worker.copy(CopyJob(0, CHUNK // 2, source, "layer"), answers.append)
+    loop.run_one()
+    assert isinstance(answers[0], CopyResult)
+    assert answers[0].nbytes == 2 * CHUNK
+    assert device.backed_bytes == 3 * CHUNK
+    worker.close()
+    assert device.backed_bytes == 0
+
+
+def test_as_many_copies_are_started_as_may_be_in_flight_before_the_first_is_done(
+    worker: GpuWorker, device: Gated, loop: Loop
+) -> None:
+    for chunk in range(3):
+        worker.copy(job(chunk), lambda _: None)
+    device.wait_started()
+    device.wait_started()
+    assert ask(worker, loop, lambda _: len(device.gates)) == 2
+    assert (worker.statistics().in_flight, worker.statistics().queued) == (2, 1)
+    device.gates[0].opened.set()
+    device.wait_started()
+    loop.run_one()
+    assert (worker.statistics().in_flight, worker.statistics().queued) == (2, 0)
+
+
+def test_a_call_overtakes_copies_that_were_not_started(
+    worker: GpuWorker, device: Gated, loop: Loop
+) -> None:
+    for chunk in range(5):
+        worker.copy(job(chunk), lambda _: None)
+    device.wait_started()
+    device.wait_started()
+    assert ask(worker, loop, lambda _: len(device.gates)) == 2
+
+
+def test_the_source_is_released_when_nothing_reads_it_and_not_before(
+    worker: GpuWorker, device: Gated, loop: Loop
+) -> None:
+    memory = bytearray(CHUNK)
+    worker.copy(CopyJob(0, 0, memoryview(memory), "layer"), lambda _: None)
+    device.wait_started()
+    with pytest.raises(BufferError):
+        memory.append(0)
+    device.gates[0].opened.set()
+    loop.run_one()
+    memory.append(0)
+
+
+@pytest.mark.parametrize("when", ["at the start", "while it runs"])
+def test_a_copy_that_fails_is_answered_and_the_next_one_is_made(
+    worker: GpuWorker, device: Gated, loop: Loop, when: str
+) -> None:
+    failure = DeviceError("gpu:0: cuMemcpyHtoDAsync: 719")
+    answers: list[CopyResult | GpuError] = []
+    memory = bytearray(CHUNK)
+    if when == "at the start":
+        device.refuses = failure
+    worker.copy(CopyJob(0, 0, memoryview(memory), "layer"), answers.append)
+    if when == "while it runs":
+        device.wait_started()
+        device.gates[0].failure = failure
+        device.gates[0].opened.set()
+    loop.run_one()
+    device.refuses = None
+    assert answers == [failure]
+    memory.append(0)
+    worker.copy(job(), answers.append)
+    device.wait_started()
+    device.gates[-1].opened.set()
+    loop.run_one()
+    assert isinstance(answers[1], CopyResult)
+    found = worker.statistics()
+    assert (found.copies, found.failed, found.in_flight, found.copied_bytes) == (1, 1, 0, CHUNK)
+
+
+def test_close_gives_up_what_is_queued_and_finishes_what_was_started(
+    worker: GpuWorker, device: Gated, loop: Loop
+) -> None:
+    answers: dict[int, CopyResult | GpuError] = {}
+    memory = [bytearray(CHUNK) for _ in range(4)]
+    for chunk, content in enumerate(memory):
+        source = CopyJob(0, chunk * CHUNK, memoryview(content), f"layer {chunk}")
+        worker.copy(source, lambda answer, chunk=chunk: answers.update({chunk: answer}))  # type: ignore[misc]
+    device.wait_started()
+    device.wait_started()
+    closing = threading.Thread(target=worker.close)
+    closing.start()
+    for _ in range(2):
+        loop.run_one()
+    assert sorted(answers) == [2, 3]
+    assert "the copy of layer 2 was given up: the daemon shuts down" in str(answers[2])
+    assert not device.closed
+    for gate in device.gates:
+        gate.opened.set()
+    closing.join(PATIENCE_S)
+    for _ in range(2):
+        loop.run_one()
+    assert all(isinstance(answers[chunk], CopyResult) for chunk in (0, 1))
+    assert device.closed
+    for content in memory:
+        content.append(0)
+
+
+def test_after_close_a_job_is_answered_with_an_error(worker: GpuWorker, loop: Loop) -> None:
+    worker.close()
+    answers: list[CopyResult | GpuError] = []
+    memory = bytearray(CHUNK)
+    worker.copy(CopyJob(0, 0, memoryview(memory), "layer"), answers.append)
+    loop.run_one()
+    assert isinstance(answers[0], DeviceError)
+    assert isinstance(ask(worker, loop, lambda device: device.open()), DeviceError)
+    memory.append(0)
+
+
+def test_close_says_which_thread_is_stuck(worker: GpuWorker, device: Gated) -> None:
+    worker.copy(job(), lambda _: None)
+    device.wait_started()
+    with pytest.raises(TimeoutError, match="tierd-gpu0, tierd-gpu0-wait did not end"):
+        worker.close(timeout_s=0.05)
+
+
+def test_a_gpu_that_does_not_answer_is_named(
+    worker: GpuWorker, device: Gated, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert worker.silent() is None
+    worker.copy(job(), lambda _: None)
+    device.wait_started()
+    assert worker.silent() is None
+    monkeypatch.setattr("tierd.gpu.worker.SILENT_NS", -1)
+    assert SILENT_NS > 0
+    silent = worker.silent()
+    assert silent is not None
+    assert silent.startswith("gpu:0 (memfd) has not answered for")
+    assert worker.alive()
+    device.gates[0].opened.set()
+    loop.run_one()
+
+
+def test_a_loop_that_never_asks_has_no_thread() -> None:
+    worker = GpuWorker(MemfdDevice(9, CHUNK, CHUNK), 1, Loop().call_soon_threadsafe)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tierd-gpu9")]
+    assert worker.alive()
+    worker.close()
+
+
+def test_no_copies_in_flight_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1 copy in flight, not 0"):
+        GpuWorker(MemfdDevice(0, CHUNK, CHUNK), 0, Loop().call_soon_threadsafe)

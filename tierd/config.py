@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tierd import __version__
+from tierd import __version__, gpu_settings
 from tierd.core.model import DEFAULT_WEIGHT
 from tierd.errors import ConfigError
 from tierd.settings import BY_KEY, SETTINGS, Setting
@@ -22,6 +22,8 @@ from tierd_layouts.wire import SOCKET_VARIABLE, resolve_socket
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from tierd.gpu_settings import GpuBudget
 
 CONFIG_VARIABLE = "TIERD_CONFIG"
 
@@ -41,6 +43,12 @@ class Config:
     models: tuple[Path, ...]  #: directories of packs
     packs: tuple[Path, ...]  #: single packs
     dram_bytes: int | None  #: None: auto
+    gpus: tuple[GpuBudget, ...]
+    gpu_device: str  #: one of gpu_settings.DEVICES
+    gpu_chunk: int | None  #: None: auto
+    gpu_copies_in_flight: int
+    gpu_copy_bandwidth: int | None  #: bytes per second; None: unlimited
+    gpu_copy_latency_us: int
     socket: str
     socket_mode: int
     ssd_bandwidth: int | None  #: bytes per second; None: unlimited
@@ -117,7 +125,9 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         raise ConfigError("nothing to serve: give --models DIR or --pack DIR (TOML: models, packs)")
     values["socket"] = _socket(values["socket"], sources["socket"], environ)
     values["dram_bytes"] = values.pop("dram")
-    return Config(**values, check_config=flags["check_config"], sources=sources)
+    config = Config(**values, check_config=flags["check_config"], sources=sources)
+    gpu_settings.check(config)
+    return config
 
 
 def _given(
@@ -197,10 +207,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plain(key: str, value: Any) -> Any:
-    if key in ("dram", "read_chunk") and value is None:
+    if key in ("dram", "read_chunk", "gpu_chunk") and value is None:
         return "auto"
     if key == "socket_mode":
         return f"{value:04o}"
     if isinstance(value, tuple):
-        return [str(path) for path in value]
+        return [str(entry) for entry in value]
     return value

@@ -7,6 +7,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tierd.gpu_settings import (
+    DEVICES,
+    MAX_COPIES_IN_FLIGHT,
+    MAX_LATENCY_US,
+    parse_chunk,
+    parse_gpus,
+)
 from tierd.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -17,6 +24,7 @@ _LOG_LEVELS = ("debug", "info", "warning", "error")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _LARGEST_MODE = 0o777
 LARGEST_WEIGHT = 10_000
+_LARGEST_UID = 0xFFFF_FFFE  # one less than -1, which is nobody's
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 256 << 10, 64 << 20
 
 
@@ -118,7 +126,8 @@ def _weights(value: object, base: Path) -> dict[str, int]:
         raise ValueError(expected)
     weights: dict[str, int] = {}
     for name, weight in value.items():
-        if name != "default" and not re.fullmatch(r"0|[1-9][0-9]{0,9}", name, re.ASCII):
+        uid = re.fullmatch(r"0|[1-9][0-9]{0,9}", name, re.ASCII)
+        if name != "default" and not (uid and int(name) <= _LARGEST_UID):
             raise ValueError(expected)
         try:
             weights[name] = _number(1, LARGEST_WEIGHT)(weight, base)
@@ -153,6 +162,32 @@ SETTINGS = (
     Setting(
         "dram", None, _budget, _TEXT_OR_INT, "SIZE",
         "the DRAM budget: 4GiB, 1.5GB, bytes, or auto = half of what is free (default)",
+    ),
+    Setting(
+        "gpus", (), parse_gpus, _LIST, "N=SIZE",
+        "keep at most SIZE of GPU N's memory; repeatable (default: no GPU)", "--gpu",
+    ),
+    Setting(
+        "gpu_device", DEVICES[0], _choice(*DEVICES), _TEXT, "|".join(DEVICES),
+        "how GPU memory is taken and shared; memfd: ordinary memory in place of a GPU's, for "
+        "tests (default cuda_vmm)",
+    ),
+    Setting(
+        "gpu_chunk", None, parse_chunk, _TEXT_OR_INT, "SIZE",
+        "unit of GPU memory taken and given back: a power of 2 from 2MiB to 1GiB, or auto = a "
+        "256th of the budget, 2MiB to 64MiB (default)",
+    ),
+    Setting(
+        "gpu_copies_in_flight", 2, _number(1, MAX_COPIES_IN_FLIGHT), _INT, "N",
+        "layers copied to a GPU at the same time (default 2)",
+    ),
+    Setting(
+        "gpu_copy_bandwidth", None, _bandwidth, _TEXT_OR_INT, "SIZE",
+        "memfd only: copy at most SIZE bytes per second (default: no limit)",
+    ),
+    Setting(
+        "gpu_copy_latency_us", 0, _number(0, MAX_LATENCY_US), _INT, "US",
+        "memfd only: a copy begins so long after it was asked for (default 0)",
     ),
     Setting("socket", None, _socket, _TEXT, "PATH", "listen here"),
     Setting(

@@ -60,7 +60,7 @@ def test_evict_spares_what_is_leased_and_says_so(daemon: RunningDaemon, connect:
     names = [name for name, _, _ in layers_of(daemon)]
     reply = daemon.ask("evict", model="m")
     assert reply["layers"] == [names[1]]
-    assert reply["kept"] == [{"layer": names[0], "text": "1 leases are on it"}]
+    assert reply["kept"] == [{"layer": names[0], "text": "a lease is on it"}]
     opened.client.call("release", leases=[held["lease"]])
     assert daemon.ask("evict", model="m", layers=[names[0]])["layers"] == [names[0]]
 
@@ -96,6 +96,15 @@ def test_a_command_that_means_nothing_is_refused(daemon: RunningDaemon) -> None:
             with pytest.raises(Refused) as refusal:
                 daemon.ask(op, **fields)
             assert refusal.value.code == code, (op, fields)
+
+
+def test_a_command_is_one_line_of_the_log_whatever_is_in_it(daemon: RunningDaemon) -> None:
+    with pytest.raises(Refused):
+        daemon.ask("pin", model="m", layers=["x\n\x1b[31mERROR forged", "y" * 4_000])
+    lines = [line for line in daemon.log_text().splitlines() if "forged" in line]
+    assert len(lines) == 1
+    assert ": pin m ['x\\n\\x1b[31mERROR forged'" in lines[0]
+    assert len(lines[0]) < 1_000
 
 
 AS_NOBODY = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import weakref
@@ -146,7 +147,10 @@ class OpenedModel:
         """Say which layers of an open plan will be asked for `steps` steps from now; a mapping has
         the probability of each. Replaces what was said for the same `steps`. Returns at once: it is
         advice, dropped by a daemon that knows no such plan. Raises LayerNotFound, ValueError."""
-        chances = layers if isinstance(layers, MappingABC) else dict.fromkeys(layers, 1.0)
+        said = layers if isinstance(layers, MappingABC) else dict.fromkeys(layers, 1.0)
+        # What numpy and torch count in is as good: the message takes plain numbers only.
+        chances = {item: float(chance) for item, chance in said.items()}
+        steps = operator.index(steps)
         wrong = [chance for chance in chances.values() if not 0 <= chance <= 1]
         if wrong or not 1 <= steps <= MAX_HINT_STEPS:
             what = f"probability {wrong[0]}" if wrong else f"{steps} steps"
@@ -169,7 +173,7 @@ class OpenedModel:
         )
 
     def _number(self, layer: str | int) -> int:
-        return self.layer_index(layer) if isinstance(layer, str) else layer
+        return self.layer_index(layer) if isinstance(layer, str) else operator.index(layer)
 
     def acquire(self, layer: int) -> Lease:
         """A lease of layer number `layer`, waiting until it is resident.
@@ -208,7 +212,7 @@ class OpenedModel:
                 f"it has 0 to {len(self.index.layers) - 1}",
                 "not_found",
             )
-        fields = {"model_id": self.model_id, "layer": layer, "ahead": ahead}
+        fields = {"model_id": self.model_id, "layer": operator.index(layer), "ahead": ahead}
         return self.connection.submit("acquire", fields)
 
     # --------------------------------------------------------- what leases ask of their model

@@ -6,6 +6,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from tests.client.conftest import FakeDaemon
@@ -193,6 +194,19 @@ def test_a_hint_names_layers_and_their_probability_and_waits_for_no_reply(
         opened.hint({0: 1.5})
 
 
+def test_numbers_of_a_router_are_as_good_as_plain_ones(daemon: FakeDaemon, client: Client) -> None:
+    opened = client.open("tiny")
+    layers: Any = np.array([2, 1])
+    chances: Any = np.array([0.5, 1.0], dtype=np.float32)
+    steps: Any = np.int64(2)
+    opened.plan(layers, kind="open", lookahead=0)
+    opened.hint(dict(zip(layers, chances, strict=True)), steps=steps)
+    client.ask("status")
+    (plan,), (hint,) = daemon.asked("plan"), daemon.asked("hint")
+    assert plan["order"] == hint["layers"] == [2, 1]
+    assert (hint["ppm"], hint["steps"]) == ([500_000, 1_000_000], 2)
+
+
 def test_a_hint_that_a_daemon_would_drop_in_silence_is_refused_here(
     daemon: FakeDaemon, client: Client
 ) -> None:
@@ -203,6 +217,11 @@ def test_a_hint_that_a_daemon_would_drop_in_silence_is_refused_here(
         opened.hint([0], steps=65537)
     with pytest.raises(ValueError, match="a layer twice"):
         opened.hint(["blocks.0", 1])
+    no_number: Any = 1.5
+    with pytest.raises(TypeError, match="'float' object"):
+        opened.hint([no_number])
+    with pytest.raises(TypeError, match="'float' object"):
+        opened.hint([1], steps=no_number)
     with pytest.raises(Refused, match="more than 64 bits"):
         opened.plan(lookahead=1 << 70)
     client.ask("status")

@@ -56,7 +56,7 @@ class Operators:
         ):
             raise BadRequest(f"{op}: layers: expected a list of at most {MAX_PATTERNS} texts")
         pack = self._registry.find(name)
-        log.info("uid %d (pid %d): %s %s %s", peer.uid, peer.pid, op, name, " ".join(patterns))
+        log.info("uid %d (pid %d): %s %s %.400r", peer.uid, peer.pid, op, name, patterns)
         self._submit(session, request, pack, op, _matching(pack, patterns))
 
     def model_served(self, pack: Pack) -> None:

@@ -38,10 +38,20 @@ def duration(ns: int) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def console() -> Console:
+def printable(text: str) -> str:
+    """Names come from clients and directories: nothing in them may command a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _say(line: str, *, soft_wrap: bool = False) -> None:
+    _console().print(printable(line), soft_wrap=soft_wrap)
+
+
+def _console() -> Console:
     return Console(
-        file=sys.stdout, width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False
-    )
+        file=sys.stdout, width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False,
+        markup=False, emoji=False,
+    )  # fmt: skip
 
 
 def _table(
@@ -51,8 +61,8 @@ def _table(
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console().print(table)
+        table.add_row(*map(printable, row))
+    _console().print(table)
 
 
 def status(reply: Reply) -> None:
@@ -205,12 +215,12 @@ def reload(reply: Reply) -> None:
     for what in ("added", "replaced", "removed"):
         for name in reply[what]:
             changed = True
-            console().print(f"{what} {name}")
+            _say(f"{what} {name}")
     for failure in reply["failed"]:
         changed = True
-        console().print(f"failed {failure['name']}: {failure['text']}")
+        _say(f"failed {failure['name']}: {failure['text']}")
     if not changed:
-        console().print("nothing changed")
+        _say("nothing changed")
 
 
 def pin(reply: Reply) -> None:
@@ -227,13 +237,13 @@ def evict(reply: Reply) -> None:
 
 def _commanded(what: str, reply: Reply) -> None:
     count = len(reply["layers"])
-    console().print(f"{what} {count} layer{'' if count == 1 else 's'}, {size(reply['bytes'])}")
+    _say(f"{what} {count} layer{'' if count == 1 else 's'}, {size(reply['bytes'])}")
     for kept in reply["kept"]:
-        console().print(f"{kept['layer']} stays: {kept['text']}")
+        _say(f"{kept['layer']} stays: {kept['text']}")
 
 
 def why(reply: Reply) -> None:
-    console().print(reply["sentence"], soft_wrap=True)
+    _say(reply["sentence"], soft_wrap=True)
     rows = [
         (f"{duration(told['ago_ns'])} ago", told["what"], told["text"])
         for told in reply.get("history", ())
@@ -243,7 +253,7 @@ def why(reply: Reply) -> None:
     if "history" in reply:
         record = reply["record"]
         reaches = record["reaches_ns"]
-        console().print(
+        _say(
             "the record is empty"
             if reaches is None
             else f"the record reaches back {duration(reaches)}; "
@@ -270,13 +280,13 @@ def replay(reply: Reply) -> None:
     ]
     headings = ("POLICY", "DRAM", "HITS", "READ", "IN TIME", "STALL", "ELAPSED")
     bandwidth = {row["bandwidth"] for row in reply["rows"]}
-    console().print(
+    _say(
         f"{reply['trace']}: {reply['events']} events over {duration(int(reply['seconds'] * 1e9))}, "
         f"at {' and '.join(size(rate) for rate in bandwidth)}/s; memory is empty at the begin"
     )
     _table(headings, rows, right=headings[1:])
     for text in dict.fromkeys(text for row in reply["rows"] for text in row["refused"]):
-        console().print(f"left out: {text}", soft_wrap=True)
+        _say(f"left out: {text}", soft_wrap=True)
 
 
 TABLES: dict[str, Callable[[Reply], None]] = {

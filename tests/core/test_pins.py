@@ -183,7 +183,7 @@ def test_evict_empties_what_nobody_holds_and_says_why_the_rest_stays() -> None:
     done = actions[-1]
     assert isinstance(done, Done)
     assert done.keys == keys(2)
-    assert dict(done.kept) == {keys(0)[0]: "1 leases are on it", keys(1)[0]: "it is pinned"}
+    assert dict(done.kept) == {keys(0)[0]: "a lease is on it", keys(1)[0]: "it is pinned"}
     assert states(machine) == "rRaaR"
 
 

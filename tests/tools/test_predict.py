@@ -76,8 +76,10 @@ def test_two_ways_to_say_the_compute_time_are_one_too_many() -> None:
 
 
 def test_a_machine_that_cannot_serve_the_model_is_refused_with_the_numbers() -> None:
-    with pytest.raises(NotServable, match="3 clients"):
+    with pytest.raises(NotServable, match=r"3 clients on 64\.0 MiB:"):
         predict.predict(EQUAL, Node(2 * 32 * MIB, GB), clients=3)
+    with pytest.raises(NotServable, match=r"1 client on .* and 1\.0 MiB of GPU:"):
+        predict.predict(EQUAL, Node(GB, GB, gpu_bytes=MIB, copy_bytes_per_s=GB))
 
 
 ARGV = ["predict", "--dram", "300MB", "--ssd", "1GB/s"]
@@ -109,6 +111,8 @@ def test_the_command_reads_a_pack_and_prints_json(
         (["--layers", "3"], "--model PACK"),
         ([*LAYERS, "--model", "x"], "--model PACK"),
         ([*LAYERS, "--copy", "1GB"], "--gpu"),
+        ([*LAYERS, "--clients", "100000"], "100000 clients with 24 layers each are too much"),
+        (["--layers", "100000000", "--layer-bytes", "1MB"], "at most 100000 layers in all"),
         ([*LAYERS, "--compute", "-1"], "--compute -1"),
         ([*LAYERS, "--compute", "nan"], "--compute nan"),
     ],

@@ -111,7 +111,9 @@ class Pins:
                 evicted.append(key)
             elif slot.leases or slot.holders:
                 number = slot.leases + len(slot.holders)
-                kept.append((key, f"{number} leases are on it"))
+                kept.append(
+                    (key, f"{number} leases are on it" if number > 1 else "a lease is on it")
+                )
             else:
                 kept.append((key, "it is pinned" if slot.pinned else "it is being read"))
         self._done(event, evicted, kept)

@@ -28,6 +28,7 @@ SECOND_NS = 1_000_000_000
 USUAL_COPY = 25_000_000_000  #: bytes a second of pinned memory over PCIe 4.0 x16
 #: Of the time; a stage that is busy for more binds, whatever is between two of its transfers.
 BUSY = 0.9
+MOST_LAYERS = 100_000  #: of all clients together: they take a minute to simulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +136,18 @@ def _headless(index: PackIndex) -> bool:
 
 
 def of_layers(count: int, layer_bytes: int) -> Model:
-    """Equal layers, without a pack. layer_bytes is rounded up to pages."""
+    """Equal layers, without a pack. layer_bytes is rounded up to pages. Raises BadSetting."""
+    _check_work(count, clients=1)
     nbytes = -(-layer_bytes // PAGE_BYTES) * PAGE_BYTES
     return Model((nbytes,) * count, tuple(range(count)), (1,) * count)
+
+
+def _check_work(layers: int, clients: int) -> None:
+    if layers * clients > MOST_LAYERS:
+        raise BadSetting(
+            f"{clients} clients with {layers} layers each are too much to simulate: at most "
+            f"{MOST_LAYERS} layers in all"
+        )
 
 
 def predict(
@@ -154,6 +164,7 @@ def predict(
     Raises NotServable with the numbers, BadSetting."""
     if compute_seconds is not None and memory_bandwidth is not None:
         raise BadSetting("give the compute time or the memory bandwidth, not both")
+    _check_work(len(model.order), clients)
     notes = list(model.notes)
     memory_bytes = sum(
         model.layer_bytes[layer]
@@ -173,7 +184,11 @@ def predict(
     try:
         steady = steady_state(node, work)
     except DoesNotFit as error:
-        raise NotServable(f"{clients} clients on {size(node.dram_bytes)}: {error}") from error
+        gpu = "" if node.gpu_bytes is None else f" and {size(node.gpu_bytes)} of GPU"
+        raise NotServable(
+            f"{clients} client{'' if clients == 1 else 's'} on {size(node.dram_bytes)}{gpu}: "
+            f"{error}"
+        ) from error
     if not steady.settled:
         notes.append("the passes did not come to cost the same: a mean of the last ones")
     has_gpu = node.gpu_bytes is not None

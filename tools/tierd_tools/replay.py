@@ -34,9 +34,12 @@ def run(
         recording = Recording.read(path)
         rows = [
             row
-            for budget in budgets or [None]
+            for budget in dict.fromkeys(budgets) or [None]
             for row in replay(
-                recording, policies or POLICIES, budget_bytes=budget, bandwidth=bandwidth
+                recording,
+                tuple(dict.fromkeys(policies)) or POLICIES,
+                budget_bytes=budget,
+                bandwidth=bandwidth,
             )
         ]
     except (BadRecording, UnknownRecord) as error:

@@ -92,7 +92,12 @@ def _output(path: Path) -> Iterator[TextIO]:
     target = path.resolve()  # a link stays one
     scratch = target.with_name(f"{target.name}.partial")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
+        try:
+            file = scratch.open("w", encoding="utf-8")
+        except OSError as error:
+            error.filename = str(path)  # what was asked for
+            raise
+        with file:
             yield file
         os.replace(scratch, target)
     finally:

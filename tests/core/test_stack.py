@@ -12,6 +12,7 @@ from tierd.core.model import (
     ClientGone,
     ClientJoined,
     CoreConfig,
+    Done,
     Grant,
     LayerKey,
     ModelAdded,
@@ -35,6 +36,7 @@ from tierd.core.stack_model import (
     StackAction,
     StackConfig,
     StackEvent,
+    TierBudgetChanged,
     Unload,
 )
 
@@ -298,3 +300,21 @@ def test_what_is_due_when_somebody_joins_a_gpu_is_done_then() -> None:
     patience_ns = stack.gpus[0].config.admission_patience_ns
     actions = feed(stack, JoinedGpu(patience_ns + 1, FIRST + 2, 0))
     assert [action.request for action in actions if isinstance(action, Refuse)] == [7]
+
+
+def test_a_tiers_budget_changes_alone_and_its_layers_leave_it() -> None:
+    stack = stack_of(4, 4, (1, 1, 1, 1))
+    settle(stack, feed(stack, Plan(0, FIRST, 1, 0, (0, 1, 2, 3))))
+    actions = feed(stack, TierBudgetChanged(1, 7, 0, 2 * G))
+    assert Done(7, ()) in actions
+    assert len([action for action in actions if isinstance(action, Unload)]) == 2
+    assert (stack.gpus[0].budget_bytes, stack.dram.budget_bytes) == (2 * G, 4 * G)
+    assert Done(8, ()) in feed(stack, TierBudgetChanged(1, 8, None, 5 * G))
+    assert (stack.gpus[0].budget_bytes, stack.dram.budget_bytes) == (2 * G, 5 * G)
+
+
+def test_the_budget_of_a_gpu_that_is_not_there_is_illegal_and_changes_nothing() -> None:
+    stack = stack_of(4, 4, (1, 1))
+    with pytest.raises(IllegalEvent, match="no GPU 1"):
+        stack.handle(TierBudgetChanged(1, 7, 1, 2 * G))
+    stack.check()

@@ -44,8 +44,8 @@ class Fetcher:
 
     def advance(self) -> None:
         """Starts what can be started now: promised memory first, then requests, then plans."""
-        if self._books.memory.over_budget:
-            self._discard(self._books.memory.shed())
+        if self._books.memory.shrinking:
+            self._shrink()
         for slot in self._books.in_flight.values():
             if slot.claim is not None:
                 if not self._books.memory.can_warm_up(slot.claim):
@@ -60,6 +60,23 @@ class Fetcher:
                 while device.in_flight < self._books.reads_limit(device.id):
                     if not self._fetch_ahead(device):
                         break
+        if self._books.memory.shrinking:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """After the budget became smaller: what nobody holds goes, as far as it is above it."""
+        memory = self._books.memory
+        memory.ceiling = max(memory.budget, min(memory.ceiling, self._books.ledger.total))
+        while memory.occupied > memory.budget:
+            victims = self._books.policy.victims(1, None, self._books.now)
+            if victims is None:
+                break
+            for victim in victims:
+                self.evict(victim.slot, "the budget became smaller")
+        self._discard(memory.shed())
+        memory.shrinking = (
+            max(memory.ceiling, memory.occupied, memory.warm + memory.promised) > memory.budget
+        )
 
     def _serve_requests(self, device: Device) -> bool:
         """Starts what the device has room for; False if memory on its way must arrive first.
@@ -95,14 +112,17 @@ class Fetcher:
         """Starts a read for the request; False if memory on its way must arrive first."""
         key = request.key
         model = self._books.models[key.model]
+        memory = self._books.memory
         claim = self._claim(model, key.layer, None)
+        if claim is None and memory.ceiling > memory.budget:
+            claim = self._claim(model, key.layer, None, memory.ceiling)
         while claim is None:
             victims = self._books.policy.victims(1, None, self._books.now)
             if victims is None:
                 break
             # Enough is free, but in pieces that are too short: clear more of the address space.
             self._evict_all(victims, key)
-            claim = self._books.memory.claim(model.arena, model.layer_bytes[key.layer])
+            claim = memory.claim(model.arena, model.layer_bytes[key.layer], memory.ceiling)
         if claim is not None:
             self._start(model, key, claim)
             return True
@@ -180,26 +200,34 @@ class Fetcher:
         self._start(model, key, claim, share)
         return True
 
-    def _claim(self, model: ModelState, layer: int, due: int | None) -> Claim | None:
-        """Room for a layer, evicting what is due later than `due` (None: whatever must go)."""
+    def _claim(
+        self, model: ModelState, layer: int, due: int | None, limit: int | None = None
+    ) -> Claim | None:
+        """Room for a layer, evicting what is due later than `due` (None: whatever must go).
+
+        `limit`: granules that slots may occupy then; None is the budget.
+        """
+        memory = self._books.memory
         nbytes = model.layer_bytes[layer]
+        if limit is None:
+            limit = memory.budget
         spare = None
         if self._books.numbers.exhausted:
             spare = self._books.policy.victim(due, self._books.now)
             if spare is None:
                 return None
-        claim = self._books.memory.claim(model.arena, nbytes)
-        shortfall = model.charges[layer] - self._books.memory.free
+        claim = memory.claim(model.arena, nbytes, limit)
+        shortfall = model.charges[layer] + memory.occupied - limit
         if claim is None and shortfall > 0:
             victims = self._books.policy.victims(shortfall, due, self._books.now)
             if victims is not None and due is not None:
                 # Evicting for what then finds no address would turn the memory over for nothing.
                 places = [victim.slot.place for victim in victims]
-                if not self._books.memory.has_run(model.arena, model.charges[layer], places):
+                if not memory.has_run(model.arena, model.charges[layer], places):
                     return None
             if victims is not None:
                 self._evict_all(victims, model.keys[layer])
-                claim = self._books.memory.claim(model.arena, nbytes)
+                claim = memory.claim(model.arena, nbytes, limit)
         if claim is not None and spare is not None and self._books.numbers.exhausted:
             self._evict_all([spare], model.keys[layer])
         return claim

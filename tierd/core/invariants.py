@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def check_books(books: Books) -> None:
     """Raises InvariantBroken where the books contradict each other; costs O(everything)."""
     memory = books.memory
-    over = memory.over_budget or books.ledger.quarantined > memory.budget
+    over = memory.shrinking or books.ledger.quarantined > memory.budget
     if memory.warm > memory.budget and not (over or memory.discarding):
         raise InvariantBroken(f"{memory.warm} warm granules, the budget is {memory.budget}")
     memory.check([(slot.place, slot.claim is None) for slot in books.slots.values()])

@@ -64,8 +64,19 @@ class Ledger:
         return self._accounts[client]
 
     @property
+    def reserved(self) -> int:
+        """The reserves of all clients together."""
+        return sum(account.reserve for account in self._accounts.values())
+
+    @property
+    def total(self) -> int:
+        """Granules that somebody has reserved, holds or pinned, or that are in quarantine."""
+        return self.committed + self.quarantined + self.pinned
+
+    @property
     def available(self) -> int:
-        """Granules that nobody has reserved, holds or pinned."""
+        """Granules that nobody has reserved, holds or pinned; negative after the budget became
+        smaller, until so many are released."""
         return self.budget - self.quarantined - self.pinned - self.committed
 
     @property

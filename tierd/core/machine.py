@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tierd.core.admission import Admission
 from tierd.core.answers import Answers
 from tierd.core.books import Books, Client, Request
+from tierd.core.budget import Budget
 from tierd.core.convoy import Convoys
 from tierd.core.errors import IllegalEvent
 from tierd.core.fetching import Fetcher
@@ -23,6 +24,7 @@ from tierd.core.model import (
     Action,
     Adopted,
     ArenaAdded,
+    BudgetChanged,
     ClientGone,
     ClientJoined,
     CoreConfig,
@@ -68,6 +70,7 @@ class TierMachine:
         self._fetcher = Fetcher(books, self._answers)
         self._restart = Restart(books, self._fetcher)
         self._pins = Pins(books, self._fetcher)
+        self._budget = Budget(books)
 
     @property
     def books(self) -> Books:
@@ -135,8 +138,24 @@ class TierMachine:
                 self._pins.unpin(event)
             case EvictNow():
                 self._pins.evict(event)
+            case BudgetChanged():
+                self._budget.change(event)
             case Tick():
                 pass
+
+    @property
+    def budget_bytes(self) -> int:
+        """What the arenas together may hold at present, rounded down to granules."""
+        return self._books.memory.budget * self._books.config.granule_bytes
+
+    @property
+    def pressed(self) -> bool:
+        """Whether clients should give back the leases that they keep between uses.
+
+        Not while all layers of all plans and every reserve fit the budget at once and nobody waits
+        for memory: what is kept then keeps nobody waiting.
+        """
+        return self._budget.pressed
 
     @property
     def waits_for_time(self) -> bool:

@@ -47,6 +47,9 @@ class Memory:
 
     def __init__(self, budget: int, granule_bytes: int, small_layer_bytes: int) -> None:
         self.budget = budget
+        #: what slots of accepted requests may occupy; above the budget only after it was lowered
+        self.ceiling = budget
+        self.shrinking = False  #: more is or may be occupied or warm than the budget
         self.granule_bytes = granule_bytes
         self._small_bytes = min(small_layer_bytes, granule_bytes)
         self.occupied = 0  #: granules of slots
@@ -61,13 +64,13 @@ class Memory:
 
     @property
     def free(self) -> int:
-        """Granules that slots may still occupy; negative only after a restart into less."""
+        """Granules that slots may still occupy; negative only after the budget became smaller."""
         return self.budget - self.occupied
 
     @property
-    def over_budget(self) -> bool:
-        """A restart found more memory than the budget allows, and not all of it is gone yet."""
-        return self.warm + self.promised - self.discarding > self.budget
+    def most_warm(self) -> int:
+        """Granules that may hold memory: the budget, or where slots occupy more, theirs."""
+        return max(self.budget, self.occupied)
 
     def charge(self, nbytes: int) -> int:
         """Granules that a slot of `nbytes` keeps from others, wherever it lies."""
@@ -120,6 +123,13 @@ class Memory:
 
     # ------------------------------------------------------------------------------------ changes
 
+    def set_budget(self, budget: int) -> None:
+        """Another budget from now on. Above a lower one, what slots occupied may stay until they
+        are released, and nothing else (`shed`)."""
+        self.ceiling = max(budget, self.ceiling)
+        self.budget = budget
+        self.shrinking = True
+
     def add_arena(self, arena: int, span: int, warm: int) -> None:
         runs = FreeRuns(span)
         if warm:
@@ -128,8 +138,9 @@ class Memory:
         self._arenas[arena] = ArenaMemory(runs)
         self._grow(warm)
 
-    def claim(self, arena: int, nbytes: int) -> Claim | None:
-        """Occupies room for `nbytes`; None where the budget or the address space has none."""
+    def claim(self, arena: int, nbytes: int, limit: int | None = None) -> Claim | None:
+        """Occupies room for `nbytes`; None where slots would occupy more than `limit` granules
+        (None: the budget), or the address space has none."""
         memory = self._arenas[arena]
         small = self.is_small(nbytes)
         if small:
@@ -139,7 +150,7 @@ class Memory:
                         if end - begin >= nbytes:
                             return Claim(self._share(arena, granule, begin, nbytes), (), 0, ())
         granules = self.charge(nbytes)
-        if granules > self.free:
+        if granules > (self.budget if limit is None else limit) - self.occupied:
             return None
         window = memory.runs.best_window(granules, from_end=small)
         if window is None:
@@ -149,7 +160,7 @@ class Memory:
         self.occupied += granules
         promised = 0
         discards: tuple[Range, ...] = ()
-        if cold and self.warm + self.promised + cold > self.budget:
+        if cold and self.warm + self.promised + cold > self.most_warm:
             promised = cold
             self.promised += cold
             discards = self.shed()
@@ -165,7 +176,7 @@ class Memory:
         return Claim(place, pieces, promised, discards)
 
     def can_warm_up(self, claim: Claim) -> bool:
-        return self.warm + claim.promised <= self.budget
+        return self.warm + claim.promised <= self.most_warm
 
     def warm_up(self, claim: Claim) -> None:
         """Keeps the promise: the claim's granules hold memory from now on."""
@@ -203,9 +214,9 @@ class Memory:
         """Sends warm free granules back to the system until what is promised can be kept.
 
         The shortest runs go first: they are of least use to a later slot. Enough of them exist
-        unless a warm restart found more slots than the budget holds (`placement` has the sum).
+        (`placement` has the sum).
         """
-        excess = self.warm + self.promised - self.discarding - self.budget
+        excess = self.warm + self.promised - self.discarding - self.most_warm
         discards: list[Range] = []
         if excess <= 0:
             return ()

@@ -20,9 +20,10 @@ CERTAIN_PPM = 1_000_000  #: a probability of one, in millionths
 
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
-    """Limits that never change while the machine runs."""
+    """Limits; only the budget may change while the machine runs."""
 
-    budget_bytes: int  #: bytes that all arenas together may hold; rounded down to granules
+    #: bytes that all arenas together may hold, rounded down to granules, until a `BudgetChanged`
+    budget_bytes: int
     granule_bytes: int = 2 << 20  #: unit of physical memory: one huge page, or one small page
     small_layer_bytes: int = 2 << 20  #: layers below this start on 4 KiB, others on a granule
     reads_in_flight: int = 2  #: reads that may run at once on one device
@@ -250,6 +251,16 @@ class EvictNow:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetChanged:
+    """An operator gives the arenas together another budget. Answered by Done or Refuse: nobody
+    takes more than it from then on, and what is above it goes as fast as leases end."""
+
+    at_ns: int
+    request: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed. Send one now and then while plans are open: what waits too long is refused."""
 
@@ -275,6 +286,7 @@ Event = (
     | Pin
     | Unpin
     | EvictNow
+    | BudgetChanged
     | Tick
 )
 

@@ -42,12 +42,7 @@ class Restart:
         self._books.numbers = SlotNumbers(self._books.config.slot_limit, tuple(self._books.slots))
         generations = [found.generation + 1 for found in event.slots]
         self._books.next_generation = max([self._books.next_generation, *generations])
-        while self._books.memory.free < 0:
-            victims = self._books.policy.victims(1, None, self._books.now)
-            if victims is None:
-                break
-            for victim in victims:
-                self._fetcher.evict(victim.slot, "the budget is smaller than before the restart")
+        self._books.memory.shrinking = True  # the budget may be smaller than before the restart
 
     def _adopt(self, found: AdoptedSlot) -> None:
         place = self._books.memory.adopt(found.arena, found.offset, found.nbytes)

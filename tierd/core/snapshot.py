@@ -26,6 +26,7 @@ class MemorySnapshot:
     pinned_bytes: int
     reserved_bytes: int  #: what admission has promised to all clients
     discarding_bytes: int
+    above_budget_bytes: int = 0  #: of `used`; only after the budget was lowered
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ def snapshot_of(books: Books) -> Snapshot:
             resident, leased, in_flight, books.ledger.quarantined * granule,
             books.ledger.pinned * granule,
             books.ledger.committed * granule, memory.discarding * granule,
+            max(memory.warm - memory.budget, 0) * granule,
         ),
         Counters(**books.count),
         tuple(_client_snapshot(books, client) for client in books.clients.values()),

@@ -17,6 +17,7 @@ from tierd.core.errors import IllegalEvent
 from tierd.core.model import (
     Acquire,
     ArenaAdded,
+    BudgetChanged,
     ClientGone,
     ClientJoined,
     DiscardDone,
@@ -42,6 +43,7 @@ from tierd.core.stack_model import (
     StackAction,
     StackConfig,
     StackEvent,
+    TierBudgetChanged,
 )
 
 if TYPE_CHECKING:
@@ -84,6 +86,10 @@ class TierStack:
             raise
         feeds.work_off()
         return feeds.actions
+
+    def pressed(self, gpu: int | None) -> bool:
+        """Whether clients of the tier should give back leases that they keep (`TierMachine`)."""
+        return (self.dram if gpu is None else self.gpus[gpu]).pressed
 
     @property
     def waits_for_time(self) -> bool:
@@ -138,6 +144,11 @@ class TierStack:
             case Tick():
                 for gpu in (None, *range(len(self.gpus))):
                     feeds.deliver(gpu, event)
+            case TierBudgetChanged():
+                if event.gpu is not None:
+                    self._check_gpu(event.gpu)
+                changed = BudgetChanged(event.at_ns, event.request, event.budget_bytes)
+                feeds.deliver(event.gpu, changed)
             case GpuArenaAdded() | ArenaAdded() | ModelPlaced() | ModelAdded() | ModelRemoved():
                 self._set_up(event)
             case _:

@@ -42,9 +42,9 @@ def check_stack(feeds: Feeds) -> None:
 def check_sums(books: Books) -> None:
     """The sums that every promise rests on, for after each event; costs O(1)."""
     memory, ledger = books.memory, books.ledger
-    if memory.warm > memory.budget and not (memory.over_budget or memory.discarding):
+    if memory.warm > memory.budget and not (memory.shrinking or memory.discarding):
         raise InvariantBroken(f"{memory.warm} warm granules, the budget is {memory.budget}")
-    if memory.over_budget or ledger.quarantined > memory.budget:
+    if memory.shrinking or ledger.quarantined > memory.budget:
         return  # a restart, or a budget that was lowered: what is above it is on its way out
     if ledger.available < 0 or ledger.available_slots < 0:
         raise InvariantBroken(

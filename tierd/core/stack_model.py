@@ -84,7 +84,27 @@ class Fenced:
     client: int
 
 
-StackEvent = Event | GpuArenaAdded | ModelPlaced | JoinedGpu | CopyDone | CopyFailed | Fenced
+@dataclass(frozen=True, slots=True)
+class TierBudgetChanged:
+    """As `BudgetChanged`, for one tier. `gpu`: None is DRAM. The `request`s of all commands come
+    from one counter: their answers do not name a tier."""
+
+    at_ns: int
+    request: int
+    gpu: int | None
+    budget_bytes: int
+
+
+StackEvent = (
+    Event
+    | GpuArenaAdded
+    | ModelPlaced
+    | JoinedGpu
+    | CopyDone
+    | CopyFailed
+    | Fenced
+    | TierBudgetChanged
+)
 
 # --------------------------------------------------------------------------------------------------
 # Actions

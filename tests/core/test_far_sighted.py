@@ -196,6 +196,17 @@ def test_an_open_plan_reads_less_than_lru_and_lfu(seed: int, room: int) -> None:
         assert router.reads * G < other.read_bytes, policy
 
 
+@pytest.mark.parametrize("room", [12, 24, 40])
+def test_an_open_plan_reads_about_as_much_as_lfu_where_favourites_never_change(room: int) -> None:
+    uses = routed(7, drift=6000)
+    router = Router(64, room)
+    for layer in uses:
+        router.use(layer)
+    references = [LayerKey(0, layer) for layer in uses]
+    best = whole_layers("lfu", references, {LayerKey(0, n): G for n in range(64)}, room * G)
+    assert router.reads * G <= 1.02 * best.read_bytes
+
+
 def test_what_a_hint_announces_is_there_when_it_is_asked_for() -> None:
     uses = routed(5, uses=1500)
     told, silent = Router(64, 16), Router(64, 16)

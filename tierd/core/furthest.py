@@ -17,6 +17,7 @@ from tierd.core.orders import last_before
 if TYPE_CHECKING:
     from tierd.core.plans import PlanState
     from tierd.core.residency import Slot
+    from tierd.core.reuse import Reuse
     from tierd.core.served import ModelState
 
 _SPARE_ENTRIES = 64  #: outdated ones that the heap may hold beside twice the plans
@@ -113,11 +114,7 @@ def furthest_of(model: ModelState, plan: PlanState, places: int) -> int | None:
     """The layer among `places` of the plan's order that this client alone would need last."""
     route = plan.route
     if plan.reuse is not None:
-        slots = model.slots
-        return plan.reuse.least(
-            lambda layer: route.bits.get(layer, 0) & places != 0,
-            lambda layer: slots[layer] is not None,
-        )
+        return _least_expected(model, plan, plan.reuse, places)
     while True:
         place = last_before(places, plan.position)
         if place is None:
@@ -129,6 +126,21 @@ def furthest_of(model: ModelState, plan: PlanState, places: int) -> int | None:
         if steps is None or (plan.position + steps - place) % route.length == 0:
             return layer
         places &= ~(1 << place)  # the order has this layer again, nearer
+
+
+def _least_expected(model: ModelState, plan: PlanState, reuse: Reuse, places: int) -> int | None:
+    """Of an open plan: what is worth least, and among what was announced only if all else is."""
+    slots, bits = model.slots, plan.route.bits
+    soon = {layer for layer, (at, _) in plan.hints.items() if at > plan.steps}
+
+    def idle(layer: int) -> bool:
+        return bits.get(layer, 0) & places != 0
+
+    def here(layer: int) -> bool:
+        return slots[layer] is not None
+
+    found = reuse.least(lambda layer: layer not in soon and idle(layer), here)
+    return reuse.least(idle, here) if found is None and soon else found
 
 
 def passing_behind(plan: PlanState, layer: int) -> int | None:

@@ -191,6 +191,8 @@ class Policy:
             return victim
         best: Victim | None = None
         for plan in model.plans.values():
+            if plan.reuse is not None:
+                continue  # an open plan has no order: nothing is behind anything
             layer = passing_behind(plan, key.layer)
             slot = None if layer is None else model.slots[layer]
             if layer is not None and slot is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HALF_LIVES = 8  #: uses of as many layers as there are, times this, halve what a use counts
+HALF_LIVES = 16  #: uses of as many layers as there are, times this, halve what a use counts
 _ONE = 1 << 16
 _TOO_MANY_HALVES = 64
 _SHORTEST_HALF = 32

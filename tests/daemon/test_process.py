@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tierd.io import process
-from tierd.io.process import PeerCredentials, open_pidfd, peer_credentials, start_time
+from tierd.io.process import (
+    PeerCredentials,
+    is_exiting,
+    open_pidfd,
+    peer_credentials,
+    start_time,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,3 +161,12 @@ def test_reading_is_allowed_as_for_a_file(
 ) -> None:
     peer = PeerCredentials(1, uid, gid, groups)
     assert peer.may_read(uid=7, gid=5, mode=mode) is allowed
+
+
+def test_a_process_that_ended_but_is_not_reaped_is_exiting() -> None:
+    assert not is_exiting(os.getpid())
+    with subprocess.Popen(["true"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert is_exiting(child.pid)
+    with pytest.raises(ProcessLookupError):
+        is_exiting(child.pid)

@@ -14,7 +14,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 _SO_PEERGROUPS = 59  # Linux 4.13; not in Python's socket module
 _SO_PEERPIDFD = 77  # Linux 6.5
-_START_TIME_AFTER_COMM = 19  # field 22 of /proc/PID/stat; the first after comm is field 3
+# Fields of /proc/PID/stat; the first after comm is field 3.
+_FLAGS_AFTER_COMM = 6
+_START_TIME_AFTER_COMM = 19
+_PF_EXITING = 0x4  # linux/sched.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +93,20 @@ def open_pidfd(peer: socket.socket | int) -> int:
 def start_time(pid: int, *, proc: str = "/proc") -> int:
     """When the process started, in clock ticks since boot. With its pid it names a process for
     good. ProcessLookupError when there is none."""
+    return int(_stat(pid, proc)[_START_TIME_AFTER_COMM])
+
+
+def is_exiting(pid: int, *, proc: str = "/proc") -> bool:
+    """Whether the kernel has begun to take the process down. ProcessLookupError when it is gone."""
+    return bool(int(_stat(pid, proc)[_FLAGS_AFTER_COMM]) & _PF_EXITING)
+
+
+def _stat(pid: int, proc: str) -> list[bytes]:
+    """The fields after comm."""
     try:
         with open(f"{proc}/{pid}/stat", "rb") as file:
             line = file.read()
     except FileNotFoundError as error:
         raise ProcessLookupError(errno.ESRCH, f"no process {pid}") from error
     # comm is in parentheses and may itself hold spaces and parentheses: only the last one counts.
-    fields = line[line.rindex(b")") + 1 :].split()
-    return int(fields[_START_TIME_AFTER_COMM])
+    return line[line.rindex(b")") + 1 :].split()

@@ -36,7 +36,7 @@ class Walk:
         self.client: GpuClient
         self.model: GpuModel
         self.grant: Grant | None = None  #: what it holds
-        self._wanted: list[int] = []
+        self.wanted: list[int] = []  #: chunks that the daemon asks back
 
     def to(self, step: str) -> None:
         for name, act in STEPS.items():
@@ -101,12 +101,12 @@ class Walk:
 
     def send_chunks(self) -> None:
         assert self.grant is not None
-        self._wanted = self.model.chunks_of(self.grant)
-        self._request = self.model.send_chunks(self._wanted)
+        self.wanted = self.model.chunks_of(self.grant)
+        self._request = self.model.send_chunks(self.wanted)
         self.client.wait_readable()
 
     def map_chunks(self) -> None:
-        self.model.map_received(self._request, self._wanted)
+        self.model.map_received(self._request, self.wanted)
 
     def compute(self) -> None:
         assert self.grant is not None
@@ -139,10 +139,10 @@ class Walk:
         self._until(self._is_wanted, "some of its chunks are wanted back")
 
     def unmap(self) -> None:
-        self.model.unmap(self._wanted)
+        self.model.unmap(self.wanted)
 
     def tell_that_it_unmapped(self) -> None:
-        told = [[self.model.arena, self._wanted]]
+        told = [[self.model.arena, self.wanted]]
         self.client.send("attend", unmapped=told, scratch_bytes=1 << 20)
         self.client.wait_readable()
 
@@ -150,8 +150,8 @@ class Walk:
 
     def _is_wanted(self, status: dict[str, Any]) -> bool:
         wanted = self.client.attend()
-        self._wanted = [chunk for _, chunks in wanted for chunk in chunks]
-        return bool(self._wanted)
+        self.wanted = [chunk for _, chunks in wanted for chunk in chunks]
+        return bool(self.wanted)
 
     def _until(self, condition: Callable[[dict[str, Any]], object], what: str) -> None:
         deadline = time.monotonic() + PATIENCE_S

@@ -155,10 +155,18 @@ def test_what_cannot_be_answered_is_one_line_and_a_code(
     deep.write_text("[" * 100_000)
     trace.trace(socket, tmp_path / "day.json")
     day = json.loads((tmp_path / "day.json").read_text())
-    changed = {name: copy.deepcopy(day) for name in ("config", "time", "event")}
+    changed = {name: copy.deepcopy(day) for name in ("config", "time", "event", "kind")}
+    changed |= {name: copy.deepcopy(day) for name in ("configs", "range", "float")}
     changed["config"]["otherData"]["config"]["granule_bytes"] = 0
     changed["time"]["otherData"]["entries"].reverse()
     changed["event"]["otherData"]["entries"].insert(0, day["otherData"]["entries"][0])
+    changed["configs"]["otherData"]["config"] = 1.5
+    changed["float"]["otherData"]["entries"][-1][1] = float("nan")
+    acquire = ["Acquire" in str(event) for _, _, event, *_ in day["otherData"]["entries"]].index(
+        True
+    )
+    changed["kind"]["otherData"]["entries"][acquire][2][4] = {}
+    changed["range"]["otherData"]["entries"][acquire][2][4] = [1, 99]
     for name, document in changed.items():
         (tmp_path / name).write_text(json.dumps(document))
     for argv, code, text in (
@@ -175,6 +183,10 @@ def test_what_cannot_be_answered_is_one_line_and_a_code(
         (["replay", str(tmp_path / "config")], 1, "granule_bytes is 0"),
         (["replay", str(tmp_path / "event")], 1, "is no day of a daemon"),
         (["replay", str(tmp_path / "time")], 1, "its time runs backwards"),
+        (["replay", str(tmp_path / "configs")], 1, "is damaged"),
+        (["replay", str(tmp_path / "float")], 1, "a time is no whole number"),
+        (["replay", str(tmp_path / "kind")], 1, "is damaged"),
+        (["replay", str(tmp_path / "range")], 1, "is damaged, it cannot be replayed"),
         (["replay", str(tmp_path / "none")], 1, "No such file"),
         (["replay", str(stray), "--dram", "lots"], 2, "'lots' is not a size"),
     ):

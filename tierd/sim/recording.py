@@ -60,7 +60,7 @@ class Recording:
             raise BadRecording(f"{path} has version {data.get('version')!r}, not {VERSION}")
         try:
             return cls.restored(data)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
             if isinstance(error, UnknownRecord):
                 raise
             raise BadRecording(f"{path} is damaged: {type(error).__name__}: {error}") from error
@@ -78,6 +78,8 @@ class Recording:
             Moment(at_ns, restored(event, schema), tuple(restored(a, schema) for a in actions))
             for _, at_ns, event, actions, *_ in data["entries"]
         ]
+        if any(type(moment.at_ns) is not int for moment in moments):
+            raise ValueError("a time is no whole number")
         if any(later.at_ns < earlier.at_ns for earlier, later in pairwise(moments)):
             raise ValueError("its time runs backwards")
         opening = tuple(restored(event, schema) for event in data["opening"])

@@ -47,6 +47,10 @@ def run(
     except IllegalEvent as error:
         text = str(error).partition("\n")[0]
         raise TraceRefused(f"{path} is no day of a daemon: {text}") from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        # Its values are of the wrong kind or out of range: the replay is where that is found.
+        text = f"{type(error).__name__}: {error}"
+        raise TraceRefused(f"{path} is damaged, it cannot be replayed: {text}") from error
     return {
         "trace": str(path),
         "seconds": (recording.end_ns - recording.begin_ns) / 1e9,

@@ -19,7 +19,7 @@ from tierd_client.opened import OpenedModel
 from tierd_client.statistics import ClientStatistics, Counters
 from tierd_layouts.errors import NameRefused
 from tierd_layouts.names import check_model_name
-from tierd_layouts.wire import PROTOCOL_VERSION, resolve_socket
+from tierd_layouts.wire import GPU_CAPABILITY, PROTOCOL_VERSION, resolve_socket
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -77,7 +77,14 @@ class Client:
             opened = self._opened.get(model)
             if opened is None or opened.closed:
                 reply = self._connection.call("open", model=model)
-                opened = OpenedModel(model, self._connection, self._counters, self.epoch, reply)
+                opened = OpenedModel(
+                    model,
+                    self._connection,
+                    self._counters,
+                    self.epoch,
+                    reply,
+                    may_keep=GPU_CAPABILITY in self.capabilities,
+                )
                 self._opened[model] = opened
             return opened
 

@@ -165,6 +165,20 @@ class Connection:
                 self.abandon(request)
             raise
 
+    def look(self) -> None:
+        """Take in what came meanwhile, the end of the connection too, without waiting for it.
+        Raises what a call would raise then."""
+        self.check()
+        with self._lock:
+            if self._reader is None:
+                self._reader = threading.get_ident()
+        try:
+            if self._reader == threading.get_ident():  # else somebody reads anyway
+                self._receive(wait=False)
+        finally:
+            self._stop_reading()
+        self.check()
+
     def abandon(self, request: int) -> None:
         """Nobody will wait for this reply: give back what it brings, now or when it comes."""
         with self._lock:
@@ -249,10 +263,10 @@ class Connection:
                 self._reader = None
                 self._delivered.notify_all()
 
-    def _receive(self) -> None:
+    def _receive(self, *, wait: bool = True) -> None:
         """Read once and deliver. The caller is the one reader, and looks at its deadline."""
         try:
-            if not self._inbox.wait():
+            if not (self._inbox.wait() if wait else self._inbox.look()):
                 return
         except OSError as error:
             self._end(DaemonGone, self._gone(error.strerror))

@@ -17,11 +17,14 @@ TierdError
     BadTensorArgument(ValueError)           shape, dtype, device or strides of an argument
     UnsupportedModel(NotImplementedError)
     UnsupportedOperation(NotImplementedError)
+    UnsupportedDevice(ValueError)           device, tier and compute do not go together
+    DeviceFailed(RuntimeError)              the GPU's driver refused a call
     Refused(RuntimeError)                   the daemon said no; .code is the wire's code
         ModelNotFound(KeyError), LayerNotFound(KeyError), ModelRemoved(KeyError)
         BudgetTooSmall(MemoryError), LeaseLimit(MemoryError)
         PackInvalid(ValueError), ChecksumMismatch(PackInvalid)
         ReadFailed(OSError), AccessDenied(PermissionError)
+        CopyFailed(OSError), TierUnavailable(LookupError)
         VersionMismatch, NotAdmitted, TooManyClients
         ShuttingDown(DaemonGone)
 """
@@ -101,6 +104,14 @@ class UnsupportedOperation(TierdError, NotImplementedError):
     """The operation would copy, move or change weights that only tierd owns."""
 
 
+class UnsupportedDevice(TierdError, ValueError):
+    """The device cannot compute from that tier, or not in that way."""
+
+
+class DeviceFailed(TierdError, RuntimeError):
+    """A call to the GPU's driver failed; the text names the call, what it was for and its error."""
+
+
 class Refused(TierdError, RuntimeError):
     """The daemon refused a request. `code` is stable, the text names the limit and the value."""
 
@@ -152,6 +163,14 @@ class ReadFailed(Refused, OSError):
     """Reading the layer failed."""
 
 
+class CopyFailed(Refused, OSError):
+    """Copying the layer from DRAM to the GPU failed."""
+
+
+class TierUnavailable(Refused, LookupError):
+    """The daemon has no such tier, or its device does not work; the text says why."""
+
+
 class AccessDenied(Refused, PermissionError):
     """This user may not read the model."""
 
@@ -173,6 +192,8 @@ _BY_CODE: dict[str, type[Refused]] = {
     ErrorCode.PACK_INVALID: PackInvalid,
     ErrorCode.CHECKSUM_MISMATCH: ChecksumMismatch,
     ErrorCode.READ_FAILED: ReadFailed,
+    ErrorCode.COPY_FAILED: CopyFailed,
+    ErrorCode.TIER_UNAVAILABLE: TierUnavailable,
     ErrorCode.ACCESS_DENIED: AccessDenied,
     ErrorCode.MODEL_REMOVED: ModelRemoved,
     ErrorCode.SHUTTING_DOWN: ShuttingDown,

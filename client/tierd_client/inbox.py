@@ -63,6 +63,15 @@ class Inbox:
             return False
         return True
 
+    def look(self) -> bool:
+        """Whether a piece is there, without waiting. Raises OSError."""
+        if not self._messages:
+            try:
+                self._messages.extend(map(self._socket.recvmsg, *_POLL_ARGUMENTS))
+            except BlockingIOError:
+                return False
+        return True
+
     def take(self) -> Piece:
         """The piece that was waited for."""
         data, ancillary, flags, _ = self._messages.popleft()
@@ -79,11 +88,8 @@ class Inbox:
         of microseconds; a processor that fell asleep meanwhile needs about as long to wake up."""
         until = perf_counter_ns() + POLL_NS
         while perf_counter_ns() < until:
-            try:
-                self._messages.extend(map(self._socket.recvmsg, *_POLL_ARGUMENTS))
-            except BlockingIOError:
-                continue
-            return True
+            if self.look():
+                return True
         return False
 
 

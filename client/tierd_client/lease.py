@@ -88,6 +88,12 @@ class Lease:
 
     # ----------------------------------------------------------------------------------------- end
 
+    def leave(self) -> bool:
+        """Whether the lease may be kept for a later use: what was read is valid, no view is alive.
+        Else `release` says what is wrong. A view in a reference cycle counts as alive here."""
+        self._views = [view for view in self._views if view[1]() is not None]
+        return not self._views and self.opened.table.generation(self.slot) == self.generation
+
     @property
     def ended(self) -> bool:
         """True once released; the tensors are then unreadable."""

@@ -3,6 +3,8 @@
 All threads of a process that run one model share a `LayerLeases`. Per layer there is at most one
 lease, with a count of the threads that are inside. A thread holds one layer at a time and asks for
 the next one of the plan ahead, so a resident layer costs no round trip in front of the compute.
+While the daemon says that memory is not short, leases are kept from pass to pass (see `holdings`),
+and cost no round trip at all; `tend` gives them back, also when nobody computes.
 
 Two threads may need more than the daemon has reserved for this client; it then refuses one with
 `LeaseLimit`. That thread keeps the *turn* (the right to ask) and waits until another leaves a
@@ -18,7 +20,9 @@ from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING
 
 from tierd_client import fork
-from tierd_client.errors import ClientClosed, LeaseLimit, Refused
+from tierd_client.course import Course
+from tierd_client.errors import ClientClosed, LeaseLimit, LeaseLost, Refused, ViewStillAlive
+from tierd_client.holdings import Held, Holdings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,75 +41,64 @@ RETRY_S = 0.002
 
 @dataclass(slots=True)
 class LeasingCounters:
-    """entries: layers entered; leases: of them, those that asked the daemon; ahead: entries that
-    had been asked for ahead; stall_ns: time that entries waited."""
+    """entries: layers entered; leases: of them, those that asked the daemon; ahead: of these, those
+    that were asked ahead; kept: entries for which the lease was there, kept since an earlier one;
+    stall_ns: time that entries waited."""
 
     entries: int = 0
     leases: int = 0
     ahead: int = 0
+    kept: int = 0
     stall_ns: int = 0
-
-
-@dataclass(slots=True)
-class _Held:
-    """A lease and how many threads are inside its layer. `kept`: asked for again while held."""
-
-    lease: Lease
-    users: int
-    kept: bool = False
 
 
 class _Place(threading.local):
     """Where one thread is. No slots: they would be shared between threads."""
 
     def __init__(self) -> None:
-        self.position = 0  # in the plan
         self.inside: dict[int, int] = {}  # layer: entries not left
-        self.trace: list[int] | None = None  # layers entered, while the order is being learned
 
 
 class LayerLeases:
     """The leases of one opened model. Thread-safe.
 
-    order: layer numbers in the expected order of use in one pass; a tied head repeats its layer.
-    It is declared to the daemon as a cyclic plan, and replaced by the order that the first whole
-    forward pass shows. Raises what `OpenedModel.plan` raises.
+    order: layer numbers in the expected order of use in one pass; a tied head repeats its layer
+    (see `Course`). Raises what `OpenedModel.plan` raises.
     """
 
     def __init__(
         self, opened: OpenedModel, order: Sequence[int], *, tokens_per_pass: int = 1
     ) -> None:
         self.opened = opened
-        self._tokens_per_pass = tokens_per_pass
         self._life = fork.current()
         self._closed = False
         self._lock = threading.Lock()
         self._turn = threading.Lock()
         self._left = threading.Condition(self._lock)
-        self._held: dict[int, _Held] = {}
+        self._holdings = Holdings()
         self._pending: dict[int, PendingLease] = {}
         self._asked_by: dict[int, int] = {}  # layer asked for ahead and not entered yet: thread
         self._released = 0  # leases given back so far
-        self._leaving = 0  # leases taken out of `_held` whose release is not sent yet
+        self._leaving = 0  # leases taken out of the holdings whose release is not sent yet
         self._settled_at = 0.0  # when all that was given back has surely reached the daemon
+        self._used_at = 0.0  # when a layer was last left
         self._asking: int | None = None  # layer that the holder of the turn is acquiring
         self._starved = False  # the holder of the turn was refused: nobody asks ahead
         self._counters = LeasingCounters()
         self._place = _Place()
-        self._learned = False
-        self._order: tuple[int, ...] = ()
-        self._declare(order)
+        self._course = Course(opened, order, tokens_per_pass)
 
     @property
     def order(self) -> tuple[int, ...]:
         """The plan: layer numbers in the order of use."""
-        return self._order
+        return self._course.order
 
     def check(self) -> None:
-        """Raise ForkedClient in a forked child, ClientClosed after `close`."""
+        """Raise ForkedClient in a forked child, ClientClosed after `close`, DaemonGone."""
         fork.check(self._life, f"model {self.opened.name!r}")
         if self._closed:
             raise ClientClosed(f"model {self.opened.name!r} was closed")
+        self.opened.check_connection()  # leases that are kept ask nothing and would not notice
 
     # --------------------------------------------------------------------------------- enter, leave
 
@@ -115,14 +108,14 @@ class LayerLeases:
         Raises what `OpenedModel.acquire` raises; then there is nothing to leave.
         """
         self.check()
-        place, following = self._place, self._advance(layer)
+        inside, following = self._place.inside, self._course.advance(layer)
         with self._lock:
             self._counters.entries += 1
             held = self._join(layer)
         if held is None:
             with self._turn:
                 held = self._acquire(layer)
-        place.inside[layer] = place.inside.get(layer, 0) + 1
+        inside[layer] = inside.get(layer, 0) + 1
         if following is not None:
             try:
                 self._ask_ahead(following)
@@ -138,17 +131,20 @@ class LayerLeases:
         if not inside[layer]:
             del inside[layer]
         with self._left:
-            held = self._held[layer]
+            held = self._holdings[layer]
             held.users -= 1
-            ended = not held.users and (not held.kept or self._starved or self._closed)
+            self._used_at = monotonic()
+            sound = held.lease.leave()
+            stays = sound and (held.wanted or not self.opened.pressed)
+            ended = not held.users and (not stays or self._starved or self._closed)
             if ended:
-                del self._held[layer]
+                self._holdings.remove(layer)
                 self._leaving += 1
         if ended:
             self._release([held.lease])
 
     def _release(self, leases: list[Lease]) -> None:
-        """Give back leases that were taken out of `_held` and added to `_leaving`."""
+        """Give back leases that were taken out of the holdings and added to `_leaving`."""
         try:
             for lease in leases:
                 lease.release()
@@ -159,20 +155,24 @@ class LayerLeases:
                 self._settled_at = max(self._settled_at, monotonic() + RELEASE_S)
                 self._left.notify_all()
 
+    def _release_unused(self, leases: list[Lease]) -> None:
+        """As `_release`; whoever used these leases checked them when it left the layer."""
+        for lease in leases:
+            with suppress(LeaseLost, ViewStillAlive):
+                self._release([lease])
+
     def current(self, layer: int) -> Lease | None:
         """The lease of `layer` if this thread is inside it."""
-        return self._held[layer].lease if layer in self._place.inside else None
+        return self._holdings[layer].lease if layer in self._place.inside else None
 
-    def _join(self, layer: int) -> _Held | None:
+    def _join(self, layer: int) -> Held | None:
         self._asked_by.pop(layer, None)
-        held = self._held.get(layer)
+        held = self._holdings.join(layer)
         if held is not None:
-            self._counters.ahead += held.kept
-            held.kept = False
-            held.users += 1
+            self._counters.kept += held.users == 1
         return held
 
-    def _acquire(self, layer: int) -> _Held:
+    def _acquire(self, layer: int) -> Held:
         """Get a lease from the daemon. The caller has the turn."""
         with self._lock:
             held = self._join(layer)  # who had the turn before may have brought it
@@ -192,7 +192,7 @@ class LayerLeases:
                 if lease is not None:
                     self._counters.leases += 1
                     self._counters.ahead += pending is not None
-                    held = self._held[layer] = _Held(lease, users=1)
+                    held = self._holdings.add(layer, lease)
         assert held is not None
         return held
 
@@ -210,8 +210,7 @@ class LayerLeases:
                     stuck = not requests and not idle and self._released == released
                     if stuck and not self._wait_room(released, deadline):
                         raise
-                if idle:
-                    self._release(idle)
+                self._release_unused(idle)
                 for request in requests:
                     # Not cancelled: that gives back the grant only when it comes.
                     with suppress(Refused):
@@ -221,7 +220,7 @@ class LayerLeases:
         """Wait until more leases than `released` were given back; False when none will be."""
         # What is left is computed with. Another thread will leave; this one cannot.
         mine = sum(self._place.inside.values())
-        others = sum(held.users for held in self._held.values()) - mine + self._leaving
+        others = self._holdings.users - mine + self._leaving
         if others:
             left = deadline - monotonic()
             return self._left.wait_for(lambda: self._released != released, left)
@@ -229,77 +228,59 @@ class LayerLeases:
         return monotonic() < self._settled_at
 
     def _take_idle(self) -> tuple[list[PendingLease], list[Lease]]:
-        """Take out all that was only asked for ahead: requests, and leases that nobody is in."""
+        """Take out all that nobody is in: requests ahead, and leases."""
         self._asked_by.clear()
         requests = list(self._pending.values())
         self._pending.clear()
-        idle = [layer for layer, held in self._held.items() if not held.users]
+        idle = self._holdings.take_idle()
         self._leaving += len(idle)
-        return requests, [self._held.pop(layer).lease for layer in idle]
+        return requests, idle
 
     # ---------------------------------------------------------------------------------------- ahead
 
-    def _advance(self, layer: int) -> int | None:
-        """Note that this thread is at `layer`; returns the layer after it in the plan."""
-        place, order = self._place, self._order
-        if place.trace is not None:
-            place.trace.append(layer)
-        for step in range(len(order)):
-            position = (place.position + step) % len(order)
-            if order[position] == layer:
-                place.position = (position + 1) % len(order)
-                return order[place.position]
-        return None  # not in the plan: nothing is known of what follows
-
     def _ask_ahead(self, layer: int) -> None:
         me = threading.get_ident()
-        idle = []
+        idle: list[Lease] = []
         with self._lock:
             if self._starved or self._closed:
                 return
             # What this thread asked for and did not enter was a wrong guess.
             for wrong in [at for at, who in self._asked_by.items() if who == me and at != layer]:
                 del self._asked_by[wrong]
+                self._holdings.unwant(wrong)
                 if wrong in self._pending:
                     self._pending.pop(wrong).cancel()
                     self._settled_at = monotonic() + CANCEL_S
-                elif wrong in self._held:
-                    self._held[wrong].kept = False
-                    if not self._held[wrong].users:
-                        idle.append(self._held.pop(wrong).lease)
-                        self._leaving += 1
             self._asked_by[layer] = me
-            held = self._held.get(layer)
-            if held is not None:
-                held.kept = True
-            elif layer not in self._pending and layer != self._asking:
+            wanted = self._holdings.want(layer)
+            if self.opened.pressed:
+                idle = self._holdings.take_kept()
+                self._leaving += len(idle)
+            if not wanted and layer not in self._pending and layer != self._asking:
                 self._pending[layer] = self.opened.acquire_ahead(layer)
-        if idle:
-            self._release(idle)
+        self._release_unused(idle)
 
-    # ----------------------------------------------------------------------------------------- plan
+    # --------------------------------------------------------------------------------------- passes
 
     def begin_pass(self) -> None:
         """A forward pass of the whole model begins in this thread."""
         self.check()
-        self._place.position = 0
-        self._place.trace = None if self._learned else []
+        self._course.begin_pass()
 
     def end_pass(self) -> None:
         """The pass ended well: the first one shows the order in which layers are used."""
-        trace, self._place.trace = self._place.trace, None
-        with self._lock:
-            if not trace or self._learned:
-                return
-            self._learned = True
-        if tuple(trace) != self._order:
-            self._declare(trace)
-
-    def _declare(self, order: Sequence[int]) -> None:
-        self.opened.plan(order, kind="cyclic", lookahead=1, tokens_per_pass=self._tokens_per_pass)
-        self._order = tuple(order)
+        self._course.end_pass()
 
     # ------------------------------------------------------------------------------------------ end
+
+    def tend(self, quiet_s: float | None = None) -> None:
+        """Give back what is kept, if memory is short, or if no layer was used for `quiet_s`."""
+        with self._lock:
+            quiet = quiet_s is not None and monotonic() - self._used_at > quiet_s
+            quiet = quiet and not self._holdings.users
+            kept = self._holdings.take_kept() if quiet or self.opened.pressed else []
+            self._leaving += len(kept)
+        self._release_unused(kept)
 
     def close(self) -> None:
         """Give back what nobody is in, refuse new entries; the rest goes back as it is left."""
@@ -310,8 +291,7 @@ class LayerLeases:
             requests, idle = self._take_idle()
         for request in requests:
             request.cancel()
-        if idle:
-            self._release(idle)
+        self._release_unused(idle)
 
     def counters(self) -> LeasingCounters:
         """A copy of the sums."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tierd_client.attendant import Attendant
 from tierd_client.compute import Arithmetic, Compute
 from tierd_client.errors import UnsupportedModel
 from tierd_client.leasing import LayerLeases
@@ -91,7 +92,8 @@ def _load(source: Source, compute: Compute, tokens_per_pass: int) -> Any:
     arithmetic = Arithmetic(leases, compute)
     sites = placement.install(leases, arithmetic)
     copied_bytes = _copy_now(opened, placement.copied_now)
-    served = Served(leases, arithmetic, sites, copied_bytes, source.close)
+    attendant = Attendant(leases)
+    served = Served(leases, attendant, arithmetic, sites, copied_bytes, source.close)
     model.register_forward_pre_hook(lambda module, args: leases.begin_pass())
     model.register_forward_hook(lambda module, args, output: leases.end_pass())
     serve(model, served)

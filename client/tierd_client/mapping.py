@@ -132,6 +132,16 @@ class TableMapping:
         """Processes that work with leases now, as the daemon counts; 0 when it does not."""
         return self.table.holders
 
+    @property
+    def pressed(self) -> bool:
+        """Whether clients should give back what they do not compute with."""
+        return self.table.pressed
+
+    @property
+    def attention(self) -> int:
+        """Changes when clients should ask `attend`."""
+        return self.table.attention
+
     def generation(self, slot: int) -> int:
         """The generation that the slot holds now, 0 when it is free or unknown."""
         return self.table.generation(slot) if 0 <= slot < self.table.slot_count else 0

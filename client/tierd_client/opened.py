@@ -33,9 +33,17 @@ class OpenedModel:
     """Made by `Client.open`. Thread-safe. `index` is the pack's; `files` its control files."""
 
     def __init__(
-        self, name: str, connection: Connection, counters: Counters, epoch: int, reply: Reply
+        self,
+        name: str,
+        connection: Connection,
+        counters: Counters,
+        epoch: int,
+        reply: Reply,
+        *,
+        may_keep: bool,
     ) -> None:
         self._life = fork.current()
+        self._may_keep = may_keep
         self.name = name
         self.connection = connection
         self._counters = counters
@@ -229,6 +237,16 @@ class OpenedModel:
 
     # A lease may be read to its end after the daemon died: it quarantines what is still held.
     check = check_life
+
+    def check_connection(self) -> None:
+        """Raise what a request would raise now: ForkedClient, DaemonGone, ClientClosed."""
+        self.connection.check()
+
+    @property
+    def pressed(self) -> bool:
+        """Whether leases that nobody computes with should go back: others may want the memory.
+        Always so with a daemon that does not say. One look into shared memory."""
+        return not self._may_keep or self.table.pressed
 
     def stalled(self, ns: int) -> None:
         """Count time that a caller waited for a layer."""

@@ -14,6 +14,7 @@ from tierd_client.errors import UnsupportedOperation
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tierd_client.attendant import Attendant
     from tierd_client.compute import Arithmetic, Compute
     from tierd_client.leasing import LayerLeases
     from tierd_client.modules import Site
@@ -23,16 +24,18 @@ if TYPE_CHECKING:
 class ModelStatistics:
     """What a model's forward passes have cost since it was loaded, over all threads.
 
-    entries: layers entered; leases: of them, those that asked the daemon; ahead: entries whose
-    layer had been asked for ahead; stall_ns: time that entries waited. expansions, expand_ns:
-    packed matrices expanded whole into scratch; fused_calls, fused_ns: multiplied without it;
-    blocked_calls, blocked_ns: multiplied a block at a time, expanding included.
+    entries: layers entered; leases: of them, those that asked the daemon; ahead: of these, those
+    that were asked ahead; kept: entries for which the lease was kept since an earlier one;
+    stall_ns: time that entries waited. expansions, expand_ns: packed matrices expanded whole into
+    scratch; fused_calls, fused_ns: multiplied without it; blocked_calls, blocked_ns: multiplied a
+    block at a time, expanding included.
     copied_bytes (norms, biases) and scratch_bytes are the model's own memory beside the arena.
     """
 
     entries: int
     leases: int
     ahead: int
+    kept: int
     stall_ns: int
     expansions: int
     expand_ns: int
@@ -47,12 +50,14 @@ class ModelStatistics:
 class Served:
     """`model.tierd`: the model's side of its daemon. A context manager that closes it.
 
-    end: frees what the model was loaded through (the connection, a private daemon).
+    attendant: of these leases; ends with the model. end: frees what the model was loaded through
+    (the connection, a private daemon).
     """
 
     def __init__(
         self,
         leases: LayerLeases,
+        attendant: Attendant,
         arithmetic: Arithmetic,
         sites: list[Site],
         copied_bytes: int,
@@ -63,7 +68,7 @@ class Served:
         self._sites = sites
         self._copied_bytes = copied_bytes
         # Not bound to self: also runs when the model is collected, and at exit.
-        self._finalizer = weakref.finalize(self, _end, leases, fork.current(), end)
+        self._finalizer = weakref.finalize(self, _end, leases, attendant, fork.current(), end)
 
     def __repr__(self) -> str:
         return f"<tierd: model {self.leases.opened.name!r}, {self.compute}>"
@@ -80,6 +85,7 @@ class Served:
             entries=leasing.entries,
             leases=leasing.leases,
             ahead=leasing.ahead,
+            kept=leasing.kept,
             stall_ns=leasing.stall_ns,
             expansions=arithmetic.expansions,
             expand_ns=arithmetic.expand_ns,
@@ -103,10 +109,15 @@ class Served:
         self.close()
 
 
-def _end(leases: LayerLeases, life: fork.Life, end: Callable[[], None]) -> None:
-    if life is fork.current():  # a forked child owns none of this
+def _end(
+    leases: LayerLeases, attendant: Attendant, life: fork.Life, end: Callable[[], None]
+) -> None:
+    def give_back() -> None:
         leases.close()
         end()
+
+    if life is fork.current():  # a forked child owns none of this
+        attendant.stop(give_back)
 
 
 _WHERE = "its weights are in memory that tierd shares between processes"

@@ -144,6 +144,7 @@ class FakeDaemon:
         self.epoch = next(_epochs)  # mappings are shared by epoch
         self.version = 1
         self.slot_bytes = SLOT_BYTES
+        self.capabilities = ["x"]
         self.requests: list[dict[str, Any]] = []
         self.leases: dict[int, int] = {}  # lease -> layer
         self.later: set[int] = set()  # layers that are not granted ahead
@@ -260,7 +261,11 @@ class FakeDaemon:
                 peer.sendall(encode({"id": request, "ok": False, "error": error}))
             return
         if op == "hello":
-            fields = {"version": self.version, "capabilities": ["x"], "pid": os.getpid()}
+            fields = {
+                "version": self.version,
+                "capabilities": self.capabilities,
+                "pid": os.getpid(),
+            }
             fields |= {"daemon_version": "fake", "epoch": self.epoch}
         elif op == "open":
             fields = {"model_id": 9, "files": list(FILES)}

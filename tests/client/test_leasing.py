@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tierd_client import leasing
-from tierd_client.errors import ClientClosed, ForkedClient, LayerNotFound, LeaseLimit
+from tierd_client.errors import ClientClosed, DaemonGone, ForkedClient, LayerNotFound, LeaseLimit
 from tierd_client.leasing import LayerLeases
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ class FakeLease:
     def __init__(self, opened: FakeOpened, layer: int) -> None:
         self.opened = opened
         self.layer = layer
+
+    def leave(self) -> bool:
+        return self.layer not in self.opened.spoilt
 
     def release(self) -> None:
         with self.opened.lock:
@@ -66,6 +69,13 @@ class FakeOpened:
         self.plans: list[tuple[int, ...]] = []
         self.log: list[tuple[str, int]] = []
         self.broken: set[int] = set()
+        self.spoilt: set[int] = set()  # layers whose lease cannot be kept
+        self.ended: DaemonGone | None = None
+        self.pressed = True  # memory is short: nothing is kept
+
+    def check_connection(self) -> None:
+        if self.ended is not None:
+            raise self.ended
 
     def plan(self, order: Sequence[int], *, kind: str, lookahead: int, tokens_per_pass: int) -> int:
         assert kind == "cyclic"
@@ -314,6 +324,113 @@ def test_the_first_whole_pass_teaches_the_order() -> None:
     assert leases.order == (2, 0, 1, 2)
 
 
+def not_pressed(room: int = 1000) -> FakeOpened:
+    opened = FakeOpened(room)
+    opened.pressed = False
+    return opened
+
+
+def test_while_memory_is_not_short_a_second_pass_asks_for_nothing() -> None:
+    opened = not_pressed()
+    leases = leases_of(opened, (0, 1, 2))
+    run_pass(leases, (0, 1, 2))
+    asked = list(opened.log)
+    for _ in range(3):
+        run_pass(leases, (0, 1, 2))
+    assert opened.log == asked
+    counters = leases.counters()
+    assert (counters.entries, counters.leases, counters.kept) == (12, 3, 9)
+
+
+def test_what_is_kept_goes_back_as_soon_as_memory_is_short() -> None:
+    opened = not_pressed()
+    leases = leases_of(opened, (0, 1, 2, 3))
+    run_pass(leases, (0, 1, 2, 3))
+    leases.begin_pass()
+    leases.enter(0)
+    opened.pressed = True
+    leases.leave(0)
+    assert 0 not in opened.held
+    leases.enter(1)
+    assert opened.held == [1, 2]  # in use; asked ahead, so to speak
+    leases.leave(1)
+    assert opened.held == [2]
+
+
+def test_a_model_that_idles_gives_back_what_it_kept_when_tended() -> None:
+    opened = not_pressed()
+    leases = leases_of(opened, (0, 1, 2))
+    run_pass(leases, (0, 1, 2))
+    leases.tend()
+    assert sorted(opened.held) == [0, 1, 2]
+    opened.pressed = True
+    leases.tend()
+    assert opened.held == [0]  # the next pass begins with it
+    run_pass(leases, (0, 1, 2))
+    assert opened.held == [0]
+
+
+def test_what_a_thread_computes_with_is_not_given_back_by_tending() -> None:
+    opened = not_pressed()
+    leases = leases_of(opened, (0, 1, 2))
+    run_pass(leases, (0, 1, 2))
+    leases.enter(1)
+    opened.pressed = True
+    leases.tend(quiet_s=0.0)
+    assert sorted(opened.held) == [0, 1, 2][1:]
+    leases.leave(1)
+
+
+def test_a_model_that_is_quiet_for_long_keeps_nothing() -> None:
+    opened = not_pressed()
+    leases = leases_of(opened, (0, 1, 2))
+    run_pass(leases, (0, 1, 2))
+    leases.tend(quiet_s=60.0)
+    assert sorted(opened.held) == [0, 1, 2]
+    time.sleep(0.002)
+    leases.tend(quiet_s=0.001)
+    assert opened.held == [0]
+
+
+def test_a_lease_that_a_view_outlives_or_that_was_lost_is_not_kept() -> None:
+    opened = not_pressed()
+    leases = leases_of(opened, ())
+    opened.spoilt.add(0)
+    leases.enter(0)
+    leases.leave(0)  # a real lease says what is wrong as it is released
+    assert opened.held == []
+
+
+def test_what_is_kept_makes_room_for_what_is_needed() -> None:
+    # The daemon refuses before the client saw that memory is short.
+    opened = not_pressed(room=2)
+    leases = leases_of(opened, (0, 1, 2, 3))
+    run_pass(leases, (0, 1, 2, 3))
+    run_pass(leases, (0, 1, 2, 3))
+    leases.close()
+    assert opened.held == []
+
+
+def test_a_wrong_guess_is_kept_too_while_memory_is_not_short() -> None:
+    opened = not_pressed()
+    leases = leases_of(opened, (0, 1, 2))
+    run_pass(leases, (0, 1, 2))
+    run_pass(leases, (0, 2))
+    assert sorted(opened.held) == [0, 1, 2]
+    opened.pressed = True
+    leases.tend()
+    assert opened.held == [0]
+
+
+def test_the_end_of_the_connection_is_told_to_who_enters_a_layer_that_is_kept() -> None:
+    opened = not_pressed()
+    leases = leases_of(opened, (0, 1))
+    run_pass(leases, (0, 1))
+    opened.ended = DaemonGone("it is gone")
+    with pytest.raises(DaemonGone):
+        leases.enter(0)
+
+
 def test_nothing_is_entered_after_the_close_and_the_rest_goes_back_when_left() -> None:
     opened = FakeOpened()
     leases = leases_of(opened, (0, 1))
@@ -348,6 +465,19 @@ def test_threads_out_of_step_all_finish_within_the_reserve(seed: int) -> None:
     opened = FakeOpened(room=rng.choice((1, 2, 3)))
     leases = leases_of(opened, order)
     problems: list[BaseException] = []
+    ended = threading.Event()
+
+    def press() -> None:
+        mine = random.Random(seed)
+        try:
+            while not ended.wait(0.001):
+                opened.pressed = mine.random() < 0.5
+                leases.tend()
+        except BaseException as problem:
+            problems.append(problem)
+
+    presses = threading.Thread(target=press)
+    presses.start()
 
     def run(seed: int) -> None:
         mine = random.Random(seed)
@@ -364,6 +494,8 @@ def test_threads_out_of_step_all_finish_within_the_reserve(seed: int) -> None:
     for thread in threads:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads), f"deadlock at seed {seed}"
+    ended.set()
+    presses.join(60)
     assert problems == []
     leases.close()
     assert opened.held == []

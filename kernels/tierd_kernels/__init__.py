@@ -59,7 +59,7 @@ def expand(
     """
     check_matrix(matrix)
     check_output("out", out, ELEMENT[matrix.dtype])
-    first, end = tile_range(matrix, out, tile_rows)
+    first, end = tile_range((matrix.rows, matrix.cols), out.shape, tile_rows)
     dispatch.current().expand(matrix, out, first, end, _threads_for(threads))
 
 

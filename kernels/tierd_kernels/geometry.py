@@ -1,5 +1,6 @@
 """What the kernels ask of their arrays before they look at the contents."""
 
+from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -102,17 +103,21 @@ def check_matrix(matrix: PackedMatrix) -> None:
 
 
 def tile_range(
-    matrix: PackedMatrix, out: Bits, tile_rows: tuple[int, int] | None
+    shape: tuple[int, int], out_shape: Sequence[int], tile_rows: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """Return the tile rows (first, end) that `out` holds. Raises KernelError where it cannot."""
-    total = tiles_over(matrix.rows)
+    """Return the tile rows (first, end) of a matrix of `shape` that an output holds.
+
+    Raises KernelError where it cannot.
+    """
+    rows, cols = shape
+    total = tiles_over(rows)
     first, end = tile_rows or (0, total)
     if not 0 <= first <= end <= total:
         raise KernelError(f"tile rows {first}..{end} are not in a matrix of {total} tile rows")
-    rows = min(end * TILE, matrix.rows) - first * TILE if first < end else 0
-    if out.shape != (rows, matrix.cols):
+    held = min(end * TILE, rows) - first * TILE if first < end else 0
+    if tuple(out_shape) != (held, cols):
         raise KernelError(
-            f"out has shape {list(out.shape)}, tile rows {first}..{end} have {[rows, matrix.cols]}"
+            f"out has shape {list(out_shape)}, tile rows {first}..{end} have {[held, cols]}"
         )
     return first, end
 

@@ -81,6 +81,10 @@ class Device(Protocol):
     def backed_bytes(self) -> int:
         """Memory taken from the driver and not given back yet. Thread-safe."""
 
+    @property
+    def unpinned_bytes(self) -> int:
+        """Copied so far from memory that was not registered: slower. Thread-safe."""
+
     def span_bytes(self, budget_bytes: int) -> int:
         """How many addresses an arena of this device should have. Thread-safe."""
 

@@ -14,15 +14,18 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tierd.gpu.copy_engine import CopyEngine
+from tierd.gpu.copy_engine import CopyEngine, address_of
 from tierd.gpu.device import DeviceInfo, DeviceMemory, Export
 from tierd.gpu.errors import DeviceError, DeviceUnavailable, OutOfDeviceMemory
+from tierd.gpu.registered import Registered
 from tierd.gpu.span import Spans
 from tierd.io.memory_limits import available_bytes
 from tierd.sizes import format_size
 
 if TYPE_CHECKING:
+    from tierd.gpu.copy_engine import EngineCopy
     from tierd.gpu.device import Kind, Pending
+    from tierd.gpu.registration import HostMemory, Use
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.argtypes = (
@@ -46,6 +49,20 @@ class _Chunk:
     readonly_fd: int
 
 
+class MemfdCopy:
+    """A `device.Pending`."""
+
+    def __init__(self, copy: EngineCopy, use: Use) -> None:
+        self._copy = copy
+        self._use = use
+
+    def wait(self) -> None:
+        try:
+            self._copy.wait()
+        finally:
+            self._use.end()
+
+
 class MemfdDevice:
     """A `device.Device`."""
 
@@ -61,9 +78,11 @@ class MemfdDevice:
         copy_bandwidth: int | None = None,
         copy_latency_us: int = 0,
         memory_bytes: int | None = None,
+        host: HostMemory | None = None,
     ) -> None:
         """chunk_bytes: whole pages. copy_bandwidth: bytes per second, None = what the memory
-        gives. memory_bytes: of this "GPU", None = what the machine has."""
+        gives. memory_bytes: of this "GPU", None = what the machine has. host: what of the host's
+        memory is registered; nothing is copied differently, but counted."""
         if chunk_bytes <= 0 or chunk_bytes % mmap.PAGESIZE:
             raise ValueError(f"a chunk is whole pages of {mmap.PAGESIZE}, not {chunk_bytes} bytes")
         self.number = number
@@ -74,6 +93,9 @@ class MemfdDevice:
         self._memory_bytes = memory_bytes
         self._spans: Spans[_Chunk] = Spans(chunk_bytes)
         self._engine: CopyEngine | None = None
+        self._host = host
+        self._registered = Registered(f"gpu:{number} (memfd)")
+        self.unpinned_bytes = 0
 
     @property
     def backed_bytes(self) -> int:
@@ -145,13 +167,23 @@ class MemfdDevice:
     def copy(self, arena: int, offset: int, source: memoryview) -> Pending:
         target = self._spans[arena].target(offset, source.nbytes)
         assert self._engine is not None, "copy before open"
-        return self._engine.start(target, source)
+        if self._host is None:
+            return self._engine.start(target, source)
+        use = self._host.use(address_of(source), source.nbytes)
+        try:
+            self._registered.check(use.spans)
+            copy = self._engine.start(target, source)
+        except DeviceError:
+            use.end()
+            raise
+        self.unpinned_bytes += use.unpinned_bytes
+        return MemfdCopy(copy, use)
 
     def register(self, address: int, nbytes: int) -> None:
-        """Nothing: every thread of this process reaches its memory."""
+        self._registered.add(address, nbytes)
 
     def unregister(self, address: int, nbytes: int) -> None:
-        """Nothing, as above."""
+        self._registered.remove(address)
 
     def close(self) -> None:
         if self._engine is not None:

@@ -8,7 +8,10 @@ Backing = TypeVar("Backing")
 
 
 class Span(Generic[Backing]):
-    """Chunk `i` lies at `base + i * chunk_bytes`; `chunks[i]` is its memory, where there is any."""
+    """Chunk `i` lies at `base + i * chunk_bytes`; `chunks[i]` is its memory, where there is any.
+
+    `leftovers[i]` is memory of chunk `i` that the driver refused to take back so far.
+    """
 
     def __init__(self, arena: int, base: int, span_bytes: int, chunk_bytes: int) -> None:
         self.arena = arena
@@ -16,6 +19,7 @@ class Span(Generic[Backing]):
         self.span_bytes = span_bytes
         self.chunk_bytes = chunk_bytes
         self.chunks: dict[int, Backing] = {}
+        self.leftovers: dict[int, Backing] = {}
 
     def missing(self, first: int, count: int) -> list[int]:
         """Chunks of [first, first + count) without memory."""
@@ -24,6 +28,10 @@ class Span(Generic[Backing]):
     def present(self, first: int, count: int) -> list[int]:
         """Chunks of [first, first + count) with memory."""
         return [chunk for chunk in self._numbers(first, count) if chunk in self.chunks]
+
+    def left_over(self, first: int, count: int) -> list[int]:
+        """Chunks of [first, first + count) with leftovers."""
+        return [chunk for chunk in self._numbers(first, count) if chunk in self.leftovers]
 
     def address(self, chunk: int) -> int:
         return self.base + chunk * self.chunk_bytes
@@ -96,4 +104,5 @@ class Spans(Generic[Backing]):
 
     @property
     def backed_bytes(self) -> int:
-        return sum(len(span.chunks) for span in list(self._by_arena.values())) * self._chunk_bytes
+        spans = list(self._by_arena.values())
+        return sum(len(span.chunks) + len(span.leftovers) for span in spans) * self._chunk_bytes

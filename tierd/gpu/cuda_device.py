@@ -1,0 +1,104 @@
+"""What both CUDA devices do alike: open the GPU, copy to it, register DRAM for it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Generic
+
+from tierd.gpu.cuda_driver import CudaDriver
+from tierd.gpu.cuda_stream import CudaStream
+from tierd.gpu.errors import DeviceError, DeviceUnavailable
+from tierd.gpu.registration import HostMemory
+from tierd.gpu.span import Backing, Spans
+from tierd.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tierd.gpu.device import DeviceInfo, DeviceMemory, Pending
+
+log = logging.getLogger(__name__)
+
+
+class CudaDevice(Generic[Backing]):
+    """The common part of a `device.Device`."""
+
+    def __init__(
+        self,
+        number: int,
+        chunk_bytes: int,
+        budget_bytes: int,
+        *,
+        host: HostMemory | None = None,
+        driver: CudaDriver | None = None,
+    ) -> None:
+        """host: what of the host's memory is registered. driver: tests give one with a fake."""
+        self.number = number
+        self.chunk_bytes = chunk_bytes
+        self._budget_bytes = budget_bytes
+        self._host = host or HostMemory()
+        self._driver = driver or CudaDriver(number)
+        self._stream: CudaStream | None = None
+        self._spans: Spans[Backing] = Spans(chunk_bytes)
+        self._name = ""
+
+    @property
+    def unpinned_bytes(self) -> int:
+        return 0 if self._stream is None else self._stream.unpinned_bytes
+
+    def open(self) -> DeviceInfo:
+        info = self._driver.open()
+        self._name = info.name
+        try:
+            if info.free_bytes < self._budget_bytes:
+                raise DeviceUnavailable(
+                    f"gpu:{self.number} ({info.name}) was given {format_size(self._budget_bytes)}, "
+                    f"but {format_size(info.free_bytes)} of {format_size(info.total_bytes)} are "
+                    "free",
+                    f"lower --gpu {self.number}=SIZE, or end what uses it (nvidia-smi)",
+                )
+            self._check()
+            self._stream = CudaStream(self._driver, self._host)
+        except DeviceUnavailable:
+            self._give_back(self._driver.close)
+            raise
+        except DeviceError as error:
+            self._give_back(self._driver.close)
+            raise DeviceUnavailable(str(error), self._advice) from error
+        return info
+
+    @property
+    def _advice(self) -> str:
+        """What to do when this device does not work here."""
+        raise NotImplementedError
+
+    def _check(self) -> None:
+        """Raise DeviceUnavailable or DeviceError unless this device works here: by doing it."""
+        raise NotImplementedError
+
+    def memory(self) -> DeviceMemory:
+        return self._driver.memory()
+
+    def copy(self, arena: int, offset: int, source: memoryview) -> Pending:
+        target = self._spans[arena].target(offset, source.nbytes)
+        assert self._stream is not None, "copy before open"
+        return self._stream.copy(target, source)
+
+    def register(self, address: int, nbytes: int) -> None:
+        self._driver.register(address, nbytes)
+
+    def unregister(self, address: int, nbytes: int) -> None:
+        self._driver.unregister(address)
+
+    def _close_driver(self) -> None:
+        if self._stream is not None:
+            self._give_back(self._stream.close)
+            self._stream = None
+        self._give_back(self._driver.close)
+
+    def _give_back(self, call: Callable[[], None]) -> None:
+        """At the end: what the driver does not take is left to the end of the process."""
+        try:
+            call()
+        except DeviceError as error:
+            log.warning("left to the end of the process: %s", error)

@@ -1,0 +1,218 @@
+"""Which host memory the GPUs reach directly, and who copies from it just now.
+
+DRAM arenas are registered with the driver in pieces on a fixed grid, because one call has a limit
+(512 GiB fail on driver 580) and takes 0.1 s for each GB, and only where memory exists: registering
+a page makes it. A copy must not cross from one registration to another, or to memory that has
+none, so it is cut there. A piece changes only while no copy uses it. Memory that is discarded while
+it is registered would go on being read from its old pages: so that comes first, always.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tierd.gpu.ranges import Ranges, added, removed, total
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PIECE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Host memory that one call may copy. pinned: without a detour through the driver's buffers."""
+
+    address: int
+    nbytes: int
+    pinned: bool
+
+
+@dataclass(slots=True)
+class Piece:
+    """One cell of an arena's grid; ranges are offsets in the arena."""
+
+    exists: Ranges = field(default_factory=list)
+    registered: Ranges = field(default_factory=list)  # each of them one call
+    users: int = 0  # copies under way
+    changing: bool = False  # being registered or unregistered; no copy may begin
+    changed_ns: int | None = None  # when `exists` changed last, unless that was dealt with
+
+
+@dataclass(slots=True)
+class _Arena:
+    address: int
+    span_bytes: int
+    pieces: dict[int, Piece] = field(default_factory=dict)
+
+
+class Use:
+    """A copy's right to read host memory by `spans`, until `end`."""
+
+    def __init__(self, host: HostMemory, pieces: list[Piece], spans: list[Span]) -> None:
+        self._host = host
+        self._pieces = pieces
+        self.spans = spans
+
+    @property
+    def unpinned_bytes(self) -> int:
+        return sum(span.nbytes for span in self.spans if not span.pinned)
+
+    def end(self) -> None:
+        """Nothing reads the memory any more. Called once."""
+        self._host.end(self._pieces)
+        self._pieces = []
+
+
+class HostMemory:
+    """The DRAM arenas as the GPUs see them. Thread-safe."""
+
+    def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
+        self.piece_bytes = piece_bytes
+        self._arenas: dict[int, _Arena] = {}
+        self._changed = threading.Condition()
+
+    def add_arena(self, arena: int, address: int, span_bytes: int) -> None:
+        with self._changed:
+            self._arenas[arena] = _Arena(address, span_bytes)
+
+    def populated(self, arena: int, start: int, end: int) -> None:
+        """Memory exists at offsets [start, end), and stays until it is discarded."""
+        now_ns = time.monotonic_ns()
+        with self._changed:
+            for number, begin, finish in self._cells(start, end):
+                piece = self._arenas[arena].pieces.setdefault(number, Piece())
+                exists = added(piece.exists, begin, finish)
+                if exists != piece.exists:
+                    piece.exists = exists
+                    piece.changed_ns = now_ns
+
+    # ---------------------------------------------------------------------------------- for copies
+
+    def use(self, address: int, nbytes: int) -> Use:
+        """Begin to copy from [address, address + nbytes). Waits while a piece of it changes."""
+        with self._changed:
+            found = self._find(address, nbytes)
+            if found is None:
+                return Use(self, [], [Span(address, nbytes, pinned=False)])
+            arena, offset = found
+            cells = [number for number, _, _ in self._cells(offset, offset + nbytes)]
+            pieces = [arena.pieces.setdefault(number, Piece()) for number in cells]
+            self._changed.wait_for(lambda: not any(piece.changing for piece in pieces))
+            for piece in pieces:
+                piece.users += 1
+            return Use(self, pieces, list(_spans(arena.address, pieces, offset, offset + nbytes)))
+
+    def end(self, pieces: list[Piece]) -> None:
+        with self._changed:
+            for piece in pieces:
+                piece.users -= 1
+            self._changed.notify_all()
+
+    # ------------------------------------------------------------------------------ for registrars
+
+    def claim(self, arena: int, start: int, end: int) -> list[Piece]:
+        """The pieces of [start, end), as soon as no copy uses them; none begins until `give`."""
+        with self._changed:
+            cells = self._arenas[arena].pieces
+            pieces = [cells[number] for number, _, _ in self._cells(start, end) if number in cells]
+            for piece in pieces:
+                piece.changing = True
+            self._changed.wait_for(lambda: not any(piece.users for piece in pieces))
+            return pieces
+
+    def give(self, pieces: list[Piece]) -> None:
+        """`claim` is over."""
+        with self._changed:
+            for piece in pieces:
+                piece.changing = False
+            self._changed.notify_all()
+
+    def forget(self, arena: int, start: int, end: int) -> None:
+        """No memory exists in [start, end), none of which is registered."""
+        now_ns = time.monotonic_ns()
+        with self._changed:
+            cells = self._arenas[arena].pieces
+            for number, begin, finish in self._cells(start, end):
+                if number in cells:
+                    cells[number].exists = removed(cells[number].exists, begin, finish)
+                    cells[number].changed_ns = now_ns
+
+    def unsettled(self, quiet_ns: int) -> list[tuple[int, int]]:
+        """(arena, offset) of pieces that should be registered anew: full, or quiet for that long"""
+        now_ns = time.monotonic_ns()
+        with self._changed:
+            return [
+                (number, cell * self.piece_bytes)
+                for number, arena in self._arenas.items()
+                for cell, piece in arena.pieces.items()
+                if piece.changed_ns is not None
+                and (
+                    now_ns - piece.changed_ns >= quiet_ns
+                    or piece.exists == [(cell * self.piece_bytes, (cell + 1) * self.piece_bytes)]
+                )
+            ]
+
+    def waits(self) -> bool:
+        """Whether any piece changed and was not registered since."""
+        with self._changed:
+            return any(
+                piece.changed_ns is not None
+                for arena in self._arenas.values()
+                for piece in arena.pieces.values()
+            )
+
+    def arenas(self) -> dict[int, tuple[int, int]]:
+        """The address and span of each."""
+        with self._changed:
+            return {
+                number: (arena.address, arena.span_bytes) for number, arena in self._arenas.items()
+            }
+
+    # -------------------------------------------------------------------------------------- counts
+
+    @property
+    def registered_bytes(self) -> int:
+        return self._sum(lambda piece: total(piece.registered))
+
+    @property
+    def existing_bytes(self) -> int:
+        return self._sum(lambda piece: total(piece.exists))
+
+    def _sum(self, of: Callable[[Piece], int]) -> int:
+        with self._changed:
+            return sum(
+                of(piece) for arena in self._arenas.values() for piece in arena.pieces.values()
+            )
+
+    def _find(self, address: int, nbytes: int) -> tuple[_Arena, int] | None:
+        for arena in self._arenas.values():
+            offset = address - arena.address
+            if offset >= 0 and offset + nbytes <= arena.span_bytes:
+                return arena, offset
+        return None
+
+    def _cells(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The grid's cells that [start, end) touches: number, and the part of the range in it."""
+        for number in range(start // self.piece_bytes, -(-end // self.piece_bytes)):
+            first = number * self.piece_bytes
+            yield number, max(start, first), min(end, first + self.piece_bytes)
+
+
+def _spans(base: int, pieces: list[Piece], start: int, end: int) -> Iterator[Span]:
+    """[start, end) cut at the borders of what is registered in `pieces`, in order."""
+    at = start
+    for piece in pieces:
+        for first, last in piece.registered:
+            first, last = max(first, start), min(last, end)
+            if first >= last:
+                continue
+            if at < first:
+                yield Span(base + at, first - at, pinned=False)
+            yield Span(base + first, last - first, pinned=True)
+            at = last
+    if at < end:
+        yield Span(base + at, end - at, pinned=False)

@@ -55,9 +55,29 @@ class Operators:
             or not all(type(pattern) is str for pattern in patterns)
         ):
             raise BadRequest(f"{op}: layers: expected a list of at most {MAX_PATTERNS} texts")
-        pack = self._registry.find(name)
+        absent = op == "unpin" and name in self._pinned and name not in self._registry.served
+        pack = self._pinned[name][0] if absent else self._registry.find(name)
         log.info("uid %d (pid %d): %s %s %.400r", peer.uid, peer.pid, op, name, patterns)
-        self._submit(session, request, pack, op, _matching(pack, patterns))
+        keys = _matching(pack, patterns)
+        if absent:
+            session.reply(request, self._unpin_absent(pack, keys))
+        else:
+            self._submit(session, request, pack, op, keys)
+
+    def _unpin_absent(self, pack: Pack, keys: Sequence[LayerKey]) -> dict[str, Any]:
+        """Of a model that is not served now: its pins wait for its return."""
+        pinned = self._pinned[pack.name][1]
+        layers = [pack.index.layers[key.layer] for key in keys]
+        unpinned = [layer for layer in layers if layer.name in pinned]
+        for layer in unpinned:
+            del pinned[layer.name]
+        if not pinned:
+            del self._pinned[pack.name]
+        return {
+            "layers": [layer.name for layer in unpinned],
+            "bytes": sum(layer.nbytes for layer in unpinned),
+            "kept": [],
+        }
 
     def model_served(self, pack: Pack) -> None:
         """A pack is in service, perhaps in place of another: it gets the pins of its name."""

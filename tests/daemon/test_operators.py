@@ -84,6 +84,23 @@ def test_pins_come_back_when_their_pack_is_replaced_or_returns(
     assert daemon.status()["dram"]["pinned_bytes"] == LAYER_BYTES
 
 
+def test_a_model_that_is_away_can_be_unpinned(daemon: RunningDaemon, models: Path) -> None:
+    names = [name for name, _, _ in layers_of(daemon)]
+    daemon.ask("pin", model="m", layers=[names[1], names[3]])
+    (models / "m").rename(models.parent / "aside")
+    assert daemon.ask("reload")["removed"] == ["m"]
+    reply = daemon.ask("unpin", model="m", layers=[*names[2:]])
+    assert (reply["layers"], reply["bytes"]) == ([names[3]], LAYER_BYTES)
+    (models.parent / "aside").rename(models / "m")
+    assert daemon.ask("reload")["added"] == ["m"]
+    assert [name for name, _, pinned in layers_of(daemon) if pinned] == [names[1]]
+    (models / "m").rename(models.parent / "aside")
+    daemon.ask("reload")
+    assert daemon.ask("unpin", model="m")["layers"] == [names[1]]
+    with pytest.raises(Refused, match="not_found"):
+        daemon.ask("unpin", model="m")
+
+
 def test_a_command_that_means_nothing_is_refused(daemon: RunningDaemon) -> None:
     wrong: list[tuple[dict[str, object], str]] = [
         ({"model": "nobody"}, "not_found"),

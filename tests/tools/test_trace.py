@@ -166,7 +166,7 @@ def test_what_cannot_be_answered_is_one_line_and_a_code(
         True
     )
     changed["kind"]["otherData"]["entries"][acquire][2][4] = {}
-    changed["range"]["otherData"]["entries"][acquire][2][4] = [1, 99]
+    changed["range"]["otherData"]["entries"][acquire][2][4] = ["@LayerKey", 1, 99]
     for name, document in changed.items():
         (tmp_path / name).write_text(json.dumps(document))
     for argv, code, text in (

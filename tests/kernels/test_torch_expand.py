@@ -351,6 +351,29 @@ def test_the_first_wrong_tile_is_named_with_its_reason(
         expanded(there)
 
 
+def test_records_behind_the_end_of_values_are_zeros(
+    device: torch.device, random_packed: Matrices, form: Form
+) -> None:
+    good = random_packed(0, 130, 200, "BF16", form, 0.9)
+    offsets = good.offsets.copy()
+    offsets[5:] += offsets[-1]
+    cell, out = new_faults(device), dirty(good, device, 130)
+    torch_expand.expand(from_arrays(replace(good, offsets=offsets), device), out, faults=cell)
+    assert fault_text(int(cell)) == "tile 4: offsets do not fit its record"
+    assert not out[64:128].any()
+    assert not out[128:].any()
+
+
+def test_records_that_do_not_begin_at_0_are_a_fault(
+    device: torch.device, random_packed: Matrices
+) -> None:
+    good = random_packed(0, 130, 200, "BF16", ("int8", False))
+    values = np.concatenate([np.zeros(16, np.uint8), good.values])
+    moved = replace(good, offsets=good.offsets + np.uint32(1), values=values)
+    with pytest.raises(KernelError, match="tile 0: offsets do not fit its record"):
+        expanded(from_arrays(moved, device))
+
+
 def test_more_planes_or_escapes_than_were_measured_are_a_fault_and_not_read(
     device: torch.device, random_packed: Matrices
 ) -> None:
@@ -443,6 +466,18 @@ def test_an_output_that_does_not_fit_is_refused(
 
 
 # ----------------------------------------------------------------------------------------- bounded
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+def test_with_a_cell_no_value_is_waited_for(
+    random_packed: Matrices, form: Form, dtype: str
+) -> None:
+    """On meta there are none, so that every attempt to look at one raises."""
+    matrix = from_arrays(random_packed(1, 130, 200, dtype, form), "meta")
+    out = torch.empty(130, 200, dtype=DTYPES[dtype], device="meta")
+    torch_expand.expand(matrix, out, faults=new_faults("meta"))
+    with pytest.raises(RuntimeError, match="meta"):
+        torch_expand.expand(matrix, out)
 
 
 class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]

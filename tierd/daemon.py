@@ -45,12 +45,14 @@ from tierd.session import Session
 from tierd.sizes import format_size
 from tierd.slots import Slots
 from tierd.statistics import Statistics
+from tierd.tiers import Tiers
 from tierd.watchdog import Watchdog
 from tierd_layouts import wire
 
 if TYPE_CHECKING:
     from tierd.config import Config
     from tierd.connection import Connection
+    from tierd.gpu_tier import GpuTier
     from tierd.io.pages import Pages
     from tierd.pack import Pack
     from tierd.recovery import Inheritance
@@ -79,6 +81,7 @@ class Daemon:
         self.pool: ReaderPool
         self.slots: Slots
         self.arenas: Arenas
+        self.tiers: Tiers
         self.engine: Engine
         self.models: Models
         self.orphans: Orphans
@@ -226,8 +229,9 @@ class Daemon:
             first_generation=self.slots.table.next_generation,
             first_lease=self.slots.table.next_lease,
         )
+        self.tiers = Tiers(self.config, self.epoch, loop)
         self.engine = Engine(
-            config, self.slots, self.arenas, self.pool, self.registry, self.sessions
+            config, self.slots, self.arenas, self.pool, self.registry, self.sessions, self.tiers
         )
         self.models = Models(self.config, self.registry, self.arenas, self.engine)
         self.orphans = Orphans(loop, (), self._orphan_ended)
@@ -247,11 +251,16 @@ class Daemon:
         if not self.registry.served:
             places = ", ".join(str(path) for path in (*self.config.models, *self.config.packs))
             log.warning("nothing is served yet: no sound pack in %s; see `tierctl reload`", places)
-        Watchdog(loop, self.pool).start()
+        Watchdog(loop, self.pool, self.tiers).start()
         self.costs.probe_new(loop)
-        self.models.changed = lambda: self.costs.probe_new(loop)
+        self.tiers.open(self.engine, self.registry)
+        self.models.changed = lambda: self._models_changed(loop)
         # Modules and indices live as long as the daemon: no collection has to walk them again.
         gc.freeze()
+
+    def _models_changed(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.costs.probe_new(loop)
+        self.tiers.place()
 
     # ----------------------------------------------------------------------------------------- end
 
@@ -259,6 +268,7 @@ class Daemon:
         self.stopping = True
         self.engine.stop()
         self.holders.stop()
+        self.tiers.stop()
         sdnotify.notify("STOPPING=1", environ=os.environ)
         log.info("stopping: %d clients hold %d leases", len(self.sessions), self.slots.leases)
         self._listener.stop()
@@ -272,8 +282,10 @@ class Daemon:
         self.orphans.close()
         self.models.stop()
         await loop.run_in_executor(None, self.pool.close)
+        await loop.run_in_executor(None, self.tiers.close)
         await asyncio.sleep(0)  # the outcomes of the last reads release their targets
         await self.arenas.close()
+        self.tiers.close_slots()
         self.slots.close()
         for pack in list(self.registry.by_model.values()):
             pack.close()
@@ -320,18 +332,23 @@ class Daemon:
             )
             session.connection.close_after_sending("tierd failed while answering")
 
-    def greet(self, session: Session, held: list[int]) -> None:
-        """A client said hello. Raises TooManyClients."""
+    def greet(self, session: Session, gpu: GpuTier | None, held: list[int]) -> None:
+        """A client said hello, on a GPU or on DRAM. Raises TooManyClients."""
         if len(self.sessions) >= self.config.max_clients:
             raise TooManyClients(
                 f"{len(self.sessions)} clients are connected, max_clients is "
                 f"{self.config.max_clients}"
             )
+        session.enter(gpu)
         session.greeted = True
         self.sessions[session.client] = session
+        weight = self.config.weight_of(session.connection.peer.uid)
+        if gpu is not None:
+            log.info("%s joined on %s", session, gpu.name)
+            gpu.joined(session.client, weight)
+            return
         kept = self.orphans.hello(session.client, session.process, held)
         log.info("%s joined%s", session, f", holding {len(kept)} old leases" if kept else "")
-        weight = self.config.weight_of(session.connection.peer.uid)
         self.engine.submit(ClientJoined(self.engine.now(), session.client, weight))
 
     def session_ended(self, session: Session, reason: str) -> None:
@@ -344,13 +361,17 @@ class Daemon:
         log.info("%s left with %d leases: %s", session, len(session.leases), reason)
         del self.sessions[session.client]
         if self.stopping:
+            session.leave(fence=False)
             return
         session.forget_outstanding()
         for lease in session.leases:
-            self.slots.end(lease)
-        self.holders.gone(session.client)
-        self.orphans.client_gone(session.client)
-        self.engine.submit(ClientGone(self.engine.now(), session.client))
+            session.slots.end(lease)
+        session.holders.gone(session.client)
+        if session.gpu is not None:
+            session.leave(fence=True)
+        else:
+            self.orphans.client_gone(session.client)
+            self.engine.submit(ClientGone(self.engine.now(), session.client))
         for pack in session.opened.values():
             self.closed(session, pack)
 
@@ -359,13 +380,13 @@ class Daemon:
         pack.users.discard(session.client)
         self.models.retire(pack)
 
-    def lease_possible(self) -> bool:
-        """Whether the slot table has room for one more lease beside all that may be granted."""
-        return self.slots.free_leases > self.outstanding
+    def lease_possible(self, session: Session) -> bool:
+        """Whether its slot table has room for one more lease beside all that may be granted."""
+        return session.slots.free_leases > self.outstanding
 
     def release(self, session: Session, lease: int) -> None:
-        self.slots.end(lease)
-        self.holders.released(session.client)
+        session.slots.end(lease)
+        session.holders.released(session.client)
         self.engine.submit(Release(self.engine.now(), session.client, lease))
 
     def release_orphan(self, session: Session, lease: int) -> bool:

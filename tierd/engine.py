@@ -1,6 +1,7 @@
 """The core and the world around it: events in, actions carried out, completions back in.
 
-Nothing is decided here. Every action is written to the slot table before it takes effect.
+Nothing is decided here. Every action is written to the slot table before it takes effect. With
+GPUs the core is a `TierStack` around the machine of DRAM; without, it is that machine alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import collections
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tierd.core import model as core_model
 from tierd.core.machine import TierMachine
@@ -27,6 +28,8 @@ from tierd.core.model import (
     Refuse,
     Tick,
 )
+from tierd.core.stack import TierStack
+from tierd.core.stack_model import Copy, StackConfig, Unload
 from tierd.errors import ReadError
 from tierd.io.ssd_job import ReadJob, ReadResult
 from tierd.operators import Operators
@@ -35,12 +38,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from tierd.arenas import Arenas
-    from tierd.core.model import Action, CoreConfig, Event
+    from tierd.core.model import CoreConfig
+    from tierd.core.stack_model import StackAction, StackEvent
     from tierd.io.ssd import ReaderPool
     from tierd.pack import Pack
     from tierd.registry import Registry
     from tierd.session import Session
     from tierd.slots import Slots
+    from tierd.tiers import Tiers
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +64,28 @@ class Engine:
         pool: ReaderPool,
         registry: Registry,
         sessions: Mapping[int, Session],
+        tiers: Tiers | None = None,
     ) -> None:
-        """sessions: those that said hello, by client; the owner keeps it up to date."""
+        """sessions: those that said hello, by client; the owner keeps it up to date. tiers: where
+        there are GPUs."""
         self.config = config
-        self.machine = TierMachine(config)
+        self.stack: TierStack | None = None  #: None without GPUs
+        self.machine: TierMachine  #: of DRAM
+        if tiers is None or not tiers.gpus:
+            self.machine = TierMachine(config)
+            self.core: Any = self.machine  #: what takes events and decides
+        else:
+            gpus = tuple(gpu.core_config for gpu in tiers.gpus)
+            self.core = self.stack = TierStack(StackConfig(config, gpus))
+            self.machine = self.stack.dram
+        self._tiers = tiers
         self.slots = slots
         self.reads = 0  #: in flight
         self._arenas = arenas
         self._pool = pool
         self._registry = registry
         self._sessions = sessions
-        self._events: collections.deque[Event] = collections.deque()
+        self._events: collections.deque[StackEvent] = collections.deque()
         self._deciding = False
         self._held: list[tuple[Read, Pack]] | None = None
         self._tick: asyncio.TimerHandle | None = None
@@ -83,7 +99,7 @@ class Engine:
     def now() -> int:
         return time.monotonic_ns()
 
-    def submit(self, event: Event) -> None:
+    def submit(self, event: StackEvent) -> None:
         """Hand an event to the core and do what it decides. Events that come up meanwhile wait."""
         if self._stopped:
             return
@@ -93,16 +109,16 @@ class Engine:
         self._deciding = True
         try:
             while self._events:
-                for action in self.machine.handle(self._events.popleft()):
+                for action in self.core.handle(self._events.popleft()):
                     self._execute(action)
         finally:
             self._deciding = False
-        if self.machine.waits_for_time:
+        if self.core.waits_for_time:
             self._tick_soon()
 
     def _tick_soon(self) -> None:
         """A tick within the usual time, or when the core has to decide something."""
-        now, wakes_at_ns = self.now(), self.machine.wakes_at_ns
+        now, wakes_at_ns = self.now(), self.core.wakes_at_ns
         tick_at_ns = now + TICK_NS
         if wakes_at_ns is not None:
             tick_at_ns = min(tick_at_ns, max(wakes_at_ns, now + SOONEST_TICK_NS))
@@ -135,7 +151,7 @@ class Engine:
         for read, pack in held:
             self._start_read(read, pack)
 
-    def _execute(self, action: Action) -> None:
+    def _execute(self, action: StackAction) -> None:
         match action:
             case Grant():
                 self._grant(action)
@@ -143,6 +159,10 @@ class Engine:
                 self._read(action)
             case Evict():
                 self.slots.clear(action.slot)
+            case Copy():
+                self._copy(action)
+            case Unload():
+                self._gpus.gpus[action.gpu].slots.clear(action.slot)
             case Discard():
                 self._discard(action)
             case Later():
@@ -164,18 +184,33 @@ class Engine:
         if session is None:
             return  # its ClientGone waits behind this event and frees the lease
         pid, started = session.process
-        self.slots.lease(
+        session.slots.lease(
             grant.lease, pid=pid, start_time=started, slot=grant.slot, generation=grant.generation
         )
         session.lease_granted(grant)
 
     def _discard(self, discard: Discard) -> None:
         arena, offset, nbytes = discard.arena, discard.offset, discard.nbytes
+        if arena not in self._arenas.by_id:
+            self._gpus.of_arena(arena).memory.discard(discard)
+            return
 
         def done() -> None:
             self.submit(DiscardDone(self.now(), arena, offset, nbytes))
 
         self._arenas.discard(arena, offset, nbytes, done)
+
+    @property
+    def _gpus(self) -> Tiers:
+        assert self._tiers is not None, "an action for a GPU where none is configured"
+        return self._tiers
+
+    def _copy(self, copy: Copy) -> None:
+        pack = self._registry.by_model[copy.key.model]
+        layer = copy.key.layer
+        source = self._arenas.by_id[copy.from_arena].buffer(copy.from_offset, copy.nbytes)
+        name = f"layer {pack.index.layers[layer].name!r} of pack {pack.name!r}"
+        self._gpus.gpus[copy.gpu].memory.copy(copy, pack.keys[layer], source, name)
 
     def _read(self, read: Read) -> None:
         pack = self._registry.by_model[read.key.model]

@@ -21,6 +21,8 @@ TierdError                      code internal
     ShuttingDown       RuntimeError     shutting_down
     ModelGone          RuntimeError     model_removed
     LeaseLimit         RuntimeError     lease_limit
+    TierUnavailable    LookupError      tier_unavailable
+    GpuError                            see tierd/gpu/errors.py
 
 `code` is what a client sees (`tierd_layouts.wire.ErrorCode`); `text` names the thing, the limit and
 the value.
@@ -132,3 +134,9 @@ class LeaseLimit(TierdError, RuntimeError):
     """A client holds as many leases as one may."""
 
     code = "lease_limit"
+
+
+class TierUnavailable(TierdError, LookupError):
+    """There is no such tier here, or its device does not work. Says which there are, or why."""
+
+    code = "tier_unavailable"

@@ -7,10 +7,12 @@ The client is never trusted: every field is checked, everything that it can pile
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
 import tierd
+from tierd import fields, gpu_requests
 from tierd.core.model import CERTAIN_PPM, PLAN_KINDS, Acquire, Hint, LayerKey, Plan
 from tierd.errors import (
     AccessDenied,
@@ -33,7 +35,10 @@ if TYPE_CHECKING:
     from tierd.connection import Connection
     from tierd.core.model import Admit, Grant, Later, Refuse
     from tierd.daemon import Daemon
+    from tierd.gpu_tier import GpuTier
+    from tierd.holders import Holders
     from tierd.pack import Pack
+    from tierd.slots import Slots
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +51,7 @@ MAX_PLAN_USES = (
 MAX_TOKENS_PER_PASS = 1 << 24
 MAX_REQUEST_ID = (1 << 63) - 1
 MAX_NAME = 256
+MAX_PARKED = 16  # requests that wait until a GPU is open, or has made an arena
 
 
 class Session:
@@ -59,14 +65,24 @@ class Session:
         self.name = ""
         self.process = (connection.peer.pid, 0)
         self.connected_ns = time.monotonic_ns()
+        self.gpu: GpuTier | None = None  #: the tier that it is on, None: DRAM
+        self.slots: Slots  #: of its tier, from its hello on
+        self.holders: Holders  #: of its tier, likewise
         self.opened: dict[int, Pack] = {}
-        self.leases: dict[int, LayerKey] = {}
+        self.leases: dict[int, Grant] = {}
         self.granted = 0
         self.position: LayerKey | None = None  #: what it asked for last
         self._outstanding: dict[int, Pack] = {}
+        self._pidfd = -1  # of the process, while it is a client of a GPU
+        self._parked: dict[int, str] = {}  # request -> op, of those that wait for a GPU
 
     def __str__(self) -> str:
         return f"client {self.client} ({self.name!r}, pid {self.process[0]})"
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What it says it uses of its GPU beside its leases."""
+        return 0 if self.gpu is None else self.gpu.scratch.get(self.client, 0)
 
     # ----------------------------------------------------------------------------- from the socket
 
@@ -81,6 +97,23 @@ class Session:
             )
             return
         self._daemon.answer(self, request, op, message)
+
+    def enter(self, gpu: GpuTier | None) -> None:
+        """From now on it is a client of that GPU, or of DRAM."""
+        owner: GpuTier | Daemon = self._daemon
+        if gpu is not None:
+            self._pidfd = os.dup(self.connection.pidfd)  # for the fence, after the connection
+            owner = self.gpu = gpu
+        self.slots, self.holders = owner.slots, owner.holders
+
+    def leave(self, *, fence: bool) -> None:
+        """The connection is over; what is on a GPU is fenced, unless the daemon ends anyway."""
+        if self.gpu is None:
+            return
+        if fence:
+            self.gpu.left(self.client, self.process[0], self._pidfd)
+        else:
+            os.close(self._pidfd)
 
     def ended(self, reason: str) -> None:
         self._daemon.session_ended(self, reason)
@@ -102,10 +135,14 @@ class Session:
                 self._close(request, message)
             case "hello":
                 self._hello(request, message)
+            case "chunks":
+                gpu_requests.chunks(self, request, message)
+            case "attend":
+                gpu_requests.attend(self, request, message)
             case "status" | "models" | "clients" | "config":
                 self.reply(request, getattr(self._daemon.statistics, op)())
             case "layers":
-                self.reply(request, self._daemon.statistics.layers(_text(message, "model")))
+                self.reply(request, self._daemon.statistics.layers(fields.text(message, "model")))
             case "pin" | "unpin" | "evict":
                 self._daemon.engine.operators.command(self, request, message)
             case "why":
@@ -118,16 +155,17 @@ class Session:
                 raise UnknownOp(f"op {op[:80]!r} is not one of protocol {wire.PROTOCOL_VERSION}")
 
     def _hello(self, request: int, message: dict[str, Any]) -> None:
-        if self.greeted:
+        if self.greeted or "hello" in self._parked.values():
             raise BadRequest("hello was said already on this connection")
-        version = _number(message, "version", 0, 1 << 31)
+        version = fields.number(message, "version", 0, 1 << 31)
         if version != wire.PROTOCOL_VERSION:
             raise VersionMismatch(
                 f"the client speaks protocol {version}, this tierd {tierd.__version__} speaks "
                 f"{wire.PROTOCOL_VERSION}"
             )
-        name = _text(message, "client")[:MAX_NAME]
-        held = _numbers(message.get("held", []), "held", 1, MAX_REQUEST_ID)
+        name = fields.text(message, "client")[:MAX_NAME]
+        held = fields.numbers(message.get("held", []), "held", 1, MAX_REQUEST_ID)
+        tier = fields.text({"tier": wire.DRAM_TIER, **message}, "tier")
         pid = self.connection.peer.pid
         if pid == 0:
             raise AccessDenied("your process lives in a PID namespace that tierd cannot see")
@@ -141,22 +179,42 @@ class Session:
         # It lives, so what was read is about it and not about a successor of its pid.
         if process is None:
             raise AccessDenied(f"tierd cannot see /proc/{pid}, by which it knows who holds a lease")
+        gpu = self._daemon.tiers.find(tier)
+        if gpu is not None and not gpu.check_ready():
+            self._park(gpu, request, message)
+            return
         self.name, self.process = name, process
-        self._daemon.greet(self, held)
+        self._daemon.greet(self, gpu, held)
         self.reply(
             request,
             {
                 "version": wire.PROTOCOL_VERSION,
-                "capabilities": [],
+                "capabilities": [wire.GPU_CAPABILITY],
                 "pid": self._daemon.pid,
                 "daemon_version": tierd.__version__,
                 "epoch": self._daemon.epoch,
+                "tier": tier,
+                **({} if gpu is None else {"device": gpu.described()}),
             },
         )
 
+    def _park(self, gpu: GpuTier, request: int, message: dict[str, Any]) -> None:
+        """Answer the request when the GPU is open or has failed, or has made another arena."""
+        if request in self._parked or request in self._outstanding:
+            raise BadRequest(f"request id {request} is in use")
+        if len(self._parked) >= MAX_PARKED:
+            raise BadRequest(f"{MAX_PARKED} requests wait for {gpu.name}, which is the limit")
+        self._parked[request] = message["op"]
+
+        def go_on() -> None:
+            if self._parked.pop(request, None) is not None and not self.connection.closed:
+                self._daemon.answer(self, request, message["op"], message)
+
+        gpu.when_changed(go_on)
+
     def _open(self, request: int, message: dict[str, Any]) -> None:
-        self._check_greeted()
-        name = _text(message, "model")
+        self.check_greeted()
+        name = fields.text(message, "model")
         pack = self._daemon.registry.find(name)
         peer = self.connection.peer
         if not pack.access.admits(peer):
@@ -164,7 +222,23 @@ class Session:
                 f"model {name!r} may be read by owner {pack.access.uid} and group "
                 f"{pack.access.gid} with mode {pack.access.mode:03o}; you are uid {peer.uid}"
             )
-        arena, slots = self._daemon.arenas.by_id[pack.arena], self._daemon.slots
+        arena: dict[str, Any]
+        if self.gpu is None:
+            memory = self._daemon.arenas.by_id[pack.arena]
+            arena = {"arena": memory.arena_id, "span_bytes": memory.span_bytes, "kind": "dram"}
+            arena_fds = [memory.readonly_fd]
+        else:
+            place = self.gpu.arena_of(pack)
+            if place is None:
+                self._park(self.gpu, request, message)
+                return
+            arena = {
+                "arena": place.number,
+                "span_bytes": place.span_bytes,
+                "kind": self.gpu.device.kind,
+                "chunk_bytes": self.gpu.device.chunk_bytes,
+            }
+            arena_fds = []
         with pack.client_files() as files:
             self.opened[pack.model] = pack
             pack.users.add(self.client)
@@ -173,10 +247,10 @@ class Session:
                 {
                     "model_id": pack.model,
                     "files": list(pack.files),
-                    "arena": {"arena": arena.arena_id, "span_bytes": arena.span_bytes},
-                    "table": {"bytes": slots.nbytes},
+                    "arena": arena,
+                    "table": {"bytes": self.slots.nbytes},
                 },
-                [*files, arena.readonly_fd, slots.readonly_fd],
+                [*files, *arena_fds, self.slots.readonly_fd],
             )
 
     def _close(self, request: int, message: dict[str, Any]) -> None:
@@ -189,12 +263,12 @@ class Session:
 
     def _plan(self, request: int, message: dict[str, Any]) -> None:
         pack = self._model(message)
-        order = _numbers(message.get("order"), "order", 0, len(pack.keys) - 1)
+        order = fields.numbers(message.get("order"), "order", 0, len(pack.keys) - 1)
         kind = message.get("kind", "cyclic")
         if kind not in PLAN_KINDS:
             raise BadRequest(f"plan: kind is {kind!r:.40}, expected one of {', '.join(PLAN_KINDS)}")
-        tokens = _number(message, "tokens_per_pass", 1, MAX_TOKENS_PER_PASS, default=1)
-        lookahead = _number(message, "lookahead", 0, MAX_LOOKAHEAD, default=1)
+        tokens = fields.number(message, "tokens_per_pass", 1, MAX_TOKENS_PER_PASS, default=1)
+        lookahead = fields.number(message, "lookahead", 0, MAX_LOOKAHEAD, default=1)
         longest = MAX_PLAN_USES * len(pack.keys)
         if not 0 < len(order) <= longest:
             raise BadRequest(
@@ -211,14 +285,14 @@ class Session:
 
     def _hint(self, request: int, message: dict[str, Any]) -> None:
         pack = self._model(message)
-        layers = _numbers(message.get("layers"), "layers", 0, len(pack.keys) - 1)
+        layers = fields.numbers(message.get("layers"), "layers", 0, len(pack.keys) - 1)
         certain = [CERTAIN_PPM] * len(layers)
-        ppm = _numbers(message.get("ppm", certain), "ppm", 0, CERTAIN_PPM)
+        ppm = fields.numbers(message.get("ppm", certain), "ppm", 0, CERTAIN_PPM)
         if len(ppm) != len(layers):
             raise BadRequest(f"hint: {len(layers)} layers and {len(ppm)} probabilities")
         if len(set(layers)) != len(layers):
             raise BadRequest("hint: a layer is there twice")
-        steps = _number(message, "steps", 1, wire.MAX_HINT_STEPS, default=1)
+        steps = fields.number(message, "steps", 1, wire.MAX_HINT_STEPS, default=1)
         self._daemon.engine.submit(
             Hint(time.monotonic_ns(), self.client, pack.model, tuple(layers), tuple(ppm), steps)
         )
@@ -241,30 +315,30 @@ class Session:
                 f"{len(self.leases)} leases are held, {len(self._outstanding)} asked for; "
                 f"the limit is {MAX_LEASES}: release first"
             )
-        if not self._daemon.lease_possible():
+        if not self._daemon.lease_possible(self):
             raise LeaseLimit("the slot table has no room for more leases of all clients together")
         self._wait_for_core(request, pack)
         key = self.position = LayerKey(pack.model, layer)
         self._daemon.engine.submit(Acquire(time.monotonic_ns(), self.client, request, key, ahead))
 
     def _release(self, request: int, message: dict[str, Any]) -> None:
-        self._check_greeted()
+        self.check_greeted()
         unknown: list[int] = []
-        for lease in _numbers(message.get("leases"), "leases", 1, MAX_REQUEST_ID):
+        for lease in fields.numbers(message.get("leases"), "leases", 1, MAX_REQUEST_ID):
             if self.leases.pop(lease, None) is not None:
                 self._daemon.release(self, lease)
-            elif not self._daemon.release_orphan(self, lease):
+            elif self.gpu is not None or not self._daemon.release_orphan(self, lease):
                 unknown.append(lease)
         if unknown:
             raise BadRequest(f"leases {unknown[:8]} are not held by this client")
         self.reply(request, {})
 
-    def _check_greeted(self) -> None:
+    def check_greeted(self) -> None:
         if not self.greeted:
             raise BadRequest("say hello first")
 
     def _model(self, message: dict[str, Any]) -> Pack:
-        self._check_greeted()
+        self.check_greeted()
         model = message.get("model_id")
         pack = self.opened.get(model) if type(model) is int else None
         if pack is None:
@@ -289,14 +363,15 @@ class Session:
         """Nobody will answer what still waits."""
         self._daemon.outstanding -= len(self._outstanding)
         self._outstanding.clear()
+        self._parked.clear()
 
     # ------------------------------------------------------------------------------- from the core
 
     def lease_granted(self, grant: Grant) -> None:
         self._answered(grant.request)
-        self.leases[grant.lease] = grant.key
+        self.leases[grant.lease] = grant
         self.granted += 1
-        self._daemon.holders.granted(self.client, self.process)
+        self.holders.granted(self.client, self.process)
         self.reply(
             grant.request,
             {
@@ -325,7 +400,7 @@ class Session:
 
     def shut_down(self) -> None:
         """Answer everything that still waits, and close when the answers were sent."""
-        for request in list(self._outstanding):
+        for request in (*self._outstanding, *self._parked):
             self.refuse(request, ShuttingDown.code, "tierd is shutting down")
         self.forget_outstanding()
         self.connection.close_after_sending("tierd is shutting down")
@@ -346,29 +421,3 @@ class Session:
             self.connection.send({"id": request, "ok": False, "error": error})
         else:
             log.info("%s: %s", self, text)
-
-
-def _text(message: dict[str, Any], field: str) -> str:
-    value = message.get(field)
-    if type(value) is not str:
-        raise BadRequest(f"{message['op']}: {field} is {value!r:.40}, expected a text")
-    return value
-
-
-def _number(
-    message: dict[str, Any], field: str, low: int, high: int, default: int | None = None
-) -> int:
-    value = message.get(field, default)
-    if type(value) is not int or not low <= value <= high:
-        raise BadRequest(
-            f"{message['op']}: {field} is {value!r:.40}, expected a number from {low} to {high}"
-        )
-    return value
-
-
-def _numbers(value: object, field: str, low: int, high: int) -> list[int]:
-    if not isinstance(value, list) or not all(
-        type(item) is int and low <= item <= high for item in value
-    ):
-        raise BadRequest(f"{field}: expected a list of numbers from {low} to {high}")
-    return value

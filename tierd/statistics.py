@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import tierd
 from tierd.errors import PackInvalid
+from tierd.gpu_status import layers_on_gpus, notes_of, residency_of, status_of
+from tierd_layouts.wire import DRAM_TIER
 
 if TYPE_CHECKING:
     from tierd.core.prediction import Prediction
+    from tierd.core.snapshot import ClientSnapshot
     from tierd.daemon import Daemon
     from tierd.pack import Pack
 
@@ -73,6 +76,7 @@ class Statistics:
                 "evictions": counters.evictions,
                 "stall_ns": counters.stall_ns,
             },
+            "gpus": [status_of(gpu, daemon.engine) for gpu in daemon.tiers.gpus],
             "models": len(daemon.registry.served),
             "clients": len(daemon.sessions),
             "notes": self._notes(),
@@ -120,6 +124,7 @@ class Statistics:
         states = self._daemon.engine.machine.snapshot().models.get(pack.model)
         if states is None:
             raise PackInvalid(f"model {model!r} is not known to the scheduler")
+        on_gpus = layers_on_gpus(self._daemon.tiers, self._daemon.engine, pack.model)
         return {
             "model": model,
             "layers": [
@@ -133,6 +138,9 @@ class Statistics:
                     "slot": state.slot,
                     "generation": state.generation,
                     "next_use": state.next_use,
+                    "gpus": {
+                        name: residency_of(layers[state.layer]) for name, layers in on_gpus.items()
+                    },
                 }
                 for state in states
             ],
@@ -142,7 +150,7 @@ class Statistics:
         daemon = self._daemon
         replies = []
         predictions = daemon.costs.predictions()
-        for state in daemon.engine.machine.snapshot().clients:
+        for state in self._client_states():
             session = daemon.sessions[state.client]
             last = session.position
             pack = None if last is None else session.opened.get(last.model)
@@ -165,9 +173,21 @@ class Statistics:
                     "tokens_per_pass": state.tokens_per_pass,
                     "connected_ns": time.monotonic_ns() - session.connected_ns,
                     "predicted": _prediction(predictions.get(state.client)),
+                    "tier": DRAM_TIER if session.gpu is None else session.gpu.name,
+                    "scratch_bytes": session.scratch_bytes,
                 }
             )
         return {"clients": replies}
+
+    def _client_states(self) -> list[ClientSnapshot]:
+        """Of all tiers, in the order in which they came; ids below 0 are the core's own."""
+        engine = self._daemon.engine
+        machines = [engine.machine, *(engine.stack.gpus if engine.stack else ())]
+        states = [state for machine in machines for state in machine.snapshot().clients]
+        return sorted(
+            (state for state in states if state.client in self._daemon.sessions),
+            key=lambda state: state.client,
+        )
 
     def config(self) -> Reply:
         return {"config": self._daemon.costs.config()}
@@ -181,6 +201,7 @@ class Statistics:
         ]
         notes += daemon.arenas.notes()
         notes += daemon.pool.notes()
+        notes += notes_of(daemon.tiers, daemon.sessions)
         notes += [f"model {name}: {text}" for name, text in daemon.registry.failed.items()]
         if daemon.orphans:
             notes.append(f"{len(daemon.orphans)} leases of an earlier daemon are in quarantine")

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -151,25 +151,40 @@ class RawClient:
             self.call(op, **fields)
         return caught.value
 
-    def hello(self, held: tuple[int, ...] = ()) -> dict[str, Any]:
+    def hello(self, held: tuple[int, ...] = (), **fields: Any) -> dict[str, Any]:
         return self.call(
-            "hello", version=PROTOCOL_VERSION, client="test", capabilities=[], held=held
+            "hello", version=PROTOCOL_VERSION, client="test", capabilities=[], held=held, **fields
         )
 
     def open(self, model: str) -> OpenedModel:
         reply = self.call("open", model=model)
         fds, self._fds = self._fds, []
-        assert len(fds) == len(reply["files"]) + 2
+        chunk_bytes = reply["arena"].get("chunk_bytes")
+        assert len(fds) == len(reply["files"]) + (2 if chunk_bytes is None else 1)
         files = {}
         for name, fd in zip(reply["files"], fds, strict=False):
             files[name] = os.pread(fd, 1 << 20, 0)
-        arena = mmap.mmap(fds[-2], reply["arena"]["span_bytes"], prot=mmap.PROT_READ)
         memory = mmap.mmap(fds[-1], reply["table"]["bytes"], prot=mmap.PROT_READ)
         table = SlotTable(memory)
-        self._maps += [(arena, None), (memory, table)]
+        self._maps.append((memory, table))
+        opened: OpenedModel
+        if chunk_bytes is None:
+            arena = mmap.mmap(fds[-2], reply["arena"]["span_bytes"], prot=mmap.PROT_READ)
+            self._maps.append((arena, None))
+            opened = OpenedModel(self, reply["model_id"], files, arena, table)
+        else:
+            opened = OpenedOnGpu(
+                self, reply["model_id"], files, None, table,
+                number=reply["arena"]["arena"], chunk_bytes=chunk_bytes,
+            )  # fmt: skip
         for fd in fds:
             os.close(fd)
-        return OpenedModel(self, reply["model_id"], files, arena, table)
+        return opened
+
+    def take_fds(self) -> list[int]:
+        """The descriptors that came; the caller closes them."""
+        fds, self._fds = self._fds, []
+        return fds
 
     def close(self) -> None:
         self.sock.close()
@@ -188,14 +203,69 @@ class OpenedModel:
     client: RawClient
     model_id: int
     files: dict[str, bytes]
-    arena: mmap.mmap
+    arena: mmap.mmap | None
     table: SlotTable
 
     def acquire(self, layer: int, **fields: Any) -> dict[str, Any]:
         return self.client.call("acquire", model_id=self.model_id, layer=layer, **fields)
 
     def bytes_of(self, lease: dict[str, Any]) -> bytes:
+        assert self.arena is not None
         return self.arena[lease["offset"] : lease["offset"] + lease["bytes"]]
+
+    def plan(self, order: list[int], **fields: Any) -> dict[str, Any]:
+        return self.client.call("plan", model_id=self.model_id, order=order, **fields)
+
+    def release(self, *leases: dict[str, Any]) -> None:
+        self.client.call("release", leases=[lease["lease"] for lease in leases])
+
+
+@dataclass
+class OpenedOnGpu(OpenedModel):
+    """A model on a GPU that is a memfd for each chunk. `chunks`: those that it has, mapped."""
+
+    number: int = 0  #: of the arena
+    chunk_bytes: int = 0
+    chunks: dict[int, mmap.mmap] = field(default_factory=dict)
+
+    def chunks_of(self, lease: dict[str, Any]) -> list[int]:
+        end = lease["offset"] + lease["bytes"]
+        return list(range(lease["offset"] // self.chunk_bytes, -(-end // self.chunk_bytes)))
+
+    def map(self, numbers: list[int]) -> None:
+        self.client.call("chunks", arena=self.number, chunks=numbers)
+        fds = self.client.take_fds()
+        assert len(fds) == len(numbers)
+        for number, fd in zip(numbers, fds, strict=True):
+            self.chunks[number] = mmap.mmap(fd, self.chunk_bytes, prot=mmap.PROT_READ)
+            os.close(fd)
+
+    def bytes_of(self, lease: dict[str, Any]) -> bytes:
+        numbers = self.chunks_of(lease)
+        missing = [number for number in numbers if number not in self.chunks]
+        if missing:
+            self.map(missing)
+        first = numbers[0] * self.chunk_bytes
+        content = b"".join(self.chunks[number][:] for number in numbers)
+        return content[lease["offset"] - first :][: lease["bytes"]]
+
+    def attend(self, **fields: Any) -> dict[str, Any]:
+        return self.client.call("attend", **{"unmapped": [], "scratch_bytes": 0, **fields})
+
+    def unmap(self, numbers: list[int]) -> dict[str, Any]:
+        """Unmap these, and say so."""
+        for number in numbers:
+            self.chunks.pop(number).close()
+        return self.attend(unmapped=[[self.number, numbers]])
+
+    def obey(self) -> list[int]:
+        """Unmap what is to be unmapped; returns what that was."""
+        asked = self.attend()["unmap"]
+        numbers = [number for _, numbers in asked for number in numbers]
+        if numbers:
+            assert [arena for arena, _ in asked] == [self.number]
+            assert self.unmap(numbers)["unmap"] == []
+        return numbers
 
 
 class RunningDaemon:
@@ -338,11 +408,14 @@ def connect() -> Iterator[Callable[..., RawClient]]:
     """Connects clients; closes them at the end."""
     clients: list[RawClient] = []
 
-    def connect_to(daemon: RunningDaemon, *, greet: bool = True) -> RawClient:
+    def connect_to(
+        daemon: RunningDaemon, *, greet: bool = True, tier: str | None = None
+    ) -> RawClient:
         client = RawClient(daemon.socket)
         clients.append(client)
         if greet:
-            client.hello()
+            fields: dict[str, Any] = {} if tier is None else {"tier": tier}
+            client.hello(**fields)
         return client
 
     yield connect_to

@@ -121,7 +121,7 @@ def test_a_decision_that_is_due_within_the_resolution_of_the_timers_is_awaited(
             handled.append(event.at_ns)
             return []
 
-    engine.machine = cast("Any", Machine())
+    engine.core = Machine()
 
     async def wait() -> None:
         engine.submit(Tick(engine.now()))

@@ -1,0 +1,218 @@
+"""One GPU as a tier: opened in the background, its arenas, the models placed on it, its clients."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tierd.core.model import ClientGone, CoreConfig
+from tierd.core.stack_model import Fenced, GpuArenaAdded, JoinedGpu, ModelPlaced
+from tierd.errors import TierUnavailable
+from tierd.fences import Fences
+from tierd.gpu.errors import GpuError
+from tierd.gpu.memfd_device import MemfdDevice
+from tierd.gpu.worker import GpuWorker
+from tierd.gpu_memory import GpuMemory
+from tierd.gpu_settings import chunk_bytes
+from tierd.holders import Holders
+from tierd.sizes import format_size
+from tierd.slots import Slots
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from tierd.access import AccessGroup
+    from tierd.config import Config
+    from tierd.core.stack_model import StackEvent
+    from tierd.engine import Engine
+    from tierd.gpu.device import DeviceInfo
+    from tierd.gpu_settings import GpuBudget
+    from tierd.pack import Pack
+    from tierd.registry import Registry
+
+log = logging.getLogger(__name__)
+
+#: Arenas of DRAM count from 0, those of the GPUs from multiples of this.
+ARENA_NUMBERS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class GpuArena:
+    """Addresses on the GPU for the models of one group of readers."""
+
+    number: int
+    span_bytes: int
+
+
+class GpuTier:
+    """Belongs to the loop's thread."""
+
+    def __init__(
+        self,
+        index: int,
+        budget: GpuBudget,
+        config: Config,
+        epoch: int,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        """index: the GPU's number in the core. Loads no library of a GPU."""
+        self.index = index
+        self.number = budget.number
+        self.name = budget.tier
+        self.state = "opening"  #: or "ready", or "failed"
+        self.reason = ""  #: why it failed
+        self.info: DeviceInfo | None = None
+        self.slots = Slots.create(epoch)
+        self.holders = Holders(loop, self.slots.set_holders)
+        chunk = chunk_bytes(config.gpu_chunk, budget.nbytes)
+        self.core_config = CoreConfig(
+            budget_bytes=budget.nbytes,
+            granule_bytes=chunk,
+            small_layer_bytes=chunk,
+            reads_in_flight=config.gpu_copies_in_flight,
+            convoy_wait_ns=config.convoy_wait * 1_000_000,
+            slot_limit=self.slots.table.slot_count,
+        )
+        self.device = MemfdDevice(
+            budget.number, chunk, budget.nbytes,
+            copy_bandwidth=config.gpu_copy_bandwidth,
+            copy_latency_us=config.gpu_copy_latency_us,
+        )  # fmt: skip
+        self.worker = GpuWorker(self.device, config.gpu_copies_in_flight, loop.call_soon_threadsafe)
+        self.memory = GpuMemory(
+            index,
+            self.name,
+            self.worker,
+            self.slots,
+            loop,
+            lambda event: self._engine.submit(event),
+        )
+        self.fences = Fences(loop, self._fenced)
+        self.scratch: dict[int, int] = {}  #: by client: what it uses beside its leases, in bytes
+        self._engine: Engine
+        self._registry: Registry
+        self._placed: set[int] = set()
+        self._arenas: dict[AccessGroup, GpuArena | str | None] = {}  # text: refused, None: asked
+        self._waiting: list[Callable[[], None]] = []
+
+    # ---------------------------------------------------------------------------------------- life
+
+    def open(self, engine: Engine, registry: Registry) -> None:
+        """Begin to open the device; its clients wait until it is open or has failed."""
+        self._engine, self._registry = engine, registry
+        self.worker.submit(lambda device: device.open(), self._opened)
+
+    def _opened(self, outcome: DeviceInfo | GpuError) -> None:
+        if isinstance(outcome, GpuError):
+            self.state, self.reason = "failed", outcome.text
+            log.error("tier %s is not served: %s", self.name, self.reason)
+        else:
+            self.state, self.info = "ready", outcome
+            log.info(
+                "tier %s is ready: %s (%s), %s of %s free, budget %s in chunks of %s",
+                self.name, outcome.name, self.device.kind, format_size(outcome.free_bytes),
+                format_size(outcome.total_bytes), format_size(self.core_config.budget_bytes),
+                format_size(self.device.chunk_bytes),
+            )  # fmt: skip
+            self.place()
+        self._go_on()
+
+    def stop(self) -> None:
+        """Decide nothing more."""
+        self.memory.stop()
+        self.fences.close()
+        self.holders.stop()
+
+    def close(self) -> None:
+        """After the engine stopped. Blocks while copies end; TimeoutError when they do not."""
+        self.worker.close()
+
+    def _submit(self, event: StackEvent) -> None:
+        self._engine.submit(event)
+
+    # ------------------------------------------------------------------------------------ placement
+
+    def place(self) -> None:
+        """Let clients ask for every model that is served, as soon as its arena is there."""
+        if self.state != "ready":
+            return
+        self._placed &= self._registry.by_model.keys()
+        for pack in list(self._registry.served.values()):
+            if pack.model in self._placed:
+                continue
+            if pack.access not in self._arenas:
+                self._add_arena(pack.access)
+            arena = self._arenas[pack.access]
+            if isinstance(arena, GpuArena):
+                self._placed.add(pack.model)
+                now = self._engine.now()
+                self._engine.submit(ModelPlaced(now, self.index, pack.model, arena.number))
+
+    def _add_arena(self, group: AccessGroup) -> None:
+        assert self.info is not None
+        number = ARENA_NUMBERS * (self.index + 1) + len(self._arenas)
+        # Addresses cost nothing, and a budget may be raised.
+        budget = self.core_config.budget_bytes
+        span_bytes = self.device.span_bytes(
+            max(budget, self.info.total_bytes) if self.device.elastic else budget
+        )
+        self._arenas[group] = None
+
+        def added(outcome: GpuError | None) -> None:
+            if isinstance(outcome, GpuError):
+                self._arenas[group] = outcome.text
+                log.error("tier %s: models of readers %s are not served: %s", self.name, group,
+                    outcome.text,
+                )  # fmt: skip
+            else:
+                self._arenas[group] = GpuArena(number, span_bytes)
+                now = self._engine.now()
+                self._engine.submit(GpuArenaAdded(now, self.index, number, span_bytes))
+            self.place()
+            self._go_on()
+
+        self.worker.submit(lambda device: device.add_arena(number, span_bytes), added)
+
+    def arena_of(self, pack: Pack) -> GpuArena | None:
+        """Where the model's layers are; None: it is being made. Raises TierUnavailable."""
+        arena = self._arenas.get(pack.access)
+        if isinstance(arena, str):
+            raise TierUnavailable(f"model {pack.name!r} cannot be on {self.name}: {arena}")
+        return arena
+
+    # -------------------------------------------------------------------------------------- clients
+
+    def check_ready(self) -> bool:
+        """False while the device opens. Raises TierUnavailable when that failed."""
+        if self.state == "failed":
+            raise TierUnavailable(f"tier {self.name} cannot be used: {self.reason}")
+        return self.state == "ready"
+
+    def when_changed(self, then: Callable[[], None]) -> None:
+        """Call `then` when the device was opened or an arena made, or either failed."""
+        self._waiting.append(then)
+
+    def _go_on(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for then in waiting:
+            then()
+
+    def joined(self, client: int, weight: int) -> None:
+        self._engine.submit(JoinedGpu(self._engine.now(), client, self.index, weight))
+
+    def left(self, client: int, pid: int, pidfd: int) -> None:
+        """The connection is over: what it leased stays as it is until nothing can read it."""
+        self.scratch.pop(client, None)
+        self.fences.begin(client, pid, pidfd)
+        self._engine.submit(ClientGone(self._engine.now(), client))
+
+    def _fenced(self, client: int) -> None:
+        self.memory.fenced(client)
+        self._engine.submit(Fenced(self._engine.now(), client))
+
+    def described(self) -> dict[str, Any]:
+        """What a client needs to find the same GPU."""
+        assert self.info is not None
+        return {"kind": self.device.kind, "number": self.number, "uuid": self.info.uuid}

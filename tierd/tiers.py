@@ -1,0 +1,76 @@
+"""The tiers of this node by name: DRAM, and each GPU that was configured."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from tierd.errors import TierUnavailable
+from tierd.gpu_tier import ARENA_NUMBERS, GpuTier
+from tierd_layouts.wire import DRAM_TIER
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from tierd.config import Config
+    from tierd.engine import Engine
+    from tierd.registry import Registry
+
+_WORD = re.compile(r"[a-z]+(:[0-9]{1,9})?", re.ASCII)
+
+
+class Tiers:
+    """`gpus` in the order of the configuration, which is how the core counts them."""
+
+    def __init__(self, config: Config, epoch: int, loop: asyncio.AbstractEventLoop) -> None:
+        self.gpus = tuple(
+            GpuTier(index, budget, config, epoch, loop) for index, budget in enumerate(config.gpus)
+        )
+
+    def open(self, engine: Engine, registry: Registry) -> None:
+        """Begin to open every device."""
+        for gpu in self.gpus:
+            gpu.open(engine, registry)
+
+    def place(self) -> None:
+        """Other models are served than before."""
+        for gpu in self.gpus:
+            gpu.place()
+
+    def find(self, name: str) -> GpuTier | None:
+        """The GPU of that name; None for DRAM. Raises TierUnavailable, naming what there is."""
+        if name == DRAM_TIER:
+            return None
+        for gpu in self.gpus:
+            if gpu.name == name:
+                return gpu
+        known = ", ".join([DRAM_TIER, *(gpu.name for gpu in self.gpus)])
+        shown = name if _WORD.fullmatch(name) else repr(name[:40])
+        raise TierUnavailable(f"there is no tier {shown} here; there are {known}")
+
+    def of_arena(self, arena: int) -> GpuTier:
+        """The GPU on which an arena is."""
+        return self.gpus[arena // ARENA_NUMBERS - 1]
+
+    def silent(self) -> dict[str, str]:
+        """By name: the GPUs that do not answer, and since when."""
+        texts = {gpu.name: gpu.worker.silent() for gpu in self.gpus}
+        return {name: text for name, text in texts.items() if text is not None}
+
+    def alive(self) -> bool:
+        """Whether every thread that should serve does."""
+        return all(gpu.worker.alive() for gpu in self.gpus)
+
+    def stop(self) -> None:
+        """Decide nothing more."""
+        for gpu in self.gpus:
+            gpu.stop()
+
+    def close(self) -> None:
+        """Give the GPUs back. Blocks; raises TimeoutError when one does not answer."""
+        for gpu in self.gpus:
+            gpu.close()
+
+    def close_slots(self) -> None:
+        for gpu in self.gpus:
+            gpu.slots.close()

@@ -23,7 +23,8 @@ class EngineCopy:
 
     def __init__(self, target: int, source: memoryview) -> None:
         self.target = target
-        self.source: memoryview | None = source
+        self.source: memoryview | None = source  # until it was read
+        self.address = address_of(source)
         self.nbytes = source.nbytes
         self.submitted_ns = time.monotonic_ns()
         self.failure: str | None = None
@@ -84,15 +85,13 @@ class CopyEngine:
             return self._queue.popleft() if self._queue else None
 
     def _move(self, copy: EngineCopy) -> None:
-        assert copy.source is not None
-        source = address_of(copy.source)
         start_ns = max(copy.submitted_ns + self._latency_ns, self._free_at_ns)
         step = copy.nbytes if self._bandwidth is None else STEP_BYTES
         _sleep_until(start_ns)
         self._free_at_ns = start_ns
         for offset in range(0, copy.nbytes, step):
             nbytes = min(step, copy.nbytes - offset)
-            ctypes.memmove(copy.target + offset, source + offset, nbytes)  # without the GIL
+            ctypes.memmove(copy.target + offset, copy.address + offset, nbytes)  # without the GIL
             if self._bandwidth is not None:
                 self._free_at_ns = start_ns + (offset + nbytes) * _SECOND_NS // self._bandwidth
                 _sleep_until(self._free_at_ns)

@@ -19,6 +19,7 @@ from tierd_layouts.errors import FormatError, SocketPathTooLong
 from tierd_layouts.names import check_model_name
 from tierd_tools import pack_settings, predict_command, render
 from tierd_tools.diagnostics import ask
+from tierd_tools.doctor import command as doctor_command
 from tierd_tools.errors import BadSetting, ToolError
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--window-tokens", type=int, metavar="T", help="tokens of a window")
 
     predict_command.add(command)
+    doctor_command.add(command)
 
     for name, about in (
         ("status", "Show the daemon, its tiers and what it has done."),
@@ -244,8 +246,8 @@ def _replay(arguments: argparse.Namespace) -> render.Reply:
 
 
 def _failed(result: Any) -> bool:
-    """Whether a reload met packs that it could not load, or an evict layers that had to stay;
-    everything else raises."""
+    """Whether a reload met packs that it could not load, an evict layers that had to stay, or the
+    doctor something needed that does not work; everything else raises."""
     if not isinstance(result, dict):
         return False
     lists = (result.get("failed"), result.get("kept"))  # `why` says yes or no under these names
@@ -258,6 +260,8 @@ def _show(arguments: argparse.Namespace, result: Any) -> None:
         print(json.dumps(plain, indent=1, default=str, allow_nan=False))
     elif arguments.command in render.TABLES:
         render.TABLES[arguments.command](result)
+    elif arguments.command == "doctor":
+        doctor_command.show(result)
     else:
         print(result.summary())
 

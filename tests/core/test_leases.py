@@ -50,8 +50,9 @@ def test_a_layer_is_charged_once_to_one_client() -> None:
 def test_quarantine_is_not_available() -> None:
     ledger = ledger_of(10, 4)
     ledger.quarantined = 5
-    assert ledger.admits(0, reserve=5)
-    assert not ledger.admits(0, reserve=6)
+    ledger.want(5)
+    assert ledger.admits_plan(0, 5)
+    assert not ledger.admits_plan(0, 6)
 
 
 def test_a_client_that_leaves_gives_everything_back() -> None:
@@ -64,5 +65,6 @@ def test_a_client_that_leaves_gives_everything_back() -> None:
 def test_books_that_exceed_the_budget_are_noticed() -> None:
     ledger = ledger_of(10, 4, 6)
     ledger.quarantined = 1
+    ledger.want(1)
     with pytest.raises(InvariantBroken, match="exceed the budget of 10"):
         ledger.check(over_budget=False)

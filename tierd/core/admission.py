@@ -40,45 +40,77 @@ class Admission:
                 f">= 0; this one has {what if event.order else 'no layers'}",
             )
             return
-        if client.id in self._books.plans:
-            self.withdraw(
-                self._books.plans[client.id], "bad_request", "a later plan replaces this one"
-            )
-        largest = model.largest(event)
-        reserve = model.charges[largest]
-        if self._books.ledger.admits(client.id, reserve=reserve):
+        if client.id in self._books.awaiting:
+            before = self._books.awaiting[client.id]
+            self.withdraw(before, "bad_request", "a later plan replaces this one")
+        reserve = model.charges[model.largest(event)]
+        if self._admits_plan(event, model, reserve):
             self._admit(event, client, model, reserve)
-        elif self._books.ledger.admits_once_released(client.id, reserve):
-            self._books.plans[client.id] = event
-            self._books.ledger.awaited += reserve
-            self._books.tell("wait", None, "the plan of client {} waits until others hold no more "
-                "than their reserves", client.id,
-            )  # fmt: skip
-        else:
-            self._answers.refuse_too_small(event, model, largest, client)
+        elif not self._waits(event, client, reserve):
+            self._answers.refuse_too_small(event, model, model.largest(event), client)
 
-    def admit_waiting(self) -> None:
-        """Admits the plans that fit now, refuses those that have waited long enough."""
-        for plan in list(self._books.plans.values()):
-            model = self._books.models[plan.model]
-            reserve = model.charges[model.largest(plan)]
-            if self._books.ledger.admits(plan.client, reserve=reserve):
-                self.stop_waiting(plan.client)
-                self._admit(plan, self._books.clients[plan.client], model, reserve)
-            elif self._books.now - plan.at_ns >= self._books.config.admission_patience_ns:
-                self.stop_waiting(plan.client)
-                self._answers.refuse_too_small(
-                    plan, model, model.largest(plan), self._books.clients[plan.client]
-                )
+    def admit_waiting(self) -> list[Acquire]:
+        """Admits the plans that fit now, refuses what has waited long enough. Returns the requests
+        that fit now; they are to be asked again."""
+        fit: list[Acquire] = []
+        for event in list(self._books.awaiting.values()):
+            model, layer = self._books.awaited_layer(event)
+            reserve = model.charges[layer]
+            client = self._books.clients[event.client]
+            if isinstance(event, Plan):
+                admitted = self._admits_plan(event, model, reserve)
+            else:
+                admitted = self._admits_first(event, model, reserve)
+            if admitted:
+                self.stop_waiting(client.id)
+                if isinstance(event, Plan):
+                    self._admit(event, client, model, reserve)
+                else:
+                    fit.append(event)
+            elif self._books.now - event.at_ns >= self._books.config.admission_patience_ns:
+                self.stop_waiting(client.id)
+                self._answers.refuse_too_small(event, model, layer, client)
+        return fit
 
-    def withdraw(self, plan: Plan, code: str, text: str) -> None:
-        self.stop_waiting(plan.client)
-        self._answers.refuse(plan, code, text)
+    def _waits(self, event: Plan | Acquire, client: Client, reserve: int) -> bool:
+        """Lets the event wait, if it fits as soon as others hold no more than their reserves."""
+        ledger = self._books.ledger
+        if client.id in self._books.awaiting or not ledger.admits_once_released(client.id, reserve):
+            return False
+        self._books.awaiting[client.id] = event
+        ledger.awaited += reserve
+        key, what = (None, "plan") if isinstance(event, Plan) else (event.key, "first request")
+        self._books.tell("wait", key, "the {} of client {} waits until others hold no more than "
+            "their reserves", what, client.id,
+        )  # fmt: skip
+        return True
+
+    def _admits_plan(self, plan: Plan, model: ModelState, reserve: int) -> bool:
+        layers = dict.fromkeys(plan.order)
+        return self._books.ledger.admits_plan(
+            plan.client, reserve, lambda: self._books.wanted.anew(model, layers)
+        )
+
+    def _admits_first(self, event: Acquire, model: ModelState, charge: int) -> bool:
+        """Whether a client without a plan, which holds nothing, may have its first layer now."""
+        wanted = model.reasons[event.key.layer] > 0
+        ledger = self._books.ledger
+        awaited = ledger.awaited
+        if event.client in self._books.awaiting:
+            ledger.awaited -= charge  # what it waits for itself is not kept from it
+        admitted = ledger.admits(event.client, extra=charge, wanted=wanted, reserve=charge)
+        ledger.awaited = awaited
+        return admitted
+
+    def withdraw(self, event: Plan | Acquire, code: str, text: str) -> None:
+        """What waits for room is refused."""
+        self.stop_waiting(event.client)
+        self._answers.refuse(event, code, text)
 
     def stop_waiting(self, client: int) -> None:
-        plan = self._books.plans.pop(client)
-        model = self._books.models[plan.model]
-        self._books.ledger.awaited -= model.charges[model.largest(plan)]
+        event = self._books.awaiting.pop(client)
+        model, layer = self._books.awaited_layer(event)
+        self._books.ledger.awaited -= model.charges[layer]
 
     def _admit(self, event: Plan, client: Client, model: ModelState, reserve: int) -> None:
         self._books.ledger.set_reserve(client.id, reserve)
@@ -93,6 +125,7 @@ class Admission:
             reuse=model.reuse_of_layers() if event.kind == "open" else None,
         )
         model.add_plan(client.id, client.plan)
+        self._books.wanted.add(model, client.plan.route.indices)
         self._books.policy.plans_changed(model)
         nbytes = reserve * self._books.config.granule_bytes
         self._books.actions.append(Admit(client.id, event.request, nbytes))
@@ -106,6 +139,7 @@ class Admission:
         self._convoys.plan_dropped(client)
         model = self._books.models[client.plan.model]
         model.drop_plan(client.id)
+        self._books.wanted.drop(model, client.plan.route.indices)
         self._books.policy.plan_over(client.id, client.plan)
         client.plan = None
         self._books.policy.plans_changed(model)
@@ -116,10 +150,16 @@ class Admission:
         charge = model.charges[key.layer]
         account = self._books.ledger[client.id]
         extra = self._books.ledger.extra(client.id, key, charge)
-        if self._books.ledger.admits(client.id, extra=extra):
-            if client.plan is None and charge > account.reserve and not account.held:
+        if client.plan is None and charge > account.reserve and not account.held:
+            if self._admits_first(event, model, charge):
                 self._books.ledger.set_reserve(client.id, charge)
-            return True
+                return True
+            if not event.ahead and self._waits(event, client, charge):
+                return False
+        else:
+            wanted = model.reasons[key.layer] > 0
+            if self._books.ledger.admits(client.id, extra=extra, wanted=wanted):
+                return True
         if event.ahead:
             self._books.count["later"] += 1
             self._books.actions.append(Later(client.id, event.request))

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from tierd.core.errors import IllegalEvent
 from tierd.core.leases import Ledger
 from tierd.core.memory import Memory
-from tierd.core.model import DEFAULT_WEIGHT
+from tierd.core.model import DEFAULT_WEIGHT, Plan
 from tierd.core.policy import Policy
 from tierd.core.residency import Slot, SlotNumbers
 from tierd.core.story import Story
+from tierd.core.wanted import Wanted
 
 if TYPE_CHECKING:
-    from tierd.core.model import Action, CoreConfig, DeviceMeasured, LayerKey, Plan
+    from tierd.core.model import Acquire, Action, CoreConfig, DeviceMeasured, LayerKey
     from tierd.core.plans import PlanState
     from tierd.core.served import ModelState
     from tierd.core.shares import Bill, Device, Share
@@ -63,6 +64,7 @@ class Books:
         budget = config.budget_bytes // config.granule_bytes
         self.memory = Memory(budget, config.granule_bytes, config.small_layer_bytes)
         self.ledger = Ledger(budget, config.slot_limit)
+        self.wanted = Wanted(self)
         self.models: dict[int, ModelState] = {}
         self.removed: set[int] = set()
         self.clients: dict[int, Client] = {}
@@ -78,7 +80,8 @@ class Books:
         self.devices: dict[int, Device] = {}  #: what models are read from
         self.bills: dict[int, Bill] = {}  #: by slot: the reads in flight
         self.arrivals = 0
-        self.plans: dict[int, Plan] = {}  #: by client: plans that wait until others hold less
+        #: by client: plans, and first requests without one, that wait until others hold less
+        self.awaiting: dict[int, Plan | Acquire] = {}
         self.pins: dict[LayerKey, int] = {}  #: layers that stay, and their charges
         self.now = 0
         self.actions: list[Action] = []
@@ -89,6 +92,13 @@ class Books:
     def tell(self, what: str, key: LayerKey | None, reason: str, *values: object) -> None:
         """Records a decision (`story`)."""
         self.told.append((what, key, reason, *values))
+
+    def awaited_layer(self, event: Plan | Acquire) -> tuple[ModelState, int]:
+        """The layer that decides what is reserved for a plan or request that waits, its model."""
+        if isinstance(event, Plan):
+            model = self.models[event.model]
+            return model, model.largest(event)
+        return self.models[event.key.model], event.key.layer
 
     def reads_limit(self, device: int) -> int:
         """How many reads may run at once on a device."""

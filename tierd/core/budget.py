@@ -48,16 +48,8 @@ class Budget:
 
     @property
     def pressed(self) -> bool:
-        """Counts the layers of plans once for each client: an upper bound of what they need."""
-        books = self._books
-        if books.plans:
-            return True
-        wanted = books.ledger.reserved + books.ledger.pinned + books.ledger.quarantined
-        for model in books.models.values():
-            wanted += sum(
-                charge for charge, users in zip(model.charges, model.users, strict=True) if users
-            )
-        return wanted > books.memory.budget
+        """Somebody waits for room, or what is wanted does not fit at once (`leases`)."""
+        return bool(self._books.awaiting) or not self._books.ledger.fits_once
 
     def _refuse(self, event: BudgetChanged, text: str) -> None:
         self._books.count["refusals"] += 1

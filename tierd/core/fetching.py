@@ -66,7 +66,7 @@ class Fetcher:
     def _shrink(self) -> None:
         """After the budget became smaller: what nobody holds goes, as far as it is above it."""
         memory = self._books.memory
-        memory.ceiling = max(memory.budget, min(memory.ceiling, self._books.ledger.total))
+        memory.ceiling = max(memory.budget, min(memory.ceiling, self._books.ledger.promised))
         while memory.occupied > memory.budget:
             victims = self._books.policy.victims(1, None, self._books.now)
             if victims is None:

@@ -22,6 +22,7 @@ def check_books(books: Books) -> None:
     books.ledger.check(over_budget=over)
     _check_slots(books)
     _check_clients(books)
+    _check_wanted(books)
     _check_places(books)
 
 
@@ -56,6 +57,34 @@ def _check_slots(books: Books) -> None:
     for model in books.models.values():
         if model.missing != model.slots.count(None):
             raise InvariantBroken(f"model {model.id} misses {model.missing} layers")
+
+
+def _check_wanted(books: Books) -> None:
+    """The sum that counts a layer once, from the plans, pins and slots that it comes from."""
+    granules = number = 0
+    lingering = books.ledger.lingering
+    for model in books.models.values():
+        plans = Counter(layer for plan in model.plans.values() for layer in plan.route.indices)
+        for layer, slot in enumerate(model.slots):
+            key = model.keys[layer]
+            charge = model.charges[layer]
+            left = slot is not None and slot.holders and slot.place.range.granules == charge
+            reasons = plans[layer] + (key in books.pins) + bool(left)
+            if reasons != model.reasons[layer] or (reasons and key in lingering):
+                raise InvariantBroken(f"layer {key} is wanted for {model.reasons[layer]} reasons")
+            granules += charge * (reasons > 0)
+            number += reasons > 0
+    for slot in books.slots.values():
+        charge = books.models[slot.key.model].charges[slot.key.layer] if slot.key else 0
+        if slot.holders and slot.place.range.granules != charge:
+            granules += slot.place.range.granules
+            number += 1
+    granules += sum(lingering.values())
+    number += len(lingering)
+    if (granules, number) != (books.ledger.wanted, books.ledger.wanted_slots):
+        raise InvariantBroken(
+            f"{granules} granules of {number} layers are wanted, booked {books.ledger.wanted}"
+        )
 
 
 def _check_pins(books: Books) -> None:
@@ -112,10 +141,8 @@ def _check_places(books: Books) -> None:
 
 
 def _check_clients(books: Books) -> None:
-    awaited = sum(
-        books.models[plan.model].charges[books.models[plan.model].largest(plan)]
-        for plan in books.plans.values()
-    )
+    layers = [books.awaited_layer(event) for event in books.awaiting.values()]
+    awaited = sum(model.charges[layer] for model, layer in layers)
     if awaited != books.ledger.awaited:
         raise InvariantBroken(f"{awaited} granules awaited, booked {books.ledger.awaited}")
     waiting = [request for requests in books.waiting.values() for request in requests]

@@ -93,8 +93,9 @@ class TierMachine:
         except IllegalEvent:
             self._books.now = before_ns
             raise
-        if self._books.plans:
-            self._admission.admit_waiting()
+        if self._books.awaiting:
+            for request in self._admission.admit_waiting():
+                self._acquire(request)
         self._convoys.expire()
         self._fetcher.advance()
         self._books.story.keep(self._books.now, event, actions, self._books.told)
@@ -160,7 +161,7 @@ class TierMachine:
     @property
     def waits_for_time(self) -> bool:
         """Whether something is decided by time alone: then send a `Tick` now and then."""
-        return bool(self._books.plans) or self.wakes_at_ns is not None
+        return bool(self._books.awaiting) or self.wakes_at_ns is not None
 
     @property
     def wakes_at_ns(self) -> int | None:
@@ -231,8 +232,10 @@ class TierMachine:
             if client.plan is not None and client.plan.model == model.id:
                 self._admission.drop_plan(client)
                 self._books.ledger.set_reserve(client.id, 0)
-        for plan in [plan for plan in self._books.plans.values() if plan.model == model.id]:
-            self._admission.withdraw(plan, "model_removed", f"model '{model.name}' was removed")
+        for awaiting in list(self._books.awaiting.values()):
+            if self._books.awaited_layer(awaiting)[0] is model:
+                text = f"model '{model.name}' was removed"
+                self._admission.withdraw(awaiting, "model_removed", text)
         for key in model.keys:
             for request in self._books.waiting.pop(key, ()):
                 self._answers.close(request)
@@ -260,7 +263,7 @@ class TierMachine:
 
     def _client_gone(self, event: ClientGone) -> None:
         client = self._books.client(event.client)
-        if client.id in self._books.plans:
+        if client.id in self._books.awaiting:
             self._admission.stop_waiting(client.id)
         for request in list(client.requests.values()):
             waiting = self._books.waiting[request.key]
@@ -300,7 +303,8 @@ class TierMachine:
         if not self._admission.admits(event, client, model):
             return
         idle = not client.leases and not client.requests
-        self._books.ledger.hold(client.id, key, model.charges[key.layer])
+        wanted = model.reasons[key.layer] > 0
+        self._books.ledger.hold(client.id, key, model.charges[key.layer], wanted=wanted)
         stalled = idle or not event.ahead
         deadline_ns = self._deadline_ns(client, stalled=stalled)
         if client.plan is not None:

@@ -37,7 +37,8 @@ class Pins:
         ledger = self._books.ledger
         granule = self._books.config.granule_bytes
         room = ledger.available - ledger.awaited
-        if sum(charges) > room:
+        wanted = self._anew(new)
+        if not ledger.admits_pins(sum(charges), 0, wanted):
             self._refuse(
                 event, "budget_too_small",
                 f"{len(new)} layers to pin need {sum(charges) * granule} bytes; "
@@ -48,7 +49,7 @@ class Pins:
                 f"{ledger.quarantined * granule} in quarantine)",
             )  # fmt: skip
             return
-        if new and len(new) > ledger.available_slots:
+        if new and not ledger.admits_pins(0, len(new), wanted):
             self._refuse(
                 event, "lease_limit",
                 f"{len(new)} layers to pin need as many slots; {max(ledger.available_slots, 0)} of "
@@ -60,6 +61,7 @@ class Pins:
             ledger.pinned += charge
             ledger.pinned_slots += 1
             model = self._books.models[key.model]
+            self._books.wanted.add(model, (key.layer,))
             if key.layer in model.failed:
                 self._books.policy.worth_a_read_again(model, key.layer)
             slot = model.slots[key.layer]
@@ -89,6 +91,7 @@ class Pins:
         self._books.ledger.pinned -= self._books.pins.pop(key)
         self._books.ledger.pinned_slots -= 1
         model = self._books.models[key.model]
+        self._books.wanted.drop(model, (key.layer,))
         self._books.devices[model.device].unread_pins.pop(key, None)
         slot = model.slots[key.layer]
         if slot is not None:
@@ -117,6 +120,12 @@ class Pins:
             else:
                 kept.append((key, "it is pinned" if slot.pinned else "it is being read"))
         self._done(event, evicted, kept)
+
+    def _anew(self, keys: Iterable[LayerKey]) -> tuple[int, int]:
+        """The granules and the number of those of the layers that nobody wants yet."""
+        models, wanted = self._books.models, self._books.wanted
+        found = [wanted.anew(models[key.model], (key.layer,)) for key in keys]
+        return sum(granules for granules, _ in found), sum(number for _, number in found)
 
     def _charge(self, key: LayerKey) -> int:
         return self._books.models[key.model].charges[key.layer]

@@ -77,6 +77,7 @@ class Restart:
         if not slot.holders:
             self._books.ledger.quarantined += slot.place.range.granules
             self._books.ledger.quarantined_slots += 1
+            self._books.wanted.quarantined(slot)
         slot.holders[holder] = None
         self._books.holders.setdefault(holder, []).append(slot)
 
@@ -86,5 +87,6 @@ class Restart:
             if not slot.holders:
                 self._books.ledger.quarantined -= slot.place.range.granules
                 self._books.ledger.quarantined_slots -= 1
+                self._books.wanted.read_no_more(slot)
                 self._books.policy.resident(slot)
                 self._fetcher.no_longer_used(slot)

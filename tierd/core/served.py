@@ -46,6 +46,7 @@ class ModelState:
         self.orders: dict[tuple[int, ...], Order] = {}  #: those of the plans
         self.reuse: Reuse | None = None  #: once there was an open plan
         self.users = [0] * len(self.layer_bytes)  #: plans that use the layer
+        self.reasons = [0] * len(self.layer_bytes)  #: for which the layer is wanted (`wanted`)
         self.kept = bytearray(len(self.layer_bytes))  #: `retention`: layers that should stay
         self.kept_for: tuple[PlanState, int] | None = None  #: the plan and share that chose them
 

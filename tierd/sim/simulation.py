@@ -276,7 +276,7 @@ class Simulation:
         if wakes_at_ns is not None and wakes_at_ns != self._wakes_at_ns:
             self.after(max(wakes_at_ns - self.now, 0), lambda: self._feed(Tick(self.now)))
         self._wakes_at_ns = wakes_at_ns
-        if isinstance(event, Plan) and (event.client, event.request) in self._open:
+        if isinstance(event, Plan | Acquire) and event.client in self.machine.books.awaiting:
             patience_ns = self.machine.config.admission_patience_ns
             self.after(patience_ns, lambda: self._feed(Tick(self.now)))
         if self._check:
@@ -285,7 +285,7 @@ class Simulation:
             if late:
                 raise BrokenPromise(f"at {self.now} ns {late[0]} has no answer")
 
-    def _bound(self, event: Event) -> int:
+    def _bound(self, event: Plan | Acquire) -> int:
         """When this request must have its answer.
 
         Before it are served: what is in flight, the requests before it, and what is asked for
@@ -294,9 +294,11 @@ class Simulation:
         if isinstance(event, Plan):
             return self.now + self.machine.config.admission_patience_ns
         waits = len(self._open) + len(self._connected) + self.scenario.reads_in_flight + 2
-        put_off = LONGEST_STEP_NS if isinstance(event, Acquire) and event.ahead else 0
+        put_off = LONGEST_STEP_NS if event.ahead else 0
         if put_off:
             waits += put_off // self._worst_ns + 1
+        if self.clients[event.client].profile.planless:
+            put_off += self.machine.config.admission_patience_ns
         return self.now + put_off + CONVOY_WAIT_NS + waits * self._worst_ns
 
     def _act(self, action: Action) -> None:

@@ -8,10 +8,12 @@ import threading
 from typing import TYPE_CHECKING, Any, Self
 
 from tierd_client.connection import Connection, leases_of_the_dead
+from tierd_client.device import GpuDevice, check_tier, place
 from tierd_client.errors import (
     LeaseLost,
     ModelNotFound,
     ProtocolBroken,
+    TierUnavailable,
     VersionMismatch,
     ViewStillAlive,
 )
@@ -19,11 +21,18 @@ from tierd_client.opened import OpenedModel
 from tierd_client.statistics import ClientStatistics, Counters
 from tierd_layouts.errors import NameRefused
 from tierd_layouts.names import check_model_name
-from tierd_layouts.wire import GPU_CAPABILITY, PROTOCOL_VERSION, resolve_socket
+from tierd_layouts.wire import (
+    DRAM_TIER,
+    GPU_CAPABILITY,
+    PROTOCOL_VERSION,
+    ErrorCode,
+    resolve_socket,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from tierd_client.gpu.arenas import GpuArenas
     from tierd_client.lease import Lease
 
 DEFAULT_TIMEOUT_S = 60.0
@@ -33,22 +42,27 @@ class Client:
     """A connection to tierd, for all threads of this process; not for a forked child.
 
     socket: the daemon's path, else $TIERD_SOCKET, else /run/tierd/tierd.sock, else
-    $XDG_RUNTIME_DIR/tierd.sock. name: what `tierctl clients` shows. timeout: seconds to wait for
-    any one answer. Raises DaemonNotRunning, DaemonTimeout, VersionMismatch, TooManyClients.
+    $XDG_RUNTIME_DIR/tierd.sock. tier: what its leases are of, "dram" or "gpu:N". name: what
+    `tierctl clients` shows. timeout: seconds to wait for any one answer. Raises DaemonNotRunning,
+    DaemonTimeout, VersionMismatch, TooManyClients, TierUnavailable.
+
+    On a GPU tier a client that idles calls `attend` now and then (`load_model` does).
     """
 
     def __init__(
         self,
         socket: str | None = None,
         *,
+        tier: str = DRAM_TIER,
         name: str | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         path = resolve_socket(socket, for_listening=False)
-        self._connection = Connection.connect(path, timeout)
+        self._connection = Connection.connect(path, timeout, check_tier(tier))
         self._counters = Counters()
         self._opening = threading.Lock()
         self._opened: dict[str, OpenedModel] = {}
+        self._arenas: GpuArenas | None = None
         try:
             self._hello(name or _process_name())
         except BaseException:
@@ -63,10 +77,16 @@ class Client:
         """Path of the daemon's socket."""
         return self._connection.path
 
+    @property
+    def tier(self) -> str:
+        """What its leases are of."""
+        return self._connection.tier
+
     def open(self, model: str) -> OpenedModel:
         """The model called `model`; the same object again when it is open already.
 
-        Raises ModelNotFound, AccessDenied, PackInvalid, DaemonGone.
+        Raises ModelNotFound, AccessDenied, PackInvalid, DaemonGone; UnsupportedDevice and
+        DeviceFailed for a GPU that this process does not see or cannot map.
         """
         self._connection.check()
         try:
@@ -76,6 +96,7 @@ class Client:
         with self._opening:
             opened = self._opened.get(model)
             if opened is None or opened.closed:
+                arenas = self._gpu_arenas()
                 reply = self._connection.call("open", model=model)
                 opened = OpenedModel(
                     model,
@@ -84,6 +105,7 @@ class Client:
                     self.epoch,
                     reply,
                     may_keep=GPU_CAPABILITY in self.capabilities,
+                    arenas=arenas,
                 )
                 self._opened[model] = opened
             return opened
@@ -100,6 +122,18 @@ class Client:
         """The reply fields of a diagnostic request (status, models, layers, clients, config)."""
         return self._connection.call(op, **fields).fields
 
+    def attend(self, scratch_bytes: int = 0) -> None:
+        """Let go of GPU memory that the daemon takes back; does nothing on DRAM. Acquiring does it
+        too: call this every 50 ms or so where nothing is acquired.
+
+        scratch_bytes: GPU memory that this client uses for itself, for `tierctl status`.
+        """
+        self._connection.check()
+        if self._arenas is not None:
+            self._connection.departures.send()
+            for opened in list(self._opened.values())[:1]:  # all have the table of the tier
+                self._arenas.attend(opened.table.attention, scratch_bytes)
+
     def statistics(self) -> ClientStatistics:
         """Totals since the client was made: leases, bytes, time waited."""
         return self._counters.snapshot()
@@ -110,6 +144,8 @@ class Client:
         Ends every lease, and raises what their release would: ViewStillAlive, LeaseLost.
         """
         problems = [lease.end() for lease in self._connection.live_leases()]
+        while self._connection.alive and self._connection.departures.wait():
+            pass  # the daemon would take the memory while the GPU still reads it
         self._connection.close()
         for problem in problems:
             if problem is not None:
@@ -131,12 +167,21 @@ class Client:
                 raise
             error.add_note(f"{type(problem).__name__}: {problem}")
 
+    def _gpu_arenas(self) -> GpuArenas | None:
+        if self.gpu is not None and self._arenas is None:
+            from tierd_client.gpu.arenas import GpuArenas
+
+            self._arenas = GpuArenas(self._connection, place(self.gpu, self.tier, None))
+        return self._arenas
+
     def _hello(self, name: str) -> None:
-        held = leases_of_the_dead(self._connection.path)
-        self._connection.orphans.update(held)
-        fields = self._connection.call(
-            "hello", version=PROTOCOL_VERSION, client=name, capabilities=[], held=held
-        ).fields
+        asked: dict[str, Any] = {"version": PROTOCOL_VERSION, "client": name, "capabilities": []}
+        if self.tier == DRAM_TIER:
+            asked["held"] = leases_of_the_dead(self._connection.path)
+            self._connection.orphans.update(asked["held"])
+        else:
+            asked |= {"held": [], "tier": self.tier}
+        fields = self._connection.call("hello", **asked).fields
         if fields.get("version") != PROTOCOL_VERSION:
             raise VersionMismatch(
                 f"tierd at {self.socket} speaks protocol version {fields.get('version')!r}, this "
@@ -152,6 +197,14 @@ class Client:
         self.daemon_pid: int | None = fields.get("pid")
         self.daemon_version: str | None = fields.get("daemon_version")
         self.capabilities: tuple[str, ...] = tuple(fields.get("capabilities", ()))
+        if fields.get("tier", DRAM_TIER) != self.tier:  # an older daemon
+            raise TierUnavailable(
+                f"tierd {self.daemon_version} at {self.socket} knows no tier {self.tier!r}: it "
+                "serves DRAM only",
+                ErrorCode.TIER_UNAVAILABLE,
+            )
+        #: What is behind a GPU tier; None for DRAM.
+        self.gpu = None if self.tier == DRAM_TIER else GpuDevice.parse(fields.get("device"))
 
 
 def _process_name() -> str:

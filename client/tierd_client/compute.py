@@ -14,12 +14,15 @@ import torch
 from torch.nn import functional
 
 from tierd_client.blocks import blocked_product
-from tierd_client.errors import UnsupportedOperation
-from tierd_client.scratch import Scratch
+from tierd_client.errors import UnsupportedDevice, UnsupportedOperation
+from tierd_client.expansions import Expansions
+from tierd_client.scratch import HOST, Scratch
+from tierd_client.streams import CudaStreams
 
 if TYPE_CHECKING:
     from tierd_client.leasing import LayerLeases
     from tierd_client.names import Stored
+    from tierd_client.streams import Streams
     from tierd_client.tensors import PackedTensor
 
 __all__ = ["FUSED_ROWS", "Arithmetic", "ArithmeticCounters", "Compute", "blocked_product"]
@@ -35,17 +38,36 @@ class Compute(StrEnum):
     DENSE: always the whole matrix expanded, then exactly one `F.linear`: the bits of the in-memory
     model. The weights of a lossy codec (int8, int4) are rounded to the model's dtype first.
     FUSED: up to FUSED_ROWS rows straight from the packed form, in float32, rounded once, a lossy
-    codec's weights unrounded; more rows as DENSE, but a block of the matrix at a time.
+    codec's weights unrounded; more rows as DENSE, but a block of the matrix at a time. Not on GPUs.
     """
 
     DENSE = "dense"
     FUSED = "fused"
 
+    @classmethod
+    def chosen(cls, name: str | None, device: torch.device) -> Compute:
+        """What a user's choice for `device` means; None is FUSED on the CPU, DENSE on a GPU.
+
+        Raises ValueError for an unknown name, UnsupportedDevice for one that the device has not.
+        """
+        host = device.type == HOST.type
+        if name is None:
+            return cls.FUSED if host else cls.DENSE
+        if name not in list(cls):
+            raise ValueError(f"compute {name!r} is unknown: {', '.join(cls)}")
+        if name == cls.FUSED and not host:
+            raise UnsupportedDevice(
+                f'compute "fused" on {device} is refused: there are no fused kernels for GPUs yet; '
+                'use compute="dense"'
+            )
+        return cls(name)
+
 
 @dataclass(slots=True)
 class ArithmeticCounters:
     """Calls and time of the three ways to use a packed weight: expanded whole (the product that
-    follows is excluded), fused, and blocked (the products are included)."""
+    follows is excluded), fused, and blocked (the products are included). On a GPU the time is the
+    GPU's own, of those expansions that it is through with."""
 
     expansions: int = 0
     expand_ns: int = 0
@@ -58,12 +80,24 @@ class ArithmeticCounters:
 class Arithmetic:
     """Computes `x @ W.T + b` for the packed and dense-stored weights of one model. Thread-safe.
 
-    Each thread that expands has one scratch buffer for as long as it lives: of the largest packed
-    matrix with DENSE, of a block with FUSED.
+    On the CPU each thread that expands has one scratch buffer for as long as it lives: of the
+    largest packed matrix with DENSE, of a block with FUSED. On a GPU all threads together have two
+    at most. device: where inputs and leased layers are. streams: of a GPU, if not the device's own.
+    Raises UnsupportedDevice.
     """
 
-    def __init__(self, leases: LayerLeases, compute: Compute) -> None:
-        self.compute = compute
+    def __init__(
+        self,
+        leases: LayerLeases,
+        compute: Compute,
+        device: torch.device = HOST,
+        streams: Streams | None = None,
+    ) -> None:
+        self.compute = Compute.chosen(compute, device)
+        self.device = device
+        if streams is None and device.type != HOST.type:
+            streams = CudaStreams(device)
+        self._expansions = None if streams is None else Expansions(device, streams)
         self._leases = leases
         self._local = threading.local()
         self._scratches: weakref.WeakSet[Scratch] = weakref.WeakSet()
@@ -95,6 +129,9 @@ class Arithmetic:
     ) -> torch.Tensor:
         if not weight.packed:
             return _product(x, weight, None, bias)
+        if self._expansions is not None:
+            with self._expansions.expanded(weight) as matrix:
+                return _product(x, weight, matrix, bias)
         begin = perf_counter_ns()
         if self.compute is Compute.FUSED:
             few = math.prod(x.shape[:-1]) <= FUSED_ROWS
@@ -123,11 +160,16 @@ class Arithmetic:
     def counters(self) -> ArithmeticCounters:
         """A copy of the sums."""
         with self._lock:
-            return replace(self._counters)
+            found = replace(self._counters)
+        if self._expansions is not None:
+            found.expansions, found.expand_ns = self._expansions.totals()
+        return found
 
     @property
     def scratch_bytes(self) -> int:
-        """Private memory of all threads' scratch buffers."""
+        """Private memory of all threads' scratch buffers; on a GPU with room for temporaries."""
+        if self._expansions is not None:
+            return self._expansions.nbytes
         return sum(scratch.nbytes for scratch in list(self._scratches))
 
 

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from tierd_client import fork
+from tierd_client.departures import Departures
 from tierd_client.errors import (
     ClientClosed,
     DaemonGone,
@@ -27,7 +28,7 @@ from tierd_client.errors import (
 )
 from tierd_client.inbox import Inbox, Piece, close_all
 from tierd_client.protocol import NO_REPLY, ClientProtocol, Reply
-from tierd_layouts.wire import MAX_REQUEST_BYTES, encode
+from tierd_layouts.wire import DRAM_TIER, MAX_REQUEST_BYTES, encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,9 +42,14 @@ _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 class Connection:
-    """One Unix socket to one daemon life. Owns the socket; thread-safe; dead after EOF."""
+    """One Unix socket to one daemon life. Owns the socket; thread-safe; dead after EOF.
 
-    def __init__(self, sock: socket.socket, path: str, timeout: float) -> None:
+    tier: what its grants are of; what a daemon that ends leaves leased is of DRAM only.
+    """
+
+    def __init__(
+        self, sock: socket.socket, path: str, timeout: float, tier: str = DRAM_TIER
+    ) -> None:
         slice_s = min(timeout, SLICE_S)
         interval = struct.pack("ll", int(slice_s), int(slice_s % 1 * 1e6) or 1)
         # Kernel timeouts, not settimeout(): that would poll before every receive.
@@ -53,10 +59,13 @@ class Connection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         self.path = path
         self.timeout = timeout
+        self.tier = tier
         #: Leases granted and not given back: id -> the Lease, None before it is made.
         self.held: dict[int, weakref.ref[Lease] | None] = {}
         #: Leases of an earlier daemon, which this one was told of, that this process still reads.
         self.orphans: set[int] = set()
+        #: Leases that go back when a GPU is through with them.
+        self.departures = Departures(self.release)
         self._life = fork.current()
         self._socket = sock
         self._protocol = ClientProtocol()
@@ -78,7 +87,7 @@ class Connection:
         _connections.add(self)
 
     @classmethod
-    def connect(cls, path: str, timeout: float) -> Connection:
+    def connect(cls, path: str, timeout: float, tier: str = DRAM_TIER) -> Connection:
         """Connect to the socket at `path`. Raises DaemonNotRunning, DaemonTimeout."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -93,7 +102,7 @@ class Connection:
                 f"no tierd answers at {path} ({error.strerror}): start it, or name its socket "
                 "with socket= or TIERD_SOCKET"
             ) from error
-        return cls(sock, path, timeout)
+        return cls(sock, path, timeout, tier)
 
     @property
     def alive(self) -> bool:
@@ -229,7 +238,8 @@ class Connection:
                 self.orphans.discard(lease)
                 leases.append(lease)
         if self._shut:
-            _release_orphans(self.path, leases)
+            if self.tier == DRAM_TIER:
+                _release_orphans(self.path, leases)
         elif leases:
             frame = encode({"id": NO_REPLY, "op": "release", "leases": leases}, MAX_REQUEST_BYTES)
             try:
@@ -366,7 +376,7 @@ def leases_of_the_dead(path: str) -> list[int]:
     return [
         lease
         for connection in list(_connections)
-        if connection.path == path and connection.lost
+        if connection.path == path and connection.lost and connection.tier == DRAM_TIER
         for lease in connection.held
     ]
 
@@ -374,7 +384,7 @@ def leases_of_the_dead(path: str) -> list[int]:
 def _release_orphans(path: str, leases: list[int]) -> None:
     """Tell a successor of a dead daemon that this process stopped reading an old slot."""
     for successor in list(_connections):
-        if successor.path == path and successor.alive:
+        if successor.path == path and successor.alive and successor.tier == DRAM_TIER:
             # One that started with an empty table counts from 1 again: its leases are its own.
             successor.release(
                 lease

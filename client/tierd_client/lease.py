@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from tierd_client.connection import Connection
-    from tierd_client.mapping import Mapping
+    from tierd_client.memory import ArenaMemory, Fence
     from tierd_client.opened import OpenedModel
     from tierd_layouts.index import Layer
 
@@ -33,7 +32,7 @@ class Lease:
         self,
         opened: OpenedModel,
         layer: Layer,
-        mapping: Mapping,
+        mapping: ArenaMemory,
         *,
         lease: int,
         slot: int,
@@ -49,6 +48,7 @@ class Lease:
         self.offset = offset  # of the layer's bytes in the arena
         self._ended = False
         self._views: list[tuple[str, weakref.ref[Any]]] = []
+        self._fences: list[Fence] = []  # behind the uses that ended
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else f"slot {self.slot}, generation {self.generation}"
@@ -89,8 +89,14 @@ class Lease:
     # ----------------------------------------------------------------------------------------- end
 
     def leave(self) -> bool:
-        """Whether the lease may be kept for a later use: what was read is valid, no view is alive.
-        Else `release` says what is wrong. A view in a reference cycle counts as alive here."""
+        """Note that a thread's use ends here: on a GPU, with what it was given to do until now.
+
+        Returns whether the lease may be kept for a later use: what was read is valid, no view is
+        alive. Else `release` says what is wrong. A view in a reference cycle counts as alive here.
+        """
+        fence = self.mapping.fence()
+        if fence is not None:
+            self._fences = [*(other for other in self._fences if not other.passed()), fence]
         self._views = [view for view in self._views if view[1]() is not None]
         return not self._views and self.opened.table.generation(self.slot) == self.generation
 
@@ -162,10 +168,13 @@ class Lease:
         return None
 
     def _give_back(self, alive: list[tuple[str, Any]]) -> None:
+        fences, fence = self._fences, None if self._fences else self.mapping.fence()
+        if fence is not None:  # the use was not ended by `leave`: it ends here
+            fences = [fence]
         if alive:
-            _ReleaseLater(self.opened.connection, self.lease, [held for _, held in alive])
+            _ReleaseLater(self, fences, [exporter for _, exporter in alive])
         else:
-            self.opened.connection.release([self.lease])
+            self.opened.connection.departures.add(self.lease, fences)
 
     def _alive(self) -> list[tuple[str, Any]]:
         found = [(name, reference()) for name, reference in self._views]
@@ -191,17 +200,22 @@ class _Tensors(MappingABC[str, PackedTensor]):
 class _ReleaseLater:
     """Gives a lease back when the last of its views dies. Held by the views' finalizers."""
 
-    def __init__(self, connection: Connection, lease: int, exporters: list[Any]) -> None:
-        self._connection = connection
-        self._lease = lease
+    def __init__(self, lease: Lease, fences: list[Fence], exporters: list[Any]) -> None:
+        self._connection = lease.opened.connection
+        self._lease = lease.lease
+        self._mapping = lease.mapping
+        self._fences = fences
         self._left = len(exporters)
         self._gone = itertools.count(1)  # next() is atomic: views die in any thread
         for exporter in exporters:
             weakref.finalize(exporter, self._one_is_gone).atexit = False
 
     def _one_is_gone(self) -> None:
+        fence = self._mapping.fence()  # the view was used until now
+        if fence is not None:
+            self._fences.append(fence)
         if next(self._gone) == self._left:
-            self._connection.release([self._lease])
+            self._connection.departures.add(self._lease, self._fences)
 
 
 class PendingLease:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import operator
-import os
-import threading
 import weakref
 from collections.abc import Mapping as MappingABC
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 from tierd_client import fork
-from tierd_client.errors import LayerNotFound, LeaseLost, PackInvalid, ProtocolBroken
+from tierd_client.control_files import ControlFiles
+from tierd_client.errors import (
+    LayerNotFound,
+    LeaseLimit,
+    LeaseLost,
+    PackInvalid,
+    ProtocolBroken,
+)
+from tierd_client.inbox import close_all
 from tierd_client.lease import Lease, PendingLease
 from tierd_client.mapping import mappings
 from tierd_layouts.errors import FormatError
 from tierd_layouts.index import INDEX_FILE, PackIndex
 from tierd_layouts.layer_reader import packed_matrix
-from tierd_layouts.wire import MAX_HINT_STEPS
+from tierd_layouts.wire import DRAM_TIER, MAX_HINT_STEPS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from tierd_client.connection import Connection
+    from tierd_client.gpu.arenas import GpuArenas
+    from tierd_client.memory import ArenaMemory
     from tierd_client.protocol import Reply
     from tierd_client.statistics import Counters
     from tierd_layouts.index import Layer, Tensor
@@ -30,7 +38,10 @@ if TYPE_CHECKING:
 
 
 class OpenedModel:
-    """Made by `Client.open`. Thread-safe. `index` is the pack's; `files` its control files."""
+    """Made by `Client.open`. Thread-safe. `index` is the pack's; `files` its control files.
+
+    may_keep: the daemon says in its slot table whether memory is short.
+    """
 
     def __init__(
         self,
@@ -40,28 +51,48 @@ class OpenedModel:
         epoch: int,
         reply: Reply,
         *,
-        may_keep: bool,
+        may_keep: bool = False,
+        arenas: GpuArenas | None = None,
     ) -> None:
         self._life = fork.current()
         self._may_keep = may_keep
+        #: Those of the connection's tier; None for DRAM.
+        self.arenas = arenas
         self.name = name
         self.connection = connection
         self._counters = counters
         #: True after `close`: `Client.open` then makes a new one.
         self.closed = False
-        fields = reply.fields
-        files, (arena_fd, table_fd) = reply.fds[:-2], reply.fds[-2:]
-        self.files: MappingABC[str, bytes] = ControlFiles(fields["files"], files)
+        in_dram = arenas is None
+        fields, shared = reply.fields, reply.fds[-2:] if in_dram else reply.fds[-1:]
+        self.files: MappingABC[str, bytes] = ControlFiles(
+            fields["files"], reply.fds[: -len(shared)]
+        )
         try:
             self.model_id: int = _integer(fields, "model_id")
             arena, table = fields.get("arena"), fields.get("table")
             if not isinstance(arena, dict) or not isinstance(table, dict):
                 raise ProtocolBroken("open reply without arena and table")
-            self.arena = _integer(arena, "arena")
-            self.mapping = mappings.arena(
-                epoch, self.arena, arena_fd, _integer(arena, "span_bytes")
+            self.table = mappings.table(
+                epoch, connection.tier, shared[-1], _integer(table, "bytes")
             )
-            self.table = mappings.table(epoch, table_fd, _integer(table, "bytes"))
+            self.arena, span_bytes = _integer(arena, "arena"), _integer(arena, "span_bytes")
+            kind = arena.get("kind", DRAM_TIER)
+            if (kind == DRAM_TIER) is not in_dram:
+                raise ProtocolBroken(
+                    f"open reply with an arena of kind {kind!r} of {connection.tier}"
+                )
+            self.mapping: ArenaMemory
+            #: Has a leased range of the arena readable.
+            self._populate: Callable[[int, int], None]
+            if arenas is None:
+                mapping = mappings.arena(epoch, self.arena, shared[0], span_bytes)
+                self.mapping, self._populate = mapping, mapping.populate
+            else:
+                arenas.begin(self.table.attention)
+                chunk_bytes = _integer(arena, "chunk_bytes")
+                chunks = arenas.arena(self.arena, kind, span_bytes, chunk_bytes)
+                self.mapping, self._populate = chunks.memory, chunks.populate
             if INDEX_FILE not in self.files:
                 raise ProtocolBroken(f"open reply for model {name!r} without {INDEX_FILE}")
             try:
@@ -72,8 +103,7 @@ class OpenedModel:
             connection.fail(error)
             raise
         finally:
-            os.close(arena_fd)
-            os.close(table_fd)
+            close_all(shared)
         #: By tensor: where its layer lay when it was last used, and its arrays there.
         self._matrices: dict[str, tuple[int, PackedMatrix]] = {}
         self._numbers = {layer.name: number for number, layer in enumerate(self.index.layers)}
@@ -189,6 +219,15 @@ class OpenedModel:
         Raises LayerNotFound, LeaseLimit, BudgetTooSmall, ChecksumMismatch, ReadFailed,
         ModelRemoved, LeaseLost, DaemonGone, DaemonTimeout.
         """
+        while True:
+            try:
+                return self._acquire(layer)
+            except LeaseLimit:
+                # Room is made by what a GPU still works with.
+                if not self.connection.departures.wait():
+                    raise
+
+    def _acquire(self, layer: int) -> Lease:
         request = self._submit(layer, ahead=False)
         begin = perf_counter_ns()
         try:
@@ -220,6 +259,10 @@ class OpenedModel:
                 f"it has 0 to {len(self.index.layers) - 1}",
                 "not_found",
             )
+        if self.arenas is not None:
+            self.connection.departures.send()
+            if not self.arenas.attended:
+                self.arenas.attend(self.table.attention)
         fields = {"model_id": self.model_id, "layer": operator.index(layer), "ahead": ahead}
         return self.connection.submit("acquire", fields)
 
@@ -290,7 +333,11 @@ class OpenedModel:
         except ProtocolBroken as error:
             self.connection.fail(error)
             raise
-        self.mapping.populate(offset, nbytes)
+        try:
+            self._populate(offset, nbytes)
+        except BaseException:
+            self.connection.release([number])
+            raise
         self._counters.granted(nbytes)
         lease = Lease(
             self,
@@ -304,38 +351,6 @@ class OpenedModel:
         self.connection.held[number] = weakref.ref(lease)
         self.connection.check()  # closed meanwhile: the grant may be given back already
         return lease
-
-
-class ControlFiles(MappingABC[str, bytes]):
-    """The model's control files by name, read from their descriptors when asked for."""
-
-    def __init__(self, names: Sequence[str], fds: Sequence[int]) -> None:
-        self._fds = dict(zip(names, fds, strict=True))
-        self._texts: dict[str, bytes] = {}
-        self._lock = threading.Lock()
-        fork.in_child(self, ControlFiles._close)
-
-    def __getitem__(self, name: str) -> bytes:
-        with self._lock:
-            if name not in self._texts:
-                fd = self._fds[name]
-                size = os.fstat(fd).st_size
-                self._texts[name] = os.pread(fd, size, 0)
-                os.close(self._fds.pop(name))
-            return self._texts[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self._texts, *self._fds])
-
-    def __len__(self) -> int:
-        return len(self._texts) + len(self._fds)
-
-    def _close(self) -> None:
-        while self._fds:
-            os.close(self._fds.popitem()[1])
-
-    def __del__(self) -> None:
-        self._close()
 
 
 def _integer(fields: dict[str, Any], name: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from tierd_client.errors import ProtocolBroken, Refused, refusal
 from tierd_layouts.errors import FormatError
 from tierd_layouts.wire import (
+    DRAM_TIER,
     MAX_FDS,
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,
@@ -42,13 +43,21 @@ class Reply:
         return refusal(self.op, error["code"], error["text"])
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A request without an answer; chunks: how many it asks for."""
+
+    op: str
+    chunks: int
+
+
 class ClientProtocol:
     """Matches replies to requests by id. Not thread-safe; raises ProtocolBroken on bad input."""
 
     def __init__(self) -> None:
         self._decoder = FrameDecoder(MAX_REPLY_BYTES)
         self._next_id = 1
-        self._waiting: dict[int, str] = {}
+        self._waiting: dict[int, _Waiting] = {}
         self._abandoned: set[int] = set()
         #: Received and not yet claimed by the frame that they came with.
         self._fds: deque[int] = deque()
@@ -66,7 +75,8 @@ class ClientProtocol:
         except FormatError as error:
             raise Refused(f"request {op!r}: {error}", ErrorCode.BAD_REQUEST) from error
         self._next_id += 1
-        self._waiting[request] = op
+        chunks = fields["chunks"] if op == "chunks" else ()
+        self._waiting[request] = _Waiting(op, len(chunks))
         return request, frame
 
     def abandon(self, request: int) -> None:
@@ -109,12 +119,12 @@ class ClientProtocol:
             self._check_error(body)
             if request == NO_REPLY:  # the daemon gives up on the whole connection
                 raise ProtocolBroken(f"the daemon ended the connection: {body['error']['text']}")
-        op = self._waiting.pop(request, None)
-        if op is None:
+        waiting = self._waiting.pop(request, None)
+        if waiting is None:
             raise ProtocolBroken(f"reply to request {request}, which is not outstanding")
         abandoned = request in self._abandoned
         self._abandoned.discard(request)
-        return Reply(request, op, body, self._claim(op, body), abandoned)
+        return Reply(request, waiting.op, body, self._claim(waiting, body), abandoned)
 
     def _check_error(self, body: dict[str, Any]) -> None:
         error = body.get("error")
@@ -123,14 +133,20 @@ class ClientProtocol:
         ):
             raise ProtocolBroken(f"error reply to request {body['id']} without code and text")
 
-    def _claim(self, op: str, body: dict[str, Any]) -> tuple[int, ...]:
-        """Take the descriptors of this frame: an open brings its files, an arena and a table."""
-        if op != "open" or not body["ok"]:
-            return ()
-        files = body.get("files")
-        if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
-            raise ProtocolBroken("open reply without a list of file names")
-        count = len(files) + 2
+    def _claim(self, waiting: _Waiting, body: dict[str, Any]) -> tuple[int, ...]:
+        """Take the descriptors of this frame: an open brings its files, in DRAM an arena, and a
+        table; chunks come one descriptor each, unless one handle stands for all."""
+        count = 0
+        if waiting.op == "open" and body["ok"]:
+            files, arena = body.get("files"), body.get("arena")
+            if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+                raise ProtocolBroken("open reply without a list of file names")
+            in_dram = not isinstance(arena, dict) or arena.get("kind", DRAM_TIER) == DRAM_TIER
+            count = len(files) + 1 + in_dram
+        elif waiting.op == "chunks" and body["ok"] and "handle" not in body:
+            count = waiting.chunks
         if len(self._fds) < count:
-            raise ProtocolBroken(f"open reply with {len(self._fds)} descriptors, it needs {count}")
+            raise ProtocolBroken(
+                f"{waiting.op} reply with {len(self._fds)} descriptors, it needs {count}"
+            )
         return tuple(self._fds.popleft() for _ in range(count))

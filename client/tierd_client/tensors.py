@@ -1,11 +1,15 @@
-"""One stored tensor of a leased layer: expanded, multiplied, or looked at in place."""
+"""One stored tensor of a leased layer: expanded, multiplied, or looked at in place.
+
+On the host the kernels of `tierd_kernels` do it, on a GPU (`_by_torch`) operations of torch.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tierd_client.errors import BadTensorArgument, PackedView, TensorCorrupt
+from tierd_client.errors import BadTensorArgument, PackedView, TensorCorrupt, UnsupportedDevice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
 
     from tierd_client.lease import Lease
     from tierd_client.scratch import Scratch
+    from tierd_kernels.torch_matrix import TorchMatrix
     from tierd_layouts.index import Tensor
     from tierd_layouts.packed_matrix import PackedMatrix
 
@@ -35,6 +40,9 @@ TORCH_NAMES = {
     "F64": "float64",
 }
 
+
+#: Types of devices whose memory the kernels of `tierd_kernels` read and write.
+KERNEL_DEVICES = {"cpu"}
 
 _dtypes: dict[str, torch.dtype] = {}
 
@@ -70,6 +78,17 @@ class PackedTensor:
         return f"<PackedTensor {self.name} {list(self.shape)} {self.dtype} {self.codec}>"
 
     @property
+    def device(self) -> torch.device:
+        """Where the tensor is, and what is computed with it."""
+        return self._lease.mapping.device
+
+    @property
+    def where(self) -> str:
+        """Model, layer and name, for errors."""
+        lease = self._lease
+        return f"{lease.opened.name}/{lease.layer.name}, {self.name!r}"
+
+    @property
     def packed(self) -> bool:
         """True when the tensor is stored compressed and has no dense bytes to view."""
         return "data" not in self._record.arrays
@@ -79,19 +98,22 @@ class PackedTensor:
     def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The whole tensor as private memory: a new tensor, or `out` filled and returned.
 
-        out: same shape and dtype, contiguous, on the CPU; else BadTensorArgument. Its old content
-        is lost also when TensorCorrupt is raised.
+        out: same shape and dtype, contiguous, on the same device; else BadTensorArgument. Its old
+        content is lost also when TensorCorrupt is raised. On a GPU a packed tensor is waited for.
         """
         import torch
 
         self._lease.check()
         if out is None:
-            out = torch.empty(self.shape, dtype=self.dtype)
+            out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         else:
             self._check_out(out)
         if not self.packed:
             if out.numel():
                 out.detach().copy_(self.unchecked_view())
+            return out
+        if self._by_torch:
+            self.expand_into(out)
             return out
         import tierd_kernels
 
@@ -101,11 +123,47 @@ class PackedTensor:
             raise self._corrupt(error) from error
         return out
 
+    def expand_into(
+        self,
+        out: torch.Tensor,
+        *,
+        faults: torch.Tensor | None = None,
+        limits: tuple[int, int] | None = None,
+        room_bytes: int | None = None,
+    ) -> None:
+        """Expand a packed tensor by torch operations into `out`, of its shape, dtype and device.
+
+        faults, room_bytes: see `tierd_kernels.torch_expand.expand`; with faults nothing is waited
+        for. limits: what `limits` returned. Raises TensorCorrupt.
+        """
+        import tierd_kernels
+        from tierd_kernels import torch_expand
+
+        self._lease.check()
+        room_bytes = torch_expand.ROOM_BYTES if room_bytes is None else room_bytes
+        try:
+            matrix = self._torch_matrix(limits)
+            torch_expand.expand(matrix, out, faults=faults, room_bytes=room_bytes)
+        except tierd_kernels.KernelError as error:
+            raise self._corrupt(error) from error
+
+    def limits(self) -> tuple[int, int]:
+        """The most planes and escapes that a tile of a packed tensor has. Waits for the device."""
+        import tierd_kernels
+        from tierd_kernels import torch_matrix
+
+        self._lease.check()
+        try:
+            found = torch_matrix.measured(self._torch_matrix(None))
+        except tierd_kernels.KernelError as error:
+            raise self._corrupt(error) from error
+        return found.most_planes, found.most_escapes
+
     def view(self) -> torch.Tensor:
         """The bytes in the arena as a tensor, without a copy; dense-stored tensors only.
 
         It must be gone when the lease ends (ViewStillAlive), and so must everything that shares its
-        storage. The pages are read-only: writing to it in place kills the process.
+        storage. Never write to it. On the host the pages are read-only: that kills the process.
         """
         import torch
 
@@ -117,10 +175,11 @@ class PackedTensor:
             )
         data = self._record.arrays["data"]
         if data.nbytes == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
-        exporter = self._lease.mapping.exporter(self._lease.offset + data.offset, data.nbytes)
-        self._lease.track(self.name, exporter)
-        return torch.frombuffer(exporter, dtype=self.dtype).view(self.shape)
+            return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        offset = self._lease.offset + data.offset
+        view, held = self._lease.mapping.tracked(self.dtype, self.shape, offset, data.nbytes)
+        self._lease.track(self.name, held)
+        return view
 
     def unchecked_view(self) -> torch.Tensor:
         """As `view`, untracked and in one torch call, for code inside this package that drops it
@@ -138,27 +197,30 @@ class PackedTensor:
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x @ weight.T + bias`, rounded once to x.dtype.
 
-        x: [..., in_features] of the tensor's dtype, on the CPU. bias: [out_features], any float
-        dtype; for a compressed tensor it is added in float32 before the rounding. Returns
-        [..., out_features]. A dense-stored tensor is one torch.nn.functional.linear on the view.
+        x: [..., in_features] of the tensor's dtype, on its device. bias: [out_features], any float
+        dtype; for a compressed tensor on the host it is added in float32 before the rounding.
+        Returns [..., out_features]. A dense-stored tensor is one torch.nn.functional.linear on the
+        view; on a GPU a compressed one is that too, expanded into new memory for the call.
         """
-        if self.packed:
+        if self.packed and not self._by_torch:
             return self._fused(x, bias).to(x.dtype)
         import torch
 
         self._check_x(x)
-        return torch.nn.functional.linear(x, self.unchecked_view(), bias)
+        weight = self.dense() if self.packed else self.unchecked_view()
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     def linear_f32(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """As `linear`, the float32 result before the rounding. A dense-stored weight is converted
-        to float32 whole, in private memory, for the call."""
-        if self.packed:
+        """As `linear`, the float32 result before the rounding. A dense-stored weight, and any on a
+        GPU, is converted to float32 whole, in private memory, for the call."""
+        if self.packed and not self._by_torch:
             return self._fused(x, bias)
         import torch
 
         self._check_x(x)
+        weight = self.dense() if self.packed else self.unchecked_view()
         return torch.nn.functional.linear(
-            x.float(), self.unchecked_view().float(), None if bias is None else bias.float()
+            x.float(), weight.float(), None if bias is None else bias.float()
         )
 
     def _fused(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -186,11 +248,17 @@ class PackedTensor:
 
     def blocked(self, x: torch.Tensor, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
         """As `linear`, for many tokens and a compressed tensor only: torch multiplies with blocks
-        of rows that are expanded into `scratch`, and bias must be of the tensor's dtype."""
+        of rows that are expanded into `scratch`, and bias must be of the tensor's dtype. Not on a
+        GPU (UnsupportedDevice)."""
         import tierd_kernels
         from tierd_client.blocks import blocked_product
 
         self._check_x(x)
+        if self._by_torch:
+            raise UnsupportedDevice(
+                f"a blocked product of tensor {self.name!r} on {self.device} is refused: blocks "
+                "are for the caches of a processor; use linear()"
+            )
         rows, cols = self.shape
         tokens = x.numel() // cols if cols else math.prod(x.shape[:-1])
         try:
@@ -206,6 +274,24 @@ class PackedTensor:
         return out.view(*x.shape[:-1], rows)
 
     # --------------------------------------------------------------------------------------- checks
+
+    @property
+    def _by_torch(self) -> bool:
+        """Whether the tensor is where only torch computes."""
+        return self.device.type not in KERNEL_DEVICES
+
+    def _torch_matrix(self, limits: tuple[int, int] | None) -> TorchMatrix:
+        """Its arrays are in the arena. Raises KernelError."""
+        import torch
+
+        from tierd_kernels import torch_matrix
+
+        lease, nbytes = self._lease, self._lease.layer.nbytes
+        layer = lease.mapping.tensor(torch.uint8, (nbytes,), (1,), lease.offset)
+        matrix = torch_matrix.from_layer(layer, self._record)
+        if limits is None:
+            return matrix
+        return replace(matrix, most_planes=limits[0], most_escapes=limits[1])
 
     def _threads(self) -> int:
         from tierd_client.cores import kernel_threads
@@ -229,8 +315,8 @@ class PackedTensor:
             )
         if x.dtype != self.dtype:
             raise BadTensorArgument(f"x is {x.dtype}, tensor {self.name!r} is {self.dtype}")
-        if x.device.type != "cpu":
-            raise BadTensorArgument(f"x is on {x.device}, tensor {self.name!r} is in host memory")
+        if x.device != self.device:
+            raise BadTensorArgument(f"x is on {x.device}, tensor {self.name!r} is on {self.device}")
         if x.dim() == 0 or x.shape[-1] != self.shape[1]:
             raise BadTensorArgument(
                 f"x has shape {list(x.shape)}, tensor {self.name!r} takes [..., {self.shape[1]}]"
@@ -248,16 +334,17 @@ class PackedTensor:
             raise BadTensorArgument(
                 f"out has shape {list(out.shape)}, tensor {self.name!r} has {list(self.shape)}"
             )
-        if out.device.type != "cpu":
-            raise BadTensorArgument(f"out is on {out.device}, dense() fills host memory")
+        if out.device != self.device:
+            raise BadTensorArgument(
+                f"out is on {out.device}, tensor {self.name!r} is on {self.device}"
+            )
         if not out.is_contiguous():
             raise BadTensorArgument(
                 f"out has strides {list(out.stride())}, dense() fills contiguous memory only"
             )
 
     def _corrupt(self, error: Exception) -> TensorCorrupt:
-        lease = self._lease
-        return TensorCorrupt(f"{lease.opened.name}/{lease.layer.name}, {self.name!r}: {error}")
+        return TensorCorrupt(f"{self.where}: {error}")
 
 
 def bits_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MODEL = "tiny"
-SLOT_BYTES = 2 << 20
+SLOT_BYTES = CHUNK_BYTES = 2 << 20
 F_ADD_SEALS, F_SEAL_SHRINK = 1033, 2
 _epochs = itertools.count(4711)
 FILES = ("config.json", "tierd.json")
@@ -135,7 +135,8 @@ def build_pack(folder: Path) -> TinyPack:
 class FakeDaemon:
     """Speaks the protocol over a real socket and shares real memory; never evicts.
 
-    Layer i lies in slot i. Everything else is as the attributes say.
+    Layer i lies in slot i, at `offsets[i]`. Everything else is as the attributes say. With a
+    `device` it has a tier gpu:0, whose arena comes in chunks of CHUNK_BYTES.
     """
 
     def __init__(self, path: Path, pack: TinyPack) -> None:
@@ -145,6 +146,11 @@ class FakeDaemon:
         self.version = 1
         self.slot_bytes = SLOT_BYTES
         self.capabilities = ["x"]
+        self.device: dict[str, Any] | None = None
+        self.offsets = [number * SLOT_BYTES for number in range(len(pack.index.layers))]
+        self.handle: bytes | None = None  # given in place of chunks
+        self.unmap: list[int] = []  # chunks to ask back
+        self.chunks_given: list[int] = []
         self.requests: list[dict[str, Any]] = []
         self.leases: dict[int, int] = {}  # lease -> layer
         self.later: set[int] = set()  # layers that are not granted ahead
@@ -156,8 +162,7 @@ class FakeDaemon:
         self.span = SLOT_BYTES * len(pack.index.layers)
         self.arena_fd = _memfd("arena", self.span)
         self.table_fd = _memfd("table", table_bytes(16, 64))
-        for number in range(len(pack.index.layers)):
-            os.pwrite(self.arena_fd, pack.layer_bytes(number), number * SLOT_BYTES)
+        self.write_layers()
         self.table = SlotTable.create(
             mmap.mmap(self.table_fd, table_bytes(16, 64)),
             slot_count=16,
@@ -172,6 +177,11 @@ class FakeDaemon:
         self._listener.listen()
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def write_layers(self) -> None:
+        """Fill the arena, at `offsets`."""
+        for number, offset in enumerate(self.offsets):
+            os.pwrite(self.arena_fd, self.pack.layer_bytes(number), offset)
+
     def set_generations(self, base: int) -> None:
         """Slot i gets generation base + i."""
         for number, layer in enumerate(self.pack.index.layers):
@@ -179,11 +189,17 @@ class FakeDaemon:
                 number,
                 generation=base + number,
                 arena=3,
-                offset=number * SLOT_BYTES,
+                offset=self.offsets[number],
                 nbytes=layer.nbytes,
                 state=SlotState.RESIDENT,
                 key=bytes(16),
             )
+
+    def chunk_fd(self, chunk: int) -> int:
+        """A new file with what the arena has in that chunk."""
+        fd = _memfd(f"chunk-{chunk}", CHUNK_BYTES)
+        os.pwrite(fd, os.pread(self.arena_fd, CHUNK_BYTES, chunk * CHUNK_BYTES), 0)
+        return fd
 
     def stop(self) -> None:
         """End like a killed process: every socket closes, what was shared stays mapped."""
@@ -267,13 +283,32 @@ class FakeDaemon:
                 "pid": os.getpid(),
             }
             fields |= {"daemon_version": "fake", "epoch": self.epoch}
+            if self.device is not None:
+                fields |= {"tier": message.get("tier", "dram")}
+                fields |= {"device": self.device} if "tier" in message else {}
         elif op == "open":
             fields = {"model_id": 9, "files": list(FILES)}
             fields |= {"arena": {"arena": 3, "span_bytes": self.span}}
             fields |= {"table": {"bytes": table_bytes(16, 64)}}
             fds = [os.open(self.pack.folder / name, os.O_RDONLY) for name in FILES]
-            for fd in (self.arena_fd, self.table_fd):
+            shared = [self.arena_fd, self.table_fd]
+            if self.device is not None:
+                kind = {"kind": self.device["kind"], "chunk_bytes": CHUNK_BYTES}
+                fields["arena"] |= kind
+                shared = [self.table_fd]
+            for fd in shared:
                 fds.append(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
+        elif op == "chunks":
+            self.chunks_given += message["chunks"]
+            if self.handle is not None:
+                fields = {"handle": self.handle, "nbytes": self.span}
+            else:
+                fds = [self.chunk_fd(chunk) for chunk in message["chunks"]]
+        elif op == "attend":
+            for _, chunks in message["unmapped"]:
+                self.unmap = [chunk for chunk in self.unmap if chunk not in chunks]
+            fields = {"pressed": self.table.pressed}
+            fields |= {"unmap": [[3, self.unmap]] if self.unmap else []}
         elif op == "plan":
             fields = {"minimum_bytes": 12345}
         elif op == "acquire":
@@ -286,7 +321,7 @@ class FakeDaemon:
                 held.append(lease)
                 fields = {"lease": lease, "slot": layer, "waited_ns": 0, "arena": 3}
                 fields |= {"generation": self.table.generation(layer)}
-                fields |= {"offset": layer * SLOT_BYTES}
+                fields |= {"offset": self.offsets[layer]}
                 fields |= {"bytes": self.pack.index.layers[layer].nbytes, **self.grant}
         elif op in ("release", "hint"):
             for lease in message.get("leases", ()):
@@ -313,6 +348,19 @@ def _memfd(name: str, nbytes: int) -> int:
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> TinyPack:
     return build_pack(tmp_path_factory.mktemp("packs") / MODEL)
+
+
+@pytest.fixture
+def gpu_daemon(daemon: FakeDaemon) -> FakeDaemon:
+    """One with a tier gpu:0, a GPU that the host plays. Layer 1 lies in two chunks."""
+    daemon.capabilities = ["gpu"]
+    daemon.device = {"kind": "memfd", "number": 0, "uuid": ""}
+    daemon.table.pressed = True
+    daemon.offsets[1] = 2 * CHUNK_BYTES - 4096
+    daemon.offsets[2] = 2 * CHUNK_BYTES + 4096 * 64
+    daemon.write_layers()
+    daemon.set_generations(1)
+    return daemon
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tierd_client.errors import ProtocolBroken
-from tierd_client.mapping import HUGE_BYTES, Mapping, Mappings, TableMapping
+from tierd_client.host_memory import HUGE_BYTES
+from tierd_client.mapping import Mapping, Mappings, TableMapping
 from tierd_layouts.slot_table import SlotState, SlotTable, table_bytes
 
 if TYPE_CHECKING:
@@ -48,11 +49,6 @@ def test_tensors_lie_where_the_arrays_lie(memfd: int) -> None:
     tensor = mapping.tensor(torch.float32, (2, 3), (3, 1), 512)
     assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert tensor.data_ptr() == np.frombuffer(mapping.buffer(512, 1), np.uint8).ctypes.data
-
-
-def test_the_mapping_starts_where_a_huge_page_can(memfd: int) -> None:
-    mapping = Mapping(memfd, SPAN, "arena 0")
-    assert np.frombuffer(mapping.buffer(0, 1), np.uint8).ctypes.data % HUGE_BYTES == 0
 
 
 @pytest.mark.parametrize("nbytes", [SPAN + 1, 0])

@@ -1,0 +1,1 @@
+"""GPU memory that the daemon shares: mapped chunk by chunk, seen as tensors. Imports no CUDA."""

@@ -1,0 +1,57 @@
+"""What is asked of torch.cuda about the order and the time of work on one GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Event(Protocol):
+    """A mark in a stream."""
+
+    def record(self, stream: Any) -> None:
+        """Set it behind all that the stream was given to do."""
+
+    def query(self) -> bool:
+        """Whether the GPU is through with it. Does not wait."""
+
+    def synchronize(self) -> None:
+        """Wait until it is."""
+
+    def elapsed_time(self, end: Any) -> float:
+        """Milliseconds to a later mark; both have passed."""
+
+
+class Streams(Protocol):
+    """The streams of one GPU. The real one is `CudaStreams`; tests have one without a GPU."""
+
+    def current(self) -> Any:
+        """The stream that this thread gives its work to; it has `wait_event`."""
+
+    def event(self) -> Event:
+        """A new mark that knows its time."""
+
+    def host_cell(self) -> torch.Tensor:
+        """int64 [1] on the host, which the GPU writes to without anybody waiting."""
+
+
+class CudaStreams:
+    """Those of a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def current(self) -> Any:
+        return torch.cuda.current_stream(self._device)
+
+    def event(self) -> Event:
+        make: Callable[..., Event] = torch.cuda.Event
+        return make(enable_timing=True)
+
+    def host_cell(self) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(1, dtype=torch.int64, pin_memory=True)

@@ -60,10 +60,10 @@ class CudaDevice(Generic[Backing]):
             self._check()
             self._stream = CudaStream(self._driver, self._host)
         except DeviceUnavailable:
-            self._give_back(self._driver.close)
+            self.close()
             raise
         except DeviceError as error:
-            self._give_back(self._driver.close)
+            self.close()
             raise DeviceUnavailable(str(error), self._advice) from error
         return info
 
@@ -74,6 +74,9 @@ class CudaDevice(Generic[Backing]):
 
     def _check(self) -> None:
         """Raise DeviceUnavailable or DeviceError unless this device works here: by doing it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
         raise NotImplementedError
 
     def memory(self) -> DeviceMemory:

@@ -80,20 +80,20 @@ class CudaIpcDevice(CudaDevice[None]):
                 f"{format_size(ALIGNMENT_BYTES)}, not {format_size(self.chunk_bytes)}",
                 "choose another --gpu-chunk",
             )
-        address, _ = self._allocate(ALIGNMENT_BYTES)
-        self._call("free", hex(address), address)
+        self._allocate(ALIGNMENT_BYTES)
+        self._free()
 
     def add_arena(self, arena: int, span_bytes: int) -> None:
         self._spans.check_new(arena, span_bytes)
-        if self._allocation is not None:
+        if len(self._spans):
             raise DeviceUnavailable(
                 f"gpu:{self.number}: cuda_ipc has one arena for all of its "
                 f"{format_size(self.backed_bytes)}, so models with other readers cannot be on it",
                 "take --gpu-device cuda_vmm",
             )
-        address, self._handle = self._allocate(span_bytes)
-        self._allocation = (address, span_bytes)
-        self._spans.add(arena, address, span_bytes)
+        self._handle = self._allocate(span_bytes)
+        assert self._allocation is not None
+        self._spans.add(arena, self._allocation[0], span_bytes)
 
     def back(self, arena: int, first: int, count: int) -> None:
         span = self._spans[arena]
@@ -111,26 +111,36 @@ class CudaIpcDevice(CudaDevice[None]):
     def close(self) -> None:
         self._spans.take_all()
         if self._allocation is not None:
-            address, _ = self._allocation
+            self._give_back(self._free)
             self._allocation = None
-            self._give_back(lambda: self._call("free", hex(address), address))
         self._close_driver()
 
-    def _allocate(self, nbytes: int) -> tuple[int, bytes]:
-        """The address and handle of an allocation that nothing else shares. Raises DeviceError."""
+    def _allocate(self, nbytes: int) -> bytes:
+        """The handle of `_allocation`, which nothing else shares. Raises DeviceError."""
+        if self._allocation is not None:  # of an attempt that could not be undone
+            self._free()
         self._call("setDevice", f"{self.number}", self.number)
         address = int(self._call("malloc", f"{nbytes} bytes", nbytes))
+        self._allocation = (address, nbytes)
         try:
             start, size = self._driver.address_range(address)
             if start != address:
                 raise DeviceError(
-                    f"gpu:{self.number}: malloc ({nbytes} bytes) gave a part of a block of {size} "
-                    f"bytes at {start:#x}, whose handle would show all of it"
+                    f"gpu:{self.number}: cudaMalloc ({nbytes} bytes) gave a part of a block of "
+                    f"{size} bytes at {start:#x}, whose handle would show all of it"
                 )
-            return address, bytes(self._call("ipcGetMemHandle", hex(address), address))
+            return bytes(self._call("ipcGetMemHandle", hex(address), address))
         except DeviceError:
-            self._give_back(lambda: self._call("free", hex(address), address))
+            self._give_back(self._free)
             raise
+
+    def _free(self) -> None:
+        """Raises DeviceError; then `close` tries again."""
+        assert self._allocation is not None
+        address, _ = self._allocation
+        self._call("setDevice", f"{self.number}", self.number)
+        self._call("free", hex(address), address)
+        self._allocation = None
 
     def _call(self, name: str, what: str, *arguments: Any) -> Any:
         """As CuPy's runtime, with its errors as ours: CUDARuntimeError is a RuntimeError with a

@@ -40,6 +40,7 @@ class CudaStream:
         self._driver = driver
         self._host = host
         self._stream = driver.new_stream()
+        self._left: list[Any] = []  # events that the driver did not take back
         self.unpinned_bytes = 0  #: copied from memory that is not registered
 
     def copy(self, target: int, source: memoryview) -> CudaCopy:
@@ -68,12 +69,15 @@ class CudaStream:
             try:
                 self._driver.drop_event(event)
             except DeviceError as error:
-                log.warning("an event is left to the end of the process: %s", error)
+                log.warning("an event is left for later: %s", error)
+                self._left.append(event)
 
     def close(self) -> None:
         """Raises DeviceError."""
         try:
             self._driver.wait_stream(self._stream)
+            for event in self._left:
+                self._driver.drop_event(event)
         finally:
             self._driver.drop_stream(self._stream)
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from tierd.gpu.cuda_device import CudaDevice
 from tierd.gpu.device import Export
 from tierd.gpu.errors import DeviceError, DeviceUnavailable, OutOfDeviceMemory
-from tierd.gpu.span import Spans
 from tierd.sizes import format_size
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from tierd.gpu.span import Span
 
 SPAN_BUDGETS = 8  # addresses cost nothing; many keep large ranges findable between small ones
+
+_TRIAL = -1  # an arena that is none
 
 
 @dataclass(slots=True)
@@ -70,17 +71,14 @@ class CudaVmmDevice(CudaDevice[_Chunk]):
 
     def _try_a_chunk(self) -> None:
         """In a container each of these may be forbidden although the driver says 1 to both."""
-        base = self._driver.reserve(self.chunk_bytes)
-        try:
-            trial = Spans[_Chunk](self.chunk_bytes)
-            trial.add(0, base, self.chunk_bytes)
-            chunk = self._new_chunk(trial[0], 0)
-            try:
-                os.close(self._driver.export(chunk.handle))
-            finally:
-                self._drop(chunk, base)
-        finally:
-            self._driver.unreserve(base, self.chunk_bytes)
+        self.add_arena(_TRIAL, self.chunk_bytes)
+        self.back(_TRIAL, 0, 1)
+        fd = self.export(_TRIAL, 0).fd
+        assert fd is not None
+        os.close(fd)
+        self.free(_TRIAL, 0, 1)
+        self._driver.unreserve(self._spans[_TRIAL].base, self.chunk_bytes)
+        self._spans.remove(_TRIAL)
 
     def add_arena(self, arena: int, span_bytes: int) -> None:
         self._spans.check_new(arena, span_bytes)

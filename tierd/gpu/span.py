@@ -88,6 +88,10 @@ class Spans(Generic[Backing]):
     def add(self, arena: int, base: int, span_bytes: int) -> None:
         self._by_arena[arena] = Span(arena, base, span_bytes, self._chunk_bytes)
 
+    def remove(self, arena: int) -> None:
+        """Whatever it had was given back."""
+        del self._by_arena[arena]
+
     def __getitem__(self, arena: int) -> Span[Backing]:
         if arena not in self._by_arena:
             raise ValueError(f"there is no arena {arena}")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tierd.access import AccessGroup
+    from tierd.gpu.errors import GpuError
+    from tierd.gpu.registrar import Registrar
     from tierd.io.pages import Pages
 
 log = logging.getLogger(__name__)
@@ -40,8 +42,17 @@ SPAN_UNIT = 1 << 30
 class Arenas:
     """Owns the arenas and the thread that works on their memory."""
 
-    def __init__(self, budget_bytes: int, pages: Pages, *, mlock: bool, populate: bool) -> None:
-        """populate: whether `populate` does anything; otherwise memory comes with its first use."""
+    def __init__(
+        self,
+        budget_bytes: int,
+        pages: Pages,
+        *,
+        mlock: bool,
+        populate: bool,
+        registrar: Registrar | None = None,
+    ) -> None:
+        """populate: whether `populate` does anything; otherwise memory comes with its first use.
+        registrar: hears of all memory that exists, where there are GPUs."""
         self._pages = pages
         self._mlock = mlock
         self._populates = populate
@@ -49,6 +60,8 @@ class Arenas:
         self._span_bytes *= SPAN_UNIT
         self._thread = ThreadPoolExecutor(1, "tierd-memory")
         self._wanted: list[tuple[int, int, int]] = []  # arena, start, end: still to be populated
+        self._step: list[tuple[int, int, int]] = []  # what is left of the step that is under way
+        self._registrar = registrar
         self._population: asyncio.Task[None] | None = None
         self.by_group: dict[AccessGroup, Arena] = {}
         self.by_id: dict[int, Arena] = {}
@@ -72,6 +85,13 @@ class Arenas:
     def add(self, group: AccessGroup, arena: Arena) -> None:
         self.by_group[group] = arena
         self.by_id[arena.arena_id] = arena
+        if self._registrar is not None:
+            self._registrar.add_arena(arena.arena_id, arena.address, arena.span_bytes)
+
+    def exists(self, arena: int, offset: int, nbytes: int) -> None:
+        """Memory came into being there, by a read or before this daemon."""
+        if self._registrar is not None:
+            self._registrar.populated(arena, offset, offset + nbytes)
 
     @property
     def populated_bytes(self) -> int:
@@ -105,7 +125,20 @@ class Arenas:
     def discard(self, arena: int, offset: int, nbytes: int, done: Callable[[], None]) -> None:
         """Give the memory behind a range back; `done` is called on the loop. An error of the
         system is the daemon's end: what it believes about its memory would be wrong."""
-        self._wanted = list(_without(self._wanted, arena, offset, offset + nbytes))
+        self._wanted = _without(self._wanted, arena, offset, offset + nbytes)
+        self._step = _without(self._step, arena, offset, offset + nbytes)
+        if self._registrar is None:
+            self._discard(arena, offset, nbytes, done)
+            return
+
+        def unregistered(failure: GpuError | None) -> None:
+            if failure is not None:
+                raise failure
+            self._discard(arena, offset, nbytes, done)
+
+        self._registrar.discard(arena, offset, offset + nbytes, unregistered)
+
+    def _discard(self, arena: int, offset: int, nbytes: int, done: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(self._thread, self.by_id[arena].discard, offset, nbytes)
 
@@ -143,10 +176,13 @@ class Arenas:
             self._wanted[0] = (arena, start + step, end)
             if step == end - start:
                 del self._wanted[0]
+            self._step = [(arena, start, start + step)]
             try:
                 await loop.run_in_executor(
                     self._thread, self.by_id[arena].populate_step, start, step
                 )
+                for _, begin, finish in self._step:
+                    self.exists(arena, begin, finish - begin)
             except ArenaError as error:  # the memory then comes with its first use, or not
                 log.warning("population ends: %s", error)
                 self._waits = f"population ended early: {error}"

@@ -23,6 +23,7 @@ from tierd_layouts.wire import SOCKET_VARIABLE, resolve_socket
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from tierd.gpu.device import Kind
     from tierd.gpu_settings import GpuBudget
 
 CONFIG_VARIABLE = "TIERD_CONFIG"
@@ -44,11 +45,12 @@ class Config:
     packs: tuple[Path, ...]  #: single packs
     dram_bytes: int | None  #: None: auto
     gpus: tuple[GpuBudget, ...]
-    gpu_device: str  #: one of gpu_settings.DEVICES
+    gpu_device: Kind
     gpu_chunk: int | None  #: None: auto
     gpu_copies_in_flight: int
     gpu_copy_bandwidth: int | None  #: bytes per second; None: unlimited
     gpu_copy_latency_us: int
+    gpu_direct: bool
     socket: str
     socket_mode: int
     ssd_bandwidth: int | None  #: bytes per second; None: unlimited

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierd import recovery, sdnotify
 from tierd.arenas import Arenas
+from tierd.budgets import Budgets
 from tierd.core.errors import CoreError, IllegalEvent
 from tierd.core.model import (
     Adopted,
@@ -84,6 +85,7 @@ class Daemon:
         self.tiers: Tiers
         self.engine: Engine
         self.models: Models
+        self.budgets: Budgets
         self.orphans: Orphans
         self.holders: Holders
         self.costs: Costs
@@ -216,10 +218,17 @@ class Daemon:
 
     async def _tidy(self, kept: dict[int, list[tuple[int, int]]]) -> None:
         await self.arenas.discard_all_but(kept)
+        for arena, ranges in kept.items():
+            for begin, end in ranges:
+                self.arenas.exists(arena, begin, end - begin)
         self.engine.resume_reads()
 
     def _assemble(self, loop: asyncio.AbstractEventLoop, budget: int, pages: Pages) -> None:
-        self.arenas = Arenas(budget, pages, mlock=self._mlock, populate=self.config.populate)
+        self.tiers = Tiers(self.config, self.epoch, loop)
+        self.arenas = Arenas(
+            budget, pages, mlock=self._mlock, populate=self.config.populate,
+            registrar=self.tiers.registrar,
+        )  # fmt: skip
         config = CoreConfig(
             budget_bytes=budget,
             granule_bytes=pages.page_bytes,
@@ -229,11 +238,11 @@ class Daemon:
             first_generation=self.slots.table.next_generation,
             first_lease=self.slots.table.next_lease,
         )
-        self.tiers = Tiers(self.config, self.epoch, loop)
         self.engine = Engine(
             config, self.slots, self.arenas, self.pool, self.registry, self.sessions, self.tiers
         )
         self.models = Models(self.config, self.registry, self.arenas, self.engine)
+        self.budgets = Budgets(self.engine, self.arenas, self.tiers, self.models.judge_all)
         self.orphans = Orphans(loop, (), self._orphan_ended)
         self.holders = Holders(loop, self.slots.set_holders)
         self.costs = Costs(

@@ -91,6 +91,9 @@ class Engine:
         self._tick: asyncio.TimerHandle | None = None
         self._tick_at_ns = 0
         self._stopped = False
+        self._asked: dict[int, Callable[[Done | Refuse], None]] = {}  # by request of an operator
+        self._requests = 0
+        self._pressed = slots.table.pressed = True  # until the core was heard
         self.operators = Operators(self, registry)
         #: called with the device of every layer that was read
         self.after_read: Callable[[int], None] | None = None
@@ -115,6 +118,19 @@ class Engine:
             self._deciding = False
         if self.core.waits_for_time:
             self._tick_soon()
+        if self.machine.pressed is not self._pressed:
+            self._pressed = self.slots.table.pressed = not self._pressed
+        if self.stack is not None:
+            for gpu in self._gpus.gpus:
+                gpu.tell_pressed(self.stack.pressed(gpu.index))
+
+    def command(
+        self, event: Callable[[int], StackEvent], answered: Callable[[Done | Refuse], None]
+    ) -> None:
+        """Submit what an operator wants, made with a request number of its own."""
+        self._requests += 1
+        self._asked[self._requests] = answered
+        self.submit(event(self._requests))
 
     def _tick_soon(self) -> None:
         """A tick within the usual time, or when the core has to decide something."""
@@ -171,10 +187,8 @@ class Engine:
             case Admit():
                 if session := self._sessions.get(action.client):
                     session.plan_admitted(action)
-            case Done():
-                self.operators.answered(action)
-            case Refuse(client=core_model.OPERATOR):
-                self.operators.answered(action)
+            case Done() | Refuse(client=core_model.OPERATOR):
+                self._asked.pop(action.request)(action)
             case Refuse():
                 if session := self._sessions.get(action.client):
                     session.refused(action)
@@ -252,6 +266,7 @@ class Engine:
             self.submit(ReadFailed(self.now(), read.slot, outcome.code, outcome.text))
         else:
             self.slots.resident(read.slot)
+            self._arenas.exists(read.arena, read.offset, read.nbytes)
             self.submit(ReadDone(self.now(), read.slot))
             if self.after_read is not None:
                 self.after_read(pack.device)

@@ -2,7 +2,7 @@
 
 TierdError                      code internal
     ConfigError        ValueError       never leaves the process: exit 2
-    BudgetTooLarge     MemoryError      refused at start, before the first page: exit 1
+    BudgetTooLarge     MemoryError      bad_request; at start exit 1, before the first page
     ArenaError         OSError          no memory could be obtained
     SocketInUse        OSError          another daemon answers on the socket
     SocketUnusable     OSError          no socket can be made at the path
@@ -51,7 +51,9 @@ class ConfigError(TierdError, ValueError):
 
 
 class BudgetTooLarge(TierdError, MemoryError):
-    """The DRAM budget does not fit into what the machine or a memory cgroup has left."""
+    """A budget does not fit into what the machine, a memory cgroup or a GPU has left."""
+
+    code = "bad_request"
 
 
 class ArenaError(TierdError, OSError):

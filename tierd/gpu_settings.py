@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tierd.config import Config
+    from tierd.gpu.device import Kind
 
-DEVICES = ("cuda_vmm", "cuda_ipc", "memfd")
+DEVICES: tuple[Kind, ...] = ("cuda_vmm", "cuda_ipc", "memfd")
 SMALLEST_CHUNK, LARGEST_CHUNK = 2 << 20, 1 << 30
 LARGEST_AUTO_CHUNK = 64 << 20
 AUTO_CHUNKS = 256  #: a budget has at least so many chunks that `auto` chose
@@ -87,6 +88,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"{config.sources[given[0]]}: {given[0]} has no effect without a GPU: "
             "give --gpu N=SIZE (TOML: gpus) too"
+        )
+    if config.gpu_direct:
+        raise ConfigError(
+            f"{config.sources['gpu_direct']}: gpu_direct: a layer reaches a GPU through DRAM in "
+            "this version; the cuFile reader is not wired to the core"
         )
     for key in MEMFD_ONLY:
         if key in given and config.gpu_device != "memfd":

@@ -48,7 +48,7 @@ def status_of(gpu: GpuTier, engine: Engine) -> Reply:
         "copy_bytes_per_s": (
             worker.copied_bytes * _SECOND_NS // worker.busy_ns if worker.busy_ns else None
         ),
-        "unpinned_bytes": 0,
+        "unpinned_bytes": gpu.device.unpinned_bytes,
         "clients_scratch_bytes": sum(gpu.scratch.values()),
         "unfenced_clients": len(gpu.fences),
     }
@@ -82,6 +82,7 @@ def notes_of(tiers: Tiers, sessions: Mapping[int, Session]) -> list[str]:
         if gpu.state == "failed"
     ]
     notes += tiers.silent().values()
+    notes += tiers.registrar.notes() if tiers.registrar is not None else []
     for gpu in tiers.gpus:
         notes += [
             f"{sessions[client]} was asked to unmap memory of {gpu.name} and does not answer"

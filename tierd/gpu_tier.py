@@ -11,7 +11,7 @@ from tierd.core.stack_model import Fenced, GpuArenaAdded, JoinedGpu, ModelPlaced
 from tierd.errors import TierUnavailable
 from tierd.fences import Fences
 from tierd.gpu.errors import GpuError
-from tierd.gpu.memfd_device import MemfdDevice
+from tierd.gpu.kinds import make_device
 from tierd.gpu.worker import GpuWorker
 from tierd.gpu_memory import GpuMemory
 from tierd.gpu_settings import chunk_bytes
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tierd.core.stack_model import StackEvent
     from tierd.engine import Engine
     from tierd.gpu.device import DeviceInfo
+    from tierd.gpu.registrar import Registrar
     from tierd.gpu_settings import GpuBudget
     from tierd.pack import Pack
     from tierd.registry import Registry
@@ -55,6 +56,7 @@ class GpuTier:
         budget: GpuBudget,
         config: Config,
         epoch: int,
+        registrar: Registrar,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         """index: the GPU's number in the core. Loads no library of a GPU."""
@@ -75,11 +77,13 @@ class GpuTier:
             convoy_wait_ns=config.convoy_wait * 1_000_000,
             slot_limit=self.slots.table.slot_count,
         )
-        self.device = MemfdDevice(
-            budget.number, chunk, budget.nbytes,
+        self.device = make_device(
+            config.gpu_device, budget.number, chunk, budget.nbytes,
             copy_bandwidth=config.gpu_copy_bandwidth,
             copy_latency_us=config.gpu_copy_latency_us,
+            host=registrar.host,
         )  # fmt: skip
+        self._registrar = registrar
         self.worker = GpuWorker(self.device, config.gpu_copies_in_flight, loop.call_soon_threadsafe)
         self.memory = GpuMemory(
             index,
@@ -91,6 +95,7 @@ class GpuTier:
         )
         self.fences = Fences(loop, self._fenced)
         self.scratch: dict[int, int] = {}  #: by client: what it uses beside its leases, in bytes
+        self._pressed = self.slots.table.pressed = True  # until the core was heard
         self._engine: Engine
         self._registry: Registry
         self._placed: set[int] = set()
@@ -116,8 +121,14 @@ class GpuTier:
                 format_size(outcome.total_bytes), format_size(self.core_config.budget_bytes),
                 format_size(self.device.chunk_bytes),
             )  # fmt: skip
+            self._registrar.add_device(self.device)
             self.place()
         self._go_on()
+
+    def tell_pressed(self, pressed: bool) -> None:
+        """Tell the clients whether others want the memory that they keep."""
+        if pressed is not self._pressed:
+            self._pressed = self.slots.table.pressed = pressed
 
     def stop(self) -> None:
         """Decide nothing more."""

@@ -133,20 +133,31 @@ class Models:
             ModelAdded(engine.now(), pack.model, pack.name, pack.arena, sizes, pack.device)
         )
         engine.operators.model_served(pack)
-        granule, budget = engine.config.granule_bytes, engine.config.budget_bytes
-        largest = max(pack.index.layers, key=lambda layer: layer.nbytes)
-        needed = -(-largest.nbytes // granule) * granule
-        if needed > budget:
-            pack.state = (
-                f"budget too small: layer {largest.name!r} needs {needed} bytes, "
-                f"the budget is {budget}"
-            )
-            log.warning("model %s: %s", pack.name, pack.state)
+        self._judge(pack)
         log.info(
             "model %s (id %d): %d layers, %s (dense %s), readers %s, arena %d",
             pack.name, pack.model, len(sizes), format_size(pack.index.pack_bytes),
             format_size(pack.index.dense_bytes), pack.access, pack.arena,
         )  # fmt: skip
+
+    def judge_all(self) -> None:
+        """The budget is another one."""
+        for pack in self._registry.served.values():
+            self._judge(pack)
+
+    def _judge(self, pack: Pack) -> None:
+        """Say so if the budget cannot hold the pack's largest layer."""
+        granule, budget = self._engine.config.granule_bytes, self._engine.machine.budget_bytes
+        largest = max(pack.index.layers, key=lambda layer: layer.nbytes)
+        needed = -(-largest.nbytes // granule) * granule
+        before, pack.state = pack.state, "served"
+        if needed > budget:
+            pack.state = (
+                f"budget too small: layer {largest.name!r} needs {needed} bytes, "
+                f"the budget is {budget}"
+            )
+        if pack.state not in ("served", before):
+            log.warning("model %s: %s", pack.name, pack.state)
 
     def _withdraw(self, pack: Pack, changes: Changes, text: str) -> None:
         del self._registry.served[pack.name]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tierd.engine import Engine
+    from tierd.io.process import PeerCredentials
     from tierd.pack import Pack
     from tierd.registry import Registry
     from tierd.session import Session
@@ -26,6 +27,12 @@ log = logging.getLogger(__name__)
 
 MAX_PATTERNS = 1024
 
+_EVENTS: dict[str, type[Pin] | type[Unpin] | type[EvictNow]] = {
+    "pin": Pin,
+    "unpin": Unpin,
+    "evict": EvictNow,
+}
+
 
 class Operators:
     """Turns commands into events of the core, and its answers into replies."""
@@ -33,19 +40,13 @@ class Operators:
     def __init__(self, engine: Engine, registry: Registry) -> None:
         self._engine = engine
         self._registry = registry
-        self._asked: dict[int, tuple[Session | None, int, Pack, str]] = {}
-        self._requests = 0
         self._pinned: dict[str, tuple[Pack, dict[str, None]]] = {}  #: by model name: its layers
 
     def command(self, session: Session, request: int, message: dict[str, Any]) -> None:
         """`layers` of the message: names or patterns, default all. Raises AccessDenied,
         ModelNotFound, LayerNotFound, BadRequest."""
         op, peer = message["op"], session.connection.peer
-        if peer.uid not in (0, os.geteuid()):
-            raise AccessDenied(
-                f"{op} is for root and uid {os.geteuid()}, under which tierd runs; "
-                f"you are uid {peer.uid}"
-            )
+        check_operator(op, peer)
         name, patterns = message.get("model"), message.get("layers", [])
         if type(name) is not str:
             raise BadRequest(f"{op}: model is {name!r:.40}, expected a text")
@@ -95,9 +96,10 @@ class Operators:
         if found:
             self._submit(None, 0, pack, "pin", [LayerKey(pack.model, number) for number in found])
 
-    def answered(self, answer: Done | Refuse) -> None:
+    def _answered(
+        self, session: Session | None, request: int, pack: Pack, op: str, answer: Done | Refuse
+    ) -> None:
         """The core decided about a command."""
-        session, request, pack, op = self._asked.pop(answer.request)
         if isinstance(answer, Refuse):
             if session is None:
                 log.warning("model %s: %s is refused: %s", pack.name, op, answer.text)
@@ -129,18 +131,20 @@ class Operators:
     def _submit(
         self, session: Session | None, request: int, pack: Pack, op: str, keys: Sequence[LayerKey]
     ) -> None:
-        self._requests += 1
-        self._asked[self._requests] = session, request, pack, op
-        event: Pin | Unpin | EvictNow
-        now, arguments = self._engine.now(), (self._requests, tuple(keys))
-        match op:
-            case "pin":
-                event = Pin(now, *arguments)
-            case "unpin":
-                event = Unpin(now, *arguments)
-            case _:
-                event = EvictNow(now, *arguments)
-        self._engine.submit(event)
+        kind = _EVENTS[op]
+        self._engine.command(
+            lambda number: kind(self._engine.now(), number, tuple(keys)),
+            lambda answer: self._answered(session, request, pack, op, answer),
+        )
+
+
+def check_operator(op: str, peer: PeerCredentials) -> None:
+    """Raises AccessDenied for whom may not command."""
+    if peer.uid not in (0, os.geteuid()):
+        raise AccessDenied(
+            f"{op} is for root and uid {os.geteuid()}, under which tierd runs; "
+            f"you are uid {peer.uid}"
+        )
 
 
 def _matching(pack: Pack, patterns: Sequence[str]) -> list[LayerKey]:

@@ -145,6 +145,8 @@ class Session:
                 self.reply(request, self._daemon.statistics.layers(fields.text(message, "model")))
             case "pin" | "unpin" | "evict":
                 self._daemon.engine.operators.command(self, request, message)
+            case "budget":
+                self._daemon.budgets.command(self, request, message)
             case "why":
                 self.reply(request, self._daemon.diagnosis.why(self.connection.peer, message))
             case "trace":

@@ -189,6 +189,11 @@ SETTINGS = (
         "gpu_copy_latency_us", 0, _number(0, MAX_LATENCY_US), _INT, "US",
         "memfd only: a copy begins so long after it was asked for (default 0)",
     ),
+    Setting(
+        "gpu_direct", False, _boolean, _BOOL, "BOOL",
+        "read from the SSD into GPUs without DRAM, by cuFile: not in this version (default no)",
+        boolean=True,
+    ),
     Setting("socket", None, _socket, _TEXT, "PATH", "listen here"),
     Setting(
         "socket_mode", 0o660, _mode, _TEXT_OR_INT, "MODE",

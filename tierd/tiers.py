@@ -6,6 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 from tierd.errors import TierUnavailable
+from tierd.gpu.registrar import Registrar
+from tierd.gpu.registration import HostMemory
 from tierd.gpu_tier import ARENA_NUMBERS, GpuTier
 from tierd_layouts.wire import DRAM_TIER
 
@@ -23,9 +25,15 @@ class Tiers:
     """`gpus` in the order of the configuration, which is how the core counts them."""
 
     def __init__(self, config: Config, epoch: int, loop: asyncio.AbstractEventLoop) -> None:
-        self.gpus = tuple(
-            GpuTier(index, budget, config, epoch, loop) for index, budget in enumerate(config.gpus)
-        )
+        #: of the DRAM arenas, for copies; None without GPUs
+        self.registrar: Registrar | None = None
+        self.gpus: tuple[GpuTier, ...] = ()
+        if config.gpus:
+            registrar = self.registrar = Registrar(HostMemory(), loop.call_soon_threadsafe)
+            self.gpus = tuple(
+                GpuTier(index, budget, config, epoch, registrar, loop)
+                for index, budget in enumerate(config.gpus)
+            )
 
     def open(self, engine: Engine, registry: Registry) -> None:
         """Begin to open every device."""
@@ -59,6 +67,8 @@ class Tiers:
 
     def alive(self) -> bool:
         """Whether every thread that should serve does."""
+        if self.registrar is not None and not self.registrar.alive():
+            return False
         return all(gpu.worker.alive() for gpu in self.gpus)
 
     def stop(self) -> None:
@@ -68,6 +78,8 @@ class Tiers:
 
     def close(self) -> None:
         """Give the GPUs back. Blocks; raises TimeoutError when one does not answer."""
+        if self.registrar is not None:
+            self.registrar.close()
         for gpu in self.gpus:
             gpu.close()
 

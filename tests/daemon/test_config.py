@@ -90,6 +90,7 @@ def test_every_setting_has_a_flag_a_variable_and_a_key(toml: Path, tmp_path: Pat
         "gpu_copies_in_flight": (["--gpu-copies-in-flight", "3"], "3", "3", 3),
         "gpu_copy_bandwidth": (["--gpu-copy-bandwidth", "2GB/s"], "2GB", '"2GB/s"', 2 * 10**9),
         "gpu_copy_latency_us": (["--gpu-copy-latency-us", "50"], "50", "50", 50),
+        "gpu_direct": (["--no-gpu-direct"], "no", "false", False),
         "socket": (["--socket", "/x"], "/x", '"/x"', "/x"),
         "socket_mode": (["--socket-mode", "0600"], "600", "0o600", "0600"),
         "ssd_bandwidth": (["--ssd-bandwidth", "2MB/s"], "2MB", '"2MB/s"', 2_000_000),
@@ -175,6 +176,7 @@ def test_auto_is_a_budget() -> None:
         (["--gpu", "0=1GiB", "--gpu-chunk", "3MiB"], "expected a power of 2 from 2MiB to 1GiB"),
         (["--gpu", "0=1GiB", "--gpu-chunk", "2GiB"], "expected a power of 2 from 2MiB to 1GiB"),
         (["--gpu", "0=1GiB", "--gpu-device", "cuda"], "expected one of cuda_vmm, cuda_ipc, memfd"),
+        (["--gpu-direct"], "flag --gpu-direct: gpu_direct: a layer reaches a GPU through DRAM"),
         (["--gpu-device", "memfd"], "flag --gpu-device: gpu_device has no effect without a GPU"),
         (
             ["--gpu", "0=1GiB", "--gpu-copy-latency-us", "5"],

@@ -34,7 +34,9 @@ def served(
 def test_status_has_the_promised_keys(served: tuple[RunningDaemon, PackOnDisk]) -> None:
     status = served[0].status()
     del status["id"], status["ok"]
-    assert set(status) == {"daemon", "dram", "ssd", "scheduler", "models", "clients", "notes"}
+    assert set(status) == {
+        "daemon", "dram", "ssd", "scheduler", "gpus", "models", "clients", "notes",
+    }  # fmt: skip
     assert set(status["daemon"]) == {
         "pid", "version", "uptime_ns", "socket", "epoch", "rss_bytes", "user",
     }  # fmt: skip
@@ -75,7 +77,7 @@ def test_the_numbers_follow_what_a_client_does(
         "name": "test", "pid": os.getpid(), "uid": os.getuid(), "model": "tiny", "position": 1,
         "leases": 3, "leased_bytes": 2 * LAYER_BYTES, "stall_ns": grown["stall_ns"], "granted": 3,
         "predicted": None, "weight": 100, "read_bytes": 2 * LAYER_BYTES, "plan": None,
-        "tokens_per_pass": None,
+        "tokens_per_pass": None, "tier": "dram", "scratch_bytes": 0,
     }  # fmt: skip
     (model,) = daemon.ask("models")["models"]
     assert model.pop("model_id") == opened.model_id
@@ -89,7 +91,7 @@ def test_the_numbers_follow_what_a_client_does(
     assert layers["layers"][1] == {
         "layer": 1, "name": "model.layers.1", "bytes": LAYER_BYTES, "state": "resident",
         "leases": 2, "slot": leases[1]["slot"], "generation": leases[1]["generation"],
-        "next_use": None, "pinned": False,
+        "next_use": None, "pinned": False, "gpus": {},
     }  # fmt: skip
     assert layers["layers"][3]["state"] == "absent"
 

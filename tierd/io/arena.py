@@ -150,6 +150,11 @@ class Arena:
         return cls(arena_id, fd, pages, mlock=mlock)
 
     @property
+    def address(self) -> int:
+        """Where the daemon's mapping begins."""
+        return self._address
+
+    @property
     def page_bytes(self) -> int:
         return self.pages.page_bytes
 

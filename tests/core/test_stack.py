@@ -18,6 +18,7 @@ from tierd.core.model import (
     ModelAdded,
     ModelRemoved,
     Plan,
+    PlanOver,
     Read,
     ReadDone,
     ReadFailed,
@@ -318,3 +319,30 @@ def test_the_budget_of_a_gpu_that_is_not_there_is_illegal_and_changes_nothing() 
     with pytest.raises(IllegalEvent, match="no GPU 1"):
         stack.handle(TierBudgetChanged(1, 7, 1, 2 * G))
     stack.check()
+
+
+def test_the_end_of_the_last_plan_closes_the_feed_and_its_reserve_in_dram_ends() -> None:
+    stack = stack_of(4, 4, (1, 1), clients=2)
+    for client in (FIRST, FIRST + 1):
+        settle(stack, feed(stack, Plan(0, client, 1, 0, (0, 1))))
+    feed(stack, PlanOver(1, FIRST, 0))
+    assert stack.dram.snapshot().memory.reserved_bytes == G
+    assert stack.gpus[0].snapshot().memory.reserved_bytes == G
+    feed(stack, PlanOver(2, FIRST + 1, 0))
+    assert stack.dram.snapshot().memory.reserved_bytes == 0
+    assert not stack.feeds.feeds
+    again = settle(stack, feed(stack, Plan(3, FIRST, 2, 0, (0, 1))))
+    assert [action for action in again if isinstance(action, Admit)]
+
+
+def test_a_plan_that_waits_for_its_feed_is_refused_when_it_is_taken_back() -> None:
+    stack = stack_of(3, 8, (1,) * 3, (2,))
+    feed(stack, ClientJoined(0, 1), Plan(0, 1, 1, 0, (0, 1, 2)))
+    settle(stack, feed(stack, *(Acquire(0, 1, 2 + i, key(i), ahead=i > 0) for i in range(3))))
+    assert not feed(stack, Plan(1, FIRST, 1, 1, (0,)))
+    assert stack.pressed(None)
+    assert not stack.pressed(0)
+    [refusal] = feed(stack, PlanOver(2, FIRST, 1))
+    assert isinstance(refusal, Refuse)
+    assert (refusal.client, refusal.code) == (FIRST, "bad_request")
+    assert not stack.feeds.feeds

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pytest
 
+from tierd.core.errors import IllegalEvent
 from tierd.core.machine import TierMachine
 from tierd.core.model import (
     Acquire,
@@ -32,6 +33,7 @@ from tierd.core.model import (
     ModelRemoved,
     Pin,
     Plan,
+    PlanOver,
     Read,
     ReadDone,
     Refuse,
@@ -275,3 +277,31 @@ def test_a_budget_lowered_below_what_is_kept_presses_and_sinks_as_leases_end() -
     assert machine.snapshot().memory.used_bytes == 6 * G, "client 2 still has all of it"
     assert len(of(Evict, give_back(machine, 2, kept[2]))) >= 2
     assert machine.snapshot().memory.used_bytes == 4 * G
+
+
+def test_a_plan_that_is_over_leaves_its_reserve_and_its_layers_to_others() -> None:
+    machine = machine_of(4, (1,) * 4, (3,))
+    plan(machine, 1, 4)
+    [lease] = keep(machine, 1, 1)
+    assert machine.pressed
+    feed(machine, PlanOver(1, 1, 0))
+    assert not machine.pressed
+    assert machine.books.ledger.wanted == 1, "what it still holds counts"
+    feed(machine, Release(2, 1, lease))
+    assert machine.books.ledger.wanted == 0
+    assert plan(machine, 2, 1, model=1)
+    assert machine.snapshot().memory.reserved_bytes == 3 * G
+
+
+def test_a_plan_over_another_model_does_not_end_and_one_that_waits_is_refused() -> None:
+    machine = machine_of(6, (1,) * 4, (3,) * 2)
+    plan(machine, 1, 4)
+    feed(machine, PlanOver(1, 1, 1), PlanOver(1, 2, 1))
+    assert machine.snapshot().memory.reserved_bytes == G
+    keep(machine, 1, 4)
+    assert not plan(machine, 2, 2, model=1)
+    [refusal] = of(Refuse, feed(machine, PlanOver(2, 2, 1)))
+    assert (refusal.client, refusal.request, refusal.code) == (2, 1, "bad_request")
+    assert not machine.pressed
+    with pytest.raises(IllegalEvent):
+        machine.handle(PlanOver(3, 9, 0))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tierd.core.answers import Answers
     from tierd.core.books import Books, Client
     from tierd.core.convoy import Convoys
+    from tierd.core.model import PlanOver
     from tierd.core.served import ModelState
 
 
@@ -48,6 +49,17 @@ class Admission:
             self._admit(event, client, model, reserve)
         elif not self._waits(event, client, reserve):
             self._answers.refuse_too_small(event, model, model.largest(event), client)
+
+    def plan_over(self, event: PlanOver) -> None:
+        """A reserve that ends makes neither sum of the rule larger, whatever the client holds."""
+        client = self._books.client(event.client)
+        awaiting = self._books.awaiting.get(client.id)
+        if isinstance(awaiting, Plan) and awaiting.model == event.model:
+            self.withdraw(awaiting, "bad_request", "the client took its plan back")
+        if client.plan is not None and client.plan.model == event.model:
+            self.drop_plan(client)
+            self._books.ledger.set_reserve(client.id, 0)
+            self._books.tell("plan over", None, "client {} follows no plan any more", client.id)
 
     def admit_waiting(self) -> list[Acquire]:
         """Admits the plans that fit now, refuses what has waited long enough. Returns the requests

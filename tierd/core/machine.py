@@ -39,6 +39,7 @@ from tierd.core.model import (
     ModelRemoved,
     Pin,
     Plan,
+    PlanOver,
     ReadDone,
     ReadFailed,
     Release,
@@ -115,6 +116,8 @@ class TierMachine:
                 self._discard_done(event)
             case Plan():
                 self._admission.plan(event)
+            case PlanOver():
+                self._admission.plan_over(event)
             case Hint():
                 self._hint(event)
             case ClientJoined():

@@ -110,6 +110,16 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanOver:
+    """`client` will not follow its plan over `model` any more, and needs no reserve for it; what it
+    holds stays its own. Without such a plan nothing happens; one that waits is refused."""
+
+    at_ns: int
+    client: int
+    model: int
+
+
+@dataclass(frozen=True, slots=True)
 class Hint:
     """`client` expects to ask for `layers` of its open plan over `model`, each with its probability
     in millionths, `steps` steps from now. Advice: without such a plan it is dropped. Replaces what
@@ -273,6 +283,7 @@ Event = (
     | ModelRemoved
     | ClientJoined
     | Plan
+    | PlanOver
     | Hint
     | Acquire
     | Release

@@ -26,6 +26,7 @@ from tierd.core.model import (
     ModelAdded,
     ModelRemoved,
     Plan,
+    PlanOver,
     ReadDone,
     ReadFailed,
     Release,
@@ -134,6 +135,10 @@ class TierStack:
                     feeds.plan(gpu, event)
                 else:
                     feeds.deliver(gpu, event)
+            case PlanOver():
+                gpu = self._tier_of(event.client)
+                feeds.deliver(gpu, event)
+                feeds.over(event)
             case Hint():
                 feeds.deliver(self._tier_of(event.client), event)
                 feeds.hinted(event)

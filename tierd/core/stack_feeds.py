@@ -33,7 +33,7 @@ from tierd.core.stack_feed import Feed
 from tierd.core.stack_model import Copy, StackAction, Unload
 
 if TYPE_CHECKING:
-    from tierd.core.model import LayerKey
+    from tierd.core.model import LayerKey, PlanOver
     from tierd.core.stack_feed import Copying
     from tierd.core.stack_model import StackConfig
 
@@ -206,6 +206,17 @@ class Feeds:
             if led and feed.users:
                 self._declare(feed)
             self.settle(feed)
+
+    def over(self, event: PlanOver) -> None:
+        """The client's plan over the model is, also one that waits for its feed."""
+        feed = self.waiting.get(event.client)
+        if feed is not None and feed.model == event.model:
+            del self.waiting[event.client]
+            plan = feed.waiting.pop(event.client)
+            self._refuse(plan, "bad_request", "the client took its plan back")
+            self.settle(feed)
+        if (feed := self.using.get(event.client)) is not None and feed.model == event.model:
+            self._leave(event.client)
 
     def asked(self, client: int, gpu: int, key: LayerKey) -> None:
         """The client asked its GPU for the layer."""

@@ -21,6 +21,7 @@ from tierd.core.model import (
     ModelRemoved,
     Pin,
     Plan,
+    PlanOver,
     Refuse,
     Unpin,
 )
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     Told = tuple[str, LayerKey | None, str, *tuple[object, ...]]
 
 _REMEMBERED = frozenset(
-    (ArenaAdded, ModelAdded, ModelRemoved, ClientJoined, ClientGone, Plan, Pin, Unpin)
+    (ArenaAdded, ModelAdded, ModelRemoved, ClientJoined, ClientGone, Plan, PlanOver, Pin, Unpin)
 )
 
 
@@ -131,6 +132,9 @@ class Story:
                     self._pins.pop(key, None)
             case Plan() if not any(isinstance(action, Refuse) for action in actions):
                 self._plans[event.client] = event
+            case PlanOver() if event.client in self._plans:
+                if self._plans[event.client].model == event.model:
+                    del self._plans[event.client]
             case _:
                 pass
 

@@ -28,6 +28,7 @@ from tierd.core.model import (
     HolderGone,
     ModelRemoved,
     Plan,
+    PlanOver,
     Read,
     ReadDone,
     ReadFailed,
@@ -52,7 +53,7 @@ TICK_NS = 1_000_000_000
 DISCARD_NS = 200_000
 #: Made again by the run, or left out: what an earlier daemon left behind is not there.
 _REMADE = (
-    *(Acquire, Release, Plan, Hint, ClientJoined, ClientGone),
+    *(Acquire, Release, Plan, PlanOver, Hint, ClientJoined, ClientGone),
     *(ReadDone, ReadFailed, DiscardDone, Adopted, HolderGone, Tick),
 )
 

@@ -22,6 +22,7 @@ from tierd.core.model import (
     Later,
     LayerKey,
     Plan,
+    PlanOver,
     Refuse,
     Release,
 )
@@ -50,15 +51,15 @@ class Use:
 
 @dataclass(slots=True, eq=False)
 class RecordedClient:
-    """One connection. `says[i]`: the plans and hints that it sends before use `i`."""
+    """One connection. `says[i]`: what it says of its plans before use `i`."""
 
     client: int
     weight: int
     joined_ns: int
     uses: list[Use] = field(default_factory=list)
-    says: dict[int, list[Plan | Hint]] = field(default_factory=dict)
+    says: dict[int, list[Plan | PlanOver | Hint]] = field(default_factory=dict)
 
-    def say(self, event: Plan | Hint) -> None:
+    def say(self, event: Plan | PlanOver | Hint) -> None:
         self.says.setdefault(len(self.uses), []).append(event)
 
 
@@ -95,7 +96,7 @@ class _Reader:
         match event:
             case ClientJoined():
                 self._join(event, moment.at_ns)
-            case Plan() | Hint() if event.client in self._connected:
+            case Plan() | PlanOver() | Hint() if event.client in self._connected:
                 if not any(isinstance(action, Refuse) for action in moment.actions):
                     self._connected[event.client].say(event)
             case Acquire() if event.client in self._connected:
@@ -145,7 +146,7 @@ class _Reader:
 def _drop_ungranted(client: RecordedClient) -> None:
     """Requests without a grant are no uses; what was said before one is said before the next."""
     uses: list[Use] = []
-    says: dict[int, list[Plan | Hint]] = {}
+    says: dict[int, list[Plan | PlanOver | Hint]] = {}
     for index in range(len(client.uses) + 1):
         if index in client.says:
             says.setdefault(len(uses), []).extend(client.says[index])

@@ -346,3 +346,33 @@ def test_a_plan_that_waits_for_its_feed_is_refused_when_it_is_taken_back() -> No
     assert isinstance(refusal, Refuse)
     assert (refusal.client, refusal.code) == (FIRST, "bad_request")
     assert not stack.feeds.feeds
+
+
+def test_a_model_whose_leases_are_kept_on_the_gpu_leaves_dram_without_being_asked_for_again() -> (
+    None
+):
+    stack = stack_of(5, 5, (1,) * 4)
+    actions = settle(stack, feed(stack, Plan(0, FIRST, 1, 0, (0, 1, 2, 3))))
+    asked = (Acquire(0, FIRST, 2 + i, key(i), ahead=i > 0) for i in range(4))
+    actions += settle(stack, feed(stack, *asked))
+    assert len([action for action in actions if isinstance(action, Copy)]) == 4
+    assert not stack.pressed(0)
+    [only] = stack.feeds.feeds.values()
+    assert only.declared is not None
+    assert len(only.declared.order) == 1
+    assert not stack.pressed(None)
+
+
+def test_what_the_gpu_has_to_give_up_is_wanted_in_dram_again() -> None:
+    stack = stack_of(9, 5, (1,) * 4)
+    actions = settle(stack, feed(stack, Plan(0, FIRST, 1, 0, (0, 1, 2, 3))))
+    asked = (Acquire(0, FIRST, 2 + i, key(i), ahead=i > 0) for i in range(4))
+    actions = settle(stack, feed(stack, *asked))
+    leases = [action.lease for action in actions if isinstance(action, Grant)]
+    settle(stack, feed(stack, TierBudgetChanged(1, 1, 0, 2 * G)))
+    assert stack.pressed(0)
+    settle(stack, feed(stack, *(Release(2, FIRST, lease) for lease in leases)))
+    passes(stack, FIRST, 4, 3)
+    [only] = stack.feeds.feeds.values()
+    assert only.declared is not None
+    assert len(only.declared.order) > 1

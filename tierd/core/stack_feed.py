@@ -5,7 +5,8 @@ layer at a time, whoever holds what. Its plan is that of the first client of the
 less what stays on the GPU: those layers have no next use in DRAM and may leave it.
 
 A layer *stays* when it was on the GPU for a whole pass of that client without being copied. That
-needs no knowledge of the GPU's policy, and is never wrong for longer than a pass.
+needs no knowledge of the GPU's policy, and is never wrong for longer than a pass. Where everything
+fits on the GPU, clients keep their leases and ask no more: then what is there stays at once.
 """
 
 from __future__ import annotations
@@ -87,6 +88,11 @@ class Feed:
         self._steps = 0
         self.passes += 1
         return True
+
+    def all_stays(self) -> None:
+        """What is on the GPU stays there."""
+        for layer in self.on_gpu:
+            self.on_gpu[layer] = self.passes - 2
 
     def _stays(self, layer: int) -> bool:
         return self.on_gpu.get(layer, self.passes) < self.passes - 1

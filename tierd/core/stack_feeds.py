@@ -56,6 +56,7 @@ class Feeds:
         self._feed_of: dict[int, Feed] = {}  #: by pseudo-client
         self._unheard: set[tuple[int, int]] = set()  #: slots of GPUs without a copy, to be emptied
         self._unsettled: dict[int, Feed] = {}  #: that perhaps nobody needs any more
+        self._pressed = [gpu.pressed for gpu in self.gpus]
         self._last_feed = 0
         self._requests = 0
 
@@ -64,8 +65,14 @@ class Feeds:
     def deliver(self, gpu: int | None, event: Event) -> None:
         """Gives the event to the machine of the tier, and takes what that decides."""
         if gpu is not None:
-            for action in self.gpus[gpu].handle(event):
+            machine = self.gpus[gpu]
+            for action in machine.handle(event):
                 self._act_on_gpu(gpu, action)
+            if machine.pressed is not self._pressed[gpu]:
+                self._pressed[gpu] = machine.pressed
+                for one in self.feeds.values():
+                    if one.gpu == gpu:
+                        self._declare_if_all_stays(one)
             return
         for action in self.dram.handle(event):
             if isinstance(action, ANSWERS) and action.client < 0:
@@ -172,6 +179,7 @@ class Feeds:
             self.using[client] = feed
         feed.users[client] = plan
         self._declare(feed)
+        self._declare_if_all_stays(feed)
 
     def _plan_refused(self, client: int, request: int) -> None:
         feed = self.offered.get(client)
@@ -262,6 +270,12 @@ class Feeds:
         if feed.declares(plan):
             self.todo.append((None, plan))
 
+    def _declare_if_all_stays(self, feed: Feed) -> None:
+        """Where everything fits on the GPU, nobody needs in DRAM what is there."""
+        if feed.users and not (self._pressed[feed.gpu] or feed.parked or feed.holds):
+            feed.all_stays()
+            self._declare(feed)
+
     def settle(self, feed: Feed) -> None:
         """Looks at the end of the event whether the feed is still needed."""
         if not feed.users:
@@ -340,6 +354,7 @@ class Feeds:
         feed.full = False
         self._pump(feed)
         self.settle(feed)
+        self._declare_if_all_stays(feed)
 
     def _fail(self, feed: Feed, read: Read, refusal: Refuse) -> None:
         """DRAM cannot give the layer; the shell never heard of the slot that waits for it."""

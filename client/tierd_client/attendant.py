@@ -22,10 +22,16 @@ END_S = 1.0
 
 
 class Attendant:
-    """Starts the thread; `stop` ends it. It dies with the process, and is not there in a fork."""
+    """Starts the thread; `stop` ends it. It dies with the process, and is not there in a fork.
 
-    def __init__(self, leases: LayerLeases) -> None:
+    scratch_bytes: how much memory of a GPU the model uses for itself.
+    """
+
+    def __init__(self, leases: LayerLeases, scratch_bytes: Callable[[], int] = int) -> None:
         self._leases = leases
+        self._scratch_bytes = scratch_bytes
+        if leases.opened.arenas is not None:
+            leases.opened.arenas.attended = True
         self._stopping = threading.Event()
         self._afterwards: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="tierd-attendant", daemon=True)
@@ -67,4 +73,9 @@ class Attendant:
     def _tend(self) -> None:
         opened = self._leases.opened
         opened.connection.look()
-        self._leases.tend(QUIET_S)
+        if opened.arenas is None:
+            self._leases.tend(QUIET_S)
+        else:
+            self._leases.tend()
+            opened.connection.departures.send()
+            opened.arenas.attend(opened.table.attention, self._scratch_bytes())

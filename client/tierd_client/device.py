@@ -42,16 +42,20 @@ def check_tier(tier: str) -> str:
     return tier
 
 
+def check_device(device: str) -> str:
+    """The kind of device, "cpu" or "cuda". Raises UnsupportedDevice for what is none."""
+    if not _DEVICE.fullmatch(device):
+        raise UnsupportedDevice(f'device {device!r} is unknown: "cpu", "cuda" or "cuda:N"')
+    return device.partition(":")[0]
+
+
 def choose_tier(device: str, tier: str | None) -> str:
     """The tier to compute from on `device`: `tier`, else "dram" for "cpu", "gpu:N" for "cuda:N".
 
     Raises UnsupportedDevice for names that are none, a tier that the device cannot read, and a
     CUDA device that this process has not.
     """
-    found = _DEVICE.fullmatch(device)
-    if found is None:
-        raise UnsupportedDevice(f'device {device!r} is unknown: "cpu", "cuda" or "cuda:N"')
-    if device == "cpu":
+    if check_device(device) == "cpu":
         return check_tier(tier or DRAM_TIER)
     if tier is not None and check_tier(tier) == DRAM_TIER:
         raise UnsupportedDevice(
@@ -62,9 +66,12 @@ def choose_tier(device: str, tier: str | None) -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         raise UnsupportedDevice(f"device {device!r}: torch {torch.__version__} finds no CUDA GPU")
-    number = int(found[1] or torch.cuda.current_device())
+    text = device.partition(":")[2]
+    number = int(text) if text else torch.cuda.current_device()
     if number >= count:
-        raise UnsupportedDevice(f"device {device!r}: torch finds {count} GPU(s), cuda:0 the first")
+        raise UnsupportedDevice(
+            f"device {device!r}: torch finds {count} CUDA GPU(s), cuda:0 to cuda:{count - 1}"
+        )
     return tier or f"{GPU_TIER_PREFIX}{number}"
 
 
@@ -95,8 +102,8 @@ def place(gpu: GpuDevice | None, tier: str, device: str | None) -> torch.device:
             f"tier {tier!r} is GPU {gpu.uuid}, which torch {torch.__version__} in this process "
             f"does not see among its {count} CUDA GPU(s) (CUDA_VISIBLE_DEVICES?)"
         )
-    wanted = _DEVICE.fullmatch(device or "")
-    if wanted and wanted[1] and int(wanted[1]) not in numbers:
+    wanted = (device or "").partition(":")[2]
+    if wanted and int(wanted) not in numbers:
         raise UnsupportedDevice(
             f"device {device!r} is another GPU than tier {tier!r}, which is cuda:{numbers[0]} in "
             f'this process: give device="cuda:{numbers[0]}", or the tier of {device!r}'

@@ -20,6 +20,7 @@ class Held:
     lease: Lease
     users: int
     wanted: bool = False
+    left: int = 0  # larger for what was left later
 
 
 class Holdings:
@@ -27,6 +28,7 @@ class Holdings:
 
     def __init__(self) -> None:
         self._held: dict[int, Held] = {}
+        self._leaves = 0
 
     def __getitem__(self, layer: int) -> Held:
         return self._held[layer]
@@ -50,6 +52,14 @@ class Holdings:
         if held is not None:
             held.wanted = False
             held.users += 1
+        return held
+
+    def leave(self, layer: int) -> Held:
+        """One thread less."""
+        held = self._held[layer]
+        held.users -= 1
+        self._leaves += 1
+        held.left = self._leaves
         return held
 
     def want(self, layer: int) -> bool:
@@ -77,4 +87,7 @@ class Holdings:
         return self._take([layer for layer, held in self._held.items() if not held.users])
 
     def _take(self, layers: list[int]) -> list[Lease]:
+        """What was left last comes first: on a cycle it is needed last, and memory that a waiting
+        daemon gets back bit by bit should be that."""
+        layers.sort(key=lambda layer: self._held[layer].left, reverse=True)
         return [self._held.pop(layer).lease for layer in layers]

@@ -11,12 +11,15 @@ import ctypes
 import mmap
 import os
 import weakref
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tierd_client import fork
 
 if TYPE_CHECKING:
     import torch
+
+    from tierd_client.memory import Fence
 
 PAGE_BYTES = mmap.PAGESIZE
 HUGE_BYTES = 2 << 20
@@ -62,9 +65,7 @@ class HostMemory:
     @property
     def device(self) -> torch.device:
         """The CPU."""
-        import torch
-
-        return torch.device("cpu")
+        return _cpu()
 
     def buffer(self, offset: int, nbytes: int) -> memoryview:
         """A read-only view of a range (the caller checked). No copy."""
@@ -104,8 +105,9 @@ class HostMemory:
         buffer.span = self._span
         return buffer
 
-    def fence(self) -> None:
-        """What a thread computes from here is done when the call returns."""
+    def fence(self) -> Fence | None:
+        """None: what a thread computes from here is done when the call returns."""
+        return None
 
     def _show(self, fd: int, offset: int, nbytes: int, what: str) -> None:
         """Map the beginning of a file, for reading, over a range."""
@@ -125,6 +127,13 @@ class HostMemory:
         """Make the pages of a range present at once, which is cheaper than a fault for each."""
         begin = offset // PAGE_BYTES * PAGE_BYTES
         _libc.madvise(self._address + begin, offset + nbytes - begin, MADV_POPULATE_READ)
+
+
+@cache
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
 
 
 def _reserve(nbytes: int, what: str) -> int:

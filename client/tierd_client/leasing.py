@@ -131,8 +131,7 @@ class LayerLeases:
         if not inside[layer]:
             del inside[layer]
         with self._left:
-            held = self._holdings[layer]
-            held.users -= 1
+            held = self._holdings.leave(layer)
             self._used_at = monotonic()
             sound = held.lease.leave()
             stays = sound and (held.wanted or not self.opened.pressed)

@@ -12,6 +12,7 @@ import torch
 
 from tierd_client.attendant import Attendant
 from tierd_client.compute import Arithmetic, Compute
+from tierd_client.device import check_device, choose_tier
 from tierd_client.errors import UnsupportedModel
 from tierd_client.leasing import LayerLeases
 from tierd_client.names import check_loaded, map_checkpoint, placeholders, stored_tensors
@@ -32,14 +33,20 @@ if TYPE_CHECKING:
 
 def load_model(
     name_or_pack: str | os.PathLike[str],
-    compute: str = "fused",
+    compute: str | None = None,
     socket: str | None = None,
     *,
+    device: str = "cpu",
+    tier: str | None = None,
     tokens_per_pass: int = 1,
 ) -> PreTrainedModel:
     """The model served as `name_or_pack`, or the pack in that directory, in evaluation mode.
 
-    compute: "dense" gives the bits of the in-memory model (under torch.no_grad, as `generate` runs
+    device: "cpu", "cuda" or "cuda:N": where it computes. tier: from what, "dram" or "gpu:N"; the
+    default is "dram" for the CPU and the tier of that number for a GPU. The CPU reads a tier
+    "gpu:N" only when the daemon plays that GPU (--gpu-device memfd).
+    compute: "fused" is the default on the CPU, "dense" on a GPU, where "fused" is refused.
+    "dense" gives the bits of the in-memory model (under torch.no_grad, as `generate` runs
     it); "fused" multiplies a few tokens straight from the packed form, in float32 with one
     rounding, and more of them with blocks of it that stay in cache. The in-memory model of a pack
     in a lossy codec (int8, int4) is that of `tierctl unpack`, with the quantised weights rounded to
@@ -49,14 +56,13 @@ def load_model(
     `model.tierd`, with `.statistics()` and `.close()`. Norms and biases stay on the meta device
     until their layer is first used.
     Raises UnsupportedModel with the list of what stands in the way, ModelNotFound, PackInvalid,
-    BudgetTooSmall, DaemonGone, PrivateDaemonFailed; ValueError for another `compute`.
+    BudgetTooSmall, DaemonGone, PrivateDaemonFailed, TierUnavailable, UnsupportedDevice for what
+    does not go together, DeviceFailed; ValueError for another `compute`.
     """
     if tokens_per_pass < 1:
         raise ValueError(f"tokens_per_pass is {tokens_per_pass}, expected 1 or more")
-    if compute not in list(Compute):
-        raise ValueError(f"compute {compute!r} is unknown: {', '.join(Compute)}")
-    mode = Compute(compute)
-    source = open_source(name_or_pack, socket)
+    mode = Compute.chosen(compute, torch.device(check_device(device)))
+    source = open_source(name_or_pack, socket, choose_tier(device, tier), device)
     try:
         return _load(source, mode, tokens_per_pass)
     except BaseException:
@@ -87,12 +93,13 @@ def _load(source: Source, compute: Compute, tokens_per_pass: int) -> Any:
     opened = source.opened
     with control_directory(opened.files) as directory:
         model, mapping = _empty_model(opened, directory)
-    placement = Placement(model, mapping)
+    device = opened.mapping.device
+    placement = Placement(model, mapping, device)
     leases = LayerLeases(opened, placement.order, tokens_per_pass=tokens_per_pass)
-    arithmetic = Arithmetic(leases, compute)
+    arithmetic = Arithmetic(leases, compute, device)
     sites = placement.install(leases, arithmetic)
     copied_bytes = _copy_now(opened, placement.copied_now)
-    attendant = Attendant(leases)
+    attendant = Attendant(leases, lambda: arithmetic.scratch_bytes)
     served = Served(leases, attendant, arithmetic, sites, copied_bytes, source.close)
     model.register_forward_pre_hook(lambda module, args: leases.begin_pass())
     model.register_forward_hook(lambda module, args, output: leases.end_pass())

@@ -31,11 +31,15 @@ class Placement:
 
     model: as transformers' loader left it. mapping: its parameters' and buffers' stored tensors.
     order: layer numbers as modules were registered, the first guess of the order of use.
-    copied_now: what no site will fill in; complete after `install`. Raises UnsupportedModel.
+    copied_now: what no site will fill in; complete after `install`. device: where the model
+    computes; buffers that it made itself (rotary frequencies) go there. Raises UnsupportedModel.
     """
 
-    def __init__(self, model: Any, mapping: Mapping[str, Stored]) -> None:
+    def __init__(
+        self, model: Any, mapping: Mapping[str, Stored], device: torch.device | None = None
+    ) -> None:
         self._model = model
+        self._device = device or torch.device("cpu")
         self._linears: dict[str, Stored] = {}  # by the module's path
         self._bound: dict[str, Bound] = {}  # by the parameter's name
         self._copied: dict[str, Copied] = {}
@@ -54,10 +58,12 @@ class Placement:
             *model.named_buffers(remove_duplicate=False),
         ]:
             stored = stored_of.get(id(tensor))
-            if stored is None:
-                continue  # a buffer that the model computed itself
             path, _, attribute = name.rpartition(".")
             module = model.get_submodule(path)
+            if stored is None:  # a buffer that the model computed itself
+                if attribute in module._buffers:
+                    module._buffers[attribute] = tensor.to(self._device)
+                continue
             meta = metas.setdefault(id(tensor), _meta(tensor))
             if attribute in module._buffers:
                 self._copied[name] = Copied(module, attribute, stored, tensor.dtype)

@@ -6,7 +6,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
+import torch  # noqa: TC002  # transformers evaluates annotations of its models' classes
 
 from tierd_client import fork
 from tierd_client.errors import UnsupportedOperation
@@ -71,7 +71,18 @@ class Served:
         self._finalizer = weakref.finalize(self, _end, leases, attendant, fork.current(), end)
 
     def __repr__(self) -> str:
-        return f"<tierd: model {self.leases.opened.name!r}, {self.compute}>"
+        where = f"{self.compute} on {self.device} from {self.tier}"
+        return f"<tierd: model {self.leases.opened.name!r}, {where}>"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._arithmetic.device
+
+    @property
+    def tier(self) -> str:
+        """What its layers are leased from: "dram" or "gpu:N"."""
+        return self.leases.opened.connection.tier
 
     @property
     def compute(self) -> Compute:
@@ -136,10 +147,12 @@ _REFUSED = {
 class _ServedMethods:
     """Goes before a transformers class in the bases of a served model's class."""
 
+    _tierd_device: torch.device
+
     @property
     def device(self) -> torch.device:
         """Where it computes. The inherited property would say "meta", its parameters' device."""
-        return torch.device("cpu")
+        return self._tierd_device
 
     def to(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse(self, "_apply")
@@ -189,4 +202,5 @@ def serve(model: Any, served: Served) -> None:
     for module in list(model.modules()):
         if isinstance(module, PreTrainedModel):
             module.__class__ = _served_class(type(module))
+            module._tierd_device = served.device
     model.tierd = served

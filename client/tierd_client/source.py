@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tierd_client.client import Client
-from tierd_client.errors import AccessDenied, DaemonNotRunning, ModelNotFound, PackInvalid
+from tierd_client.device import place
+from tierd_client.errors import (
+    AccessDenied,
+    DaemonNotRunning,
+    ModelNotFound,
+    PackInvalid,
+    TierUnavailable,
+)
 from tierd_layouts.errors import FormatError
 from tierd_layouts.index import INDEX_FILE, PackIndex
+from tierd_layouts.wire import DRAM_TIER, ErrorCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -29,22 +37,41 @@ class Source:
     close: Callable[[], None]
 
 
-def open_source(name_or_pack: str | os.PathLike[str], socket: str | None) -> Source:
+def open_source(
+    name_or_pack: str | os.PathLike[str],
+    socket: str | None,
+    tier: str = DRAM_TIER,
+    device: str | None = None,
+) -> Source:
     """The model called `name_or_pack` of the daemon at `socket`, or the pack in that directory.
 
     A pack directory: the daemon is used if it serves a pack of that name with the same digest,
-    else a private daemon is started. Raises ModelNotFound, PackInvalid, DaemonNotRunning,
-    PrivateDaemonFailed.
+    else a private daemon is started. tier: what its leases are of; device: where it will compute,
+    None for wherever that is. Raises ModelNotFound, PackInvalid, DaemonNotRunning,
+    PrivateDaemonFailed, TierUnavailable, UnsupportedDevice.
     """
     pack = pack_directory(name_or_pack)
     if pack is None:
-        client = Client(socket)
+        client = Client(socket, tier=tier)
         try:
+            _check_place(client, device)
             return Source(client.open(os.fspath(name_or_pack)), client.close)
         except BaseException:
             client.close()
             raise
-    return _open_served(pack, socket) or _open_private(pack)
+    served = _open_served(pack, socket, tier, device)
+    if served is None and tier != DRAM_TIER:
+        raise TierUnavailable(
+            f"{pack} is served by no daemon on tier {tier!r}, and a private one has DRAM only: "
+            "start tierd with --gpu",
+            ErrorCode.TIER_UNAVAILABLE,
+        )
+    return served or _open_private(pack)
+
+
+def _check_place(client: Client, device: str | None) -> None:
+    if device is not None and client.gpu is not None:
+        place(client.gpu, client.tier, device)
 
 
 def pack_directory(name_or_pack: str | os.PathLike[str]) -> Path | None:
@@ -68,16 +95,17 @@ def pack_directory(name_or_pack: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _open_served(pack: Path, socket: str | None) -> Source | None:
+def _open_served(pack: Path, socket: str | None, tier: str, device: str | None) -> Source | None:
     try:
         index = PackIndex.parse((pack / INDEX_FILE).read_bytes(), where=str(pack))
     except FormatError as error:
         raise PackInvalid(str(error), "pack_invalid") from error
     try:
-        client = Client(socket)
+        client = Client(socket, tier=tier)
     except DaemonNotRunning:
         return None
     try:
+        _check_place(client, device)
         opened = client.open(pack.name)
     except (ModelNotFound, AccessDenied):
         client.close()

@@ -72,7 +72,7 @@ class Attendant:
 
     def _tend(self) -> None:
         opened = self._leases.opened
-        opened.connection.look()
+        opened.look()
         if opened.arenas is None:
             self._leases.tend(QUIET_S)
         else:

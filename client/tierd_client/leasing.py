@@ -262,8 +262,9 @@ class LayerLeases:
     # --------------------------------------------------------------------------------------- passes
 
     def begin_pass(self) -> None:
-        """A forward pass of the whole model begins in this thread."""
+        """A forward pass of the whole model begins in this thread. Raises what `check` raises."""
         self.check()
+        self.opened.look()
         self._course.begin_pass()
 
     def end_pass(self) -> None:

@@ -285,6 +285,10 @@ class OpenedModel:
         """Raise what a request would raise now: ForkedClient, DaemonGone, ClientClosed."""
         self.connection.check()
 
+    def look(self) -> None:
+        """As `check_connection`, after a look whether it has ended meanwhile."""
+        self.connection.look()
+
     @property
     def pressed(self) -> bool:
         """Whether leases that nobody computes with should go back: others may want the memory.

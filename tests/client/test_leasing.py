@@ -77,6 +77,8 @@ class FakeOpened:
         if self.ended is not None:
             raise self.ended
 
+    look = check_connection
+
     def plan(self, order: Sequence[int], *, kind: str, lookahead: int, tokens_per_pass: int) -> int:
         assert kind == "cyclic"
         assert lookahead == 1

@@ -1,0 +1,73 @@
+"""Streams of a GPU that is the host: what they are given is done at once, marks pass when told."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+
+class FakeStream:
+    """Notes what it has to wait for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.waited: list[FakeEvent] = []
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.waited.append(event)
+
+
+class FakeEvent:
+    """Each mark is one millisecond after the one before it."""
+
+    def __init__(self, streams: FakeStreams) -> None:
+        self._streams = streams
+        self.at_ms: float | None = None
+        self.stream: Any = None
+        self.synchronized = 0
+
+    def record(self, stream: Any) -> None:
+        self._streams.now_ms += 1
+        self.at_ms, self.stream = self._streams.now_ms, stream
+
+    def query(self) -> bool:
+        assert self.at_ms is not None, "never recorded"
+        return self.at_ms <= self._streams.passed_ms
+
+    def synchronize(self) -> None:
+        self.synchronized += 1
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert self.query()
+        assert end.query(), "torch raises where a mark has not passed"
+        assert self.at_ms is not None
+        assert end.at_ms is not None
+        return end.at_ms - self.at_ms
+
+
+class FakeStreams:
+    """passed_ms: marks up to then have passed; those after it wait."""
+
+    def __init__(self, passed_ms: float = float("inf")) -> None:
+        self.now_ms = 0.0
+        self.passed_ms = passed_ms
+        self.events: list[FakeEvent] = []
+        self._local = threading.local()
+        self._default = FakeStream("default")
+
+    def use(self, stream: FakeStream) -> None:
+        """This thread's work goes to `stream` from now on."""
+        self._local.stream = stream
+
+    def current(self) -> FakeStream:
+        found: FakeStream = getattr(self._local, "stream", self._default)
+        return found
+
+    def event(self) -> FakeEvent:
+        self.events.append(FakeEvent(self))
+        return self.events[-1]
+
+    def host_cell(self) -> torch.Tensor:
+        return torch.empty(1, dtype=torch.int64)

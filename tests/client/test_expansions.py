@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tests.client.fake_streams import FakeStreams
+from tierd_client.errors import TensorCorrupt
+from tierd_client.expansions import ROOM_BYTES, Expansions
+from tierd_kernels.torch_expand import NO_FAULT
+from tierd_kernels.torch_expand import ROOM_BYTES as KERNEL_ROOM_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CPU = torch.device("cpu")
+FAULT = 4 * 7 + 1  # tile 7, its head
+
+
+class FakeWeight:
+    """A PackedTensor whose expansion leaves `fault` in the cell."""
+
+    def __init__(self, name: str = "w", fault: int = NO_FAULT) -> None:
+        self.name = name
+        self.where = f"model/layer, {name!r}"
+        self.shape = (3, 4)
+        self.dtype = torch.float32
+        self.fault = fault
+        self.measured = 0
+        self.calls: list[dict[str, Any]] = []
+
+    def limits(self) -> tuple[int, int]:
+        self.measured += 1
+        return 3, 17
+
+    def expand_into(self, out: torch.Tensor, **options: Any) -> None:
+        assert int(options["faults"]) == NO_FAULT, "a cell that was used before is clean again"
+        self.calls.append(options)
+        out.detach().fill_(len(self.calls))
+        options["faults"].fill_(self.fault)
+
+
+def expand(expansions: Expansions, weight: Any) -> torch.Tensor:
+    with expansions.expanded(weight) as matrix:
+        return matrix.detach().clone()
+
+
+def test_the_matrix_is_expanded_into_scratch_with_what_was_measured_once() -> None:
+    expansions, weight = Expansions(CPU, FakeStreams()), FakeWeight()
+    for number in range(1, 4):
+        assert torch.equal(expand(expansions, weight), torch.full((3, 4), float(number)))
+    assert weight.measured == 1
+    assert all(call["limits"] == (3, 17) for call in weight.calls)
+    assert all(call["room_bytes"] == ROOM_BYTES > KERNEL_ROOM_BYTES for call in weight.calls)
+    assert expansions.nbytes == 3 * 4 * 4 + ROOM_BYTES
+
+
+def test_no_memory_is_used_before_the_first_one() -> None:
+    assert Expansions(CPU, FakeStreams()).nbytes == 0
+
+
+def test_the_time_is_between_two_marks_and_counts_when_they_have_passed() -> None:
+    streams = FakeStreams(passed_ms=0)
+    expansions, weight = Expansions(CPU, streams), FakeWeight()
+    for _ in range(3):
+        expand(expansions, weight)
+    assert expansions.totals() == (3, 0), "they are still under way"
+    streams.passed_ms = 5  # each expansion has two marks, and scratch one behind it
+    assert expansions.totals() == (3, 2_000_000)
+    streams.passed_ms = 100
+    assert expansions.totals() == (3, 3_000_000)
+    assert expansions.totals() == (3, 3_000_000)
+
+
+def test_marks_that_have_passed_are_used_again_and_no_others() -> None:
+    streams = FakeStreams()
+    expansions, weight = Expansions(CPU, streams), FakeWeight()
+    for _ in range(10):
+        expand(expansions, weight)
+    made = len(streams.events)
+    assert made == 3, "begin, end, and the buffer's"
+    streams.passed_ms = streams.now_ms  # what comes now stays under way
+    for _ in range(4):
+        expand(expansions, weight)
+    assert len(streams.events) == made + 2 * 4 - 2
+    cells = {id(call["faults"]) for call in weight.calls[-4:]}
+    assert len(cells) == 4, "those under way share no cell"
+
+
+def test_nothing_is_waited_for() -> None:
+    streams = FakeStreams(passed_ms=0)
+    expansions = Expansions(CPU, streams)
+    for fault in (NO_FAULT, FAULT, NO_FAULT):
+        expand(expansions, FakeWeight(fault=fault))
+    expansions.totals()
+    assert not any(event.synchronized for event in streams.events)
+
+
+def test_what_was_wrong_is_raised_by_the_next_one_after_the_device_is_through() -> None:
+    streams = FakeStreams(passed_ms=0)
+    expansions = Expansions(CPU, streams)
+    good, bad = FakeWeight(), FakeWeight("bad", FAULT)
+    expand(expansions, bad)
+    expand(expansions, good)
+    streams.passed_ms = 100
+    with pytest.raises(TensorCorrupt, match=r"^model/layer, 'bad': tile 7: its head cannot be$"):
+        expand(expansions, good)
+    expand(expansions, good)  # said once
+    assert expansions.totals()[0] == 3
+
+
+def test_asking_for_totals_keeps_what_was_wrong_for_who_computes() -> None:
+    expansions = Expansions(CPU, FakeStreams())
+    expand(expansions, FakeWeight(fault=FAULT))
+    assert expansions.totals()[0] == 1
+    with pytest.raises(TensorCorrupt, match="tile 7"):
+        expand(expansions, FakeWeight())
+
+
+def test_one_that_fails_at_once_leaves_the_others_as_they_were() -> None:
+    expansions, bad = Expansions(CPU, FakeStreams()), FakeWeight()
+
+    def fail(out: torch.Tensor, **options: Any) -> None:
+        raise TensorCorrupt("arrays that do not fit")
+
+    expand_into: Callable[..., None] = fail
+    bad.expand_into = expand_into  # type: ignore[method-assign]
+    with pytest.raises(TensorCorrupt, match="do not fit"):
+        expand(expansions, bad)
+    expand(expansions, FakeWeight())
+    assert expansions.totals()[0] == 1

@@ -172,7 +172,7 @@ class FakeDriver:
                 self.lost = code
             raise Refused(code)
         _check(needs == "nothing" or self.initialized, CUresult.CUDA_ERROR_NOT_INITIALIZED)
-        device = getattr(self.current, "device", None)
+        device = self._stack()[-1] if self._stack() else None
         _check(needs != "context" or device in self.contexts, CUresult.CUDA_ERROR_INVALID_CONTEXT)
 
     def live(self) -> dict[str, int]:
@@ -233,7 +233,24 @@ class FakeDriver:
     @_call("init")
     def cuCtxSetCurrent(self, context: int) -> None:
         _check(context in self.contexts, CUresult.CUDA_ERROR_INVALID_CONTEXT)
-        self.current.device = context
+        self._stack()[-1:] = [context]  # replaces the current one, if there is one
+
+    @_call("init")
+    def cuCtxPushCurrent(self, context: int) -> None:
+        _check(context in self.contexts, CUresult.CUDA_ERROR_INVALID_CONTEXT)
+        self._stack().append(context)
+
+    @_call()
+    def cuCtxPopCurrent(self) -> int:
+        context: int = self._stack().pop()
+        return context
+
+    def _stack(self) -> list[int]:
+        """The contexts of this thread; the last is the current one."""
+        if not hasattr(self.current, "stack"):
+            self.current.stack = []
+        found: list[int] = self.current.stack
+        return found
 
     @_call()
     def cuMemGetInfo(self) -> tuple[int, int]:

@@ -94,7 +94,7 @@ class MemfdDevice:
         self._spans: Spans[_Chunk] = Spans(chunk_bytes)
         self._engine: CopyEngine | None = None
         self._host = host
-        self._registered = Registered(f"gpu:{number} (memfd)")
+        self._registered = Registered("memfd") if host is None else host.without_driver
         self.unpinned_bytes = 0
 
     @property

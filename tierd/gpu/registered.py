@@ -1,4 +1,4 @@
-"""What a driver knows of registered host memory, for a device that has no driver.
+"""What a driver knows of registered host memory, for devices that have no driver.
 
 It refuses what CUDA refuses, so that tests without a GPU find what would go wrong with one.
 """
@@ -20,7 +20,7 @@ class Registered:
     """Thread-safe."""
 
     def __init__(self, name: str) -> None:
-        """name: of the device, for texts."""
+        """name: of who asks, for texts."""
         self._name = name
         self._sizes: dict[int, int] = {}  # by address
         self._lock = threading.Lock()

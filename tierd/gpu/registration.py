@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tierd.gpu.ranges import Ranges, added, removed, total
+from tierd.gpu.registered import Registered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,6 +73,8 @@ class HostMemory:
 
     def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
         self.piece_bytes = piece_bytes
+        #: What `memfd` devices have registered: as with a driver, for all devices of a process.
+        self.without_driver = Registered("memfd")
         self._arenas: dict[int, _Arena] = {}
         self._changed = threading.Condition()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.daemon.gpu.conftest import BUDGET, CHUNK, MEMORY, Rig, descriptors, make_rig
+from tierd.gpu.copy_engine import address_of
 from tierd.gpu.errors import DeviceError, DeviceUnavailable, OutOfDeviceMemory
 from tierd.gpu.memfd_device import MemfdDevice
 from tierd.gpu.registration import HostMemory
@@ -131,3 +132,27 @@ def test_what_is_copied_from_memory_that_is_not_registered_is_counted() -> None:
     rig.device.copy(0, 0, memoryview(b"12345")).wait()
     assert rig.device.unpinned_bytes == 5
     rig.device.close()
+
+
+def test_what_one_of_them_registered_is_registered_for_all_of_a_process() -> None:
+    """As with CUDA: a second GPU's copies are cut there too, and are none of unpinned memory."""
+    memory = memoryview(bytearray(3 * CHUNK))
+    address = -(-address_of(memory) // CHUNK) * CHUNK
+    host = HostMemory(CHUNK)
+    host.add_arena(0, address, CHUNK)
+    host.populated(0, 0, CHUNK)
+    first, second = make_rig("memfd", host=host).device, make_rig("memfd", host=host).device
+    (piece,) = host.claim(0, 0, CHUNK)
+    first.register(address, CHUNK)
+    piece.registered = [(0, CHUNK)]
+    host.give([piece])
+    second.open()
+    second.add_arena(0, BUDGET)
+    second.back(0, 0, 1)
+    start = address - address_of(memory)
+    second.copy(0, 0, memory[start : start + CHUNK]).wait()
+    assert second.unpinned_bytes == 0
+    with pytest.raises(DeviceError, match="a part is registered already"):
+        second.register(address, CHUNK)
+    second.unregister(address, CHUNK)
+    second.close()

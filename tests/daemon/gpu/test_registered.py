@@ -9,7 +9,7 @@ from tierd.gpu.registration import Span
 
 @pytest.fixture
 def registered() -> Registered:
-    registered = Registered("gpu:0 (memfd)")
+    registered = Registered("memfd")
     registered.add(0x1000, 0x1000)
     registered.add(0x2000, 0x1000)
     return registered

@@ -7,6 +7,7 @@ when the next one is given to it, or when somebody asks.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from tierd_client.errors import TensorCorrupt
 from tierd_client.scratch import DeviceScratch
-from tierd_kernels.torch_expand import NO_FAULT, fault_text, new_faults
+from tierd_kernels.torch_expand import NO_FAULT, TILE_BYTES, fault_text, new_faults
+from tierd_layouts.tile_grid import TILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
     from tierd_client.streams import Event, Streams
     from tierd_client.tensors import PackedTensor
 
-#: Of temporaries for each matrix that is being expanded: enough that the GPU, and not the launching
-#: of its kernels, takes the time.
+#: Of temporaries for each matrix that is being expanded, at most: enough that the GPU, and not the
+#: launching of its kernels, takes the time.
 ROOM_BYTES = 128 << 20
 
 
@@ -54,6 +56,7 @@ class Expansions:
         self._idle: list[_Mark] = []
         self._wrong: deque[str] = deque()
         self._count = self._ns = 0
+        self._room_bytes = 0  # that one expansion needed
 
     @contextmanager
     def expanded(self, weight: PackedTensor) -> Iterator[torch.Tensor]:
@@ -83,7 +86,7 @@ class Expansions:
     @property
     def nbytes(self) -> int:
         """Memory of the device for all this, temporaries included."""
-        return self._scratch.nbytes + self._scratch.buffers * ROOM_BYTES
+        return self._scratch.nbytes + self._scratch.buffers * self._room_bytes
 
     def _expand(self, weight: PackedTensor, out: torch.Tensor, limits: tuple[int, int]) -> None:
         with self._lock:
@@ -92,6 +95,7 @@ class Expansions:
             event, cell = self._streams.event, new_faults(self._device)
             mark = _Mark(event(), event(), cell, self._streams.host_cell())
         mark.where = weight.where
+        tiles = math.prod(-(-length // TILE) for length in weight.shape)
         stream = self._streams.current()
         mark.begin.record(stream)
         mark.cell.fill_(NO_FAULT)
@@ -101,6 +105,7 @@ class Expansions:
         with self._lock:
             self._pending.append(mark)
             self._count += 1
+            self._room_bytes = max(self._room_bytes, min(tiles * TILE_BYTES, ROOM_BYTES))
 
     def _collect(self) -> None:
         """Look at what the GPU is through with; the others stay."""

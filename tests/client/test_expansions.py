@@ -8,7 +8,7 @@ import torch
 from tests.client.fake_streams import FakeStreams
 from tierd_client.errors import TensorCorrupt
 from tierd_client.expansions import ROOM_BYTES, Expansions
-from tierd_kernels.torch_expand import NO_FAULT
+from tierd_kernels.torch_expand import NO_FAULT, TILE_BYTES
 from tierd_kernels.torch_expand import ROOM_BYTES as KERNEL_ROOM_BYTES
 
 if TYPE_CHECKING:
@@ -53,7 +53,17 @@ def test_the_matrix_is_expanded_into_scratch_with_what_was_measured_once() -> No
     assert weight.measured == 1
     assert all(call["limits"] == (3, 17) for call in weight.calls)
     assert all(call["room_bytes"] == ROOM_BYTES > KERNEL_ROOM_BYTES for call in weight.calls)
-    assert expansions.nbytes == 3 * 4 * 4 + ROOM_BYTES
+
+
+def test_its_memory_is_the_scratch_and_the_temporaries_of_the_largest_matrix() -> None:
+    expansions, large = Expansions(CPU, FakeStreams()), FakeWeight()
+    large.shape = (65, 128)
+    for weight in (FakeWeight(), large, FakeWeight()):
+        expand(expansions, weight)
+    assert expansions.nbytes == 65 * 128 * 4 + 4 * TILE_BYTES
+    large.shape = (64, 1 << 18)
+    expand(expansions, large)
+    assert expansions.nbytes == 64 * (1 << 18) * 4 + ROOM_BYTES
 
 
 def test_no_memory_is_used_before_the_first_one() -> None:

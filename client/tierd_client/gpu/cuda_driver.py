@@ -25,7 +25,8 @@ class CudaDriver:
         self._driver = driver
         self._ordinal = ordinal
         self._call("cuInit", 0)
-        self._context = self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", ordinal))
+        self._device = self._call("cuDeviceGet", ordinal)
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
 
     @classmethod
     def load(cls, ordinal: int) -> CudaDriver:
@@ -54,28 +55,38 @@ class CudaDriver:
     def map_for_reading(self, fd: int, address: int, nbytes: int) -> None:
         """Show the memory behind a descriptor at reserved addresses, for reading only. What was
         mapped stays when the descriptor is closed."""
-        driver = self._driver
-        kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        kind = self._driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         with self._current():
             handle = self._call("cuMemImportFromShareableHandle", fd, kind)
+            mapped = False
             try:
-                self._call("cuMemMap", address, nbytes, 0, handle, 0)
-            finally:
-                self._call("cuMemRelease", handle)  # the mapping holds the memory
-            access = driver.CUmemAccessDesc()
-            access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-            access.location.id = self._ordinal
-            access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ
-            try:
-                self._call("cuMemSetAccess", address, nbytes, [access], 1)
+                try:
+                    self._call("cuMemMap", address, nbytes, 0, handle, 0)
+                    mapped = True
+                    self._call("cuMemSetAccess", address, nbytes, [self._reading()], 1)
+                finally:
+                    self._call("cuMemRelease", handle)  # the mapping holds the memory
             except DeviceFailed:
-                self._call("cuMemUnmap", address, nbytes)
+                if mapped:
+                    self._call("cuMemUnmap", address, nbytes)
                 raise
 
     def unmap(self, address: int, nbytes: int) -> None:
         """Undo `map_for_reading`. Nothing on the GPU may still read there."""
         with self._current():
             self._call("cuMemUnmap", address, nbytes)
+
+    def close(self) -> None:
+        """Let go of the context. No method may be called afterwards."""
+        self._call("cuDevicePrimaryCtxRelease", self._device)
+
+    def _reading(self) -> Any:
+        driver = self._driver
+        access = driver.CUmemAccessDesc()
+        access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        access.location.id = self._ordinal
+        access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ
+        return access
 
     @contextmanager
     def _current(self) -> Iterator[None]:
@@ -88,9 +99,5 @@ class CudaDriver:
     def _call(self, name: str, *arguments: Any) -> Any:
         error, *values = getattr(self._driver, name)(*arguments)
         if int(error) != 0:
-            raise DeviceFailed(f"{name} on GPU {self._ordinal} failed: {self._name(error)}")
+            raise DeviceFailed(f"{name} on GPU {self._ordinal} failed: {error.name}")
         return values[0] if values else None
-
-    def _name(self, error: Any) -> str:
-        unknown, text = self._driver.cuGetErrorName(error)
-        return f"CUresult {int(error)}" if int(unknown) else bytes(text).decode()

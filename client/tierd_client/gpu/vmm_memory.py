@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class VmmMemory(CudaMemory):
-    """Addresses for the whole arena; a kernel that writes there fails. Raises DeviceFailed."""
+    """Addresses for the whole arena; a kernel that writes there fails. Raises DeviceFailed.
+
+    driver: of this memory alone, which closes it.
+    """
 
     def __init__(
         self, nbytes: int, chunk_bytes: int, device: torch.device, driver: CudaDriver, what: str
@@ -66,3 +69,4 @@ def _let_go(
         while mapped:
             driver.unmap(address + mapped.pop() * chunk_bytes, chunk_bytes)
         driver.free_addresses(address, nbytes)
+        driver.close()

@@ -2,7 +2,8 @@
 
 A matrix is expanded and then multiplied in the order of one stream. How long the expansion took,
 and whether a tile's contents were wrong, is known when the GPU is through with it: it is looked up
-when the next one is given to it, or when somebody asks.
+when the next one is given to it, or when somebody asks. Only a matrix that was never met is waited
+for.
 """
 
 from __future__ import annotations
@@ -62,19 +63,17 @@ class Expansions:
     def expanded(self, weight: PackedTensor) -> Iterator[torch.Tensor]:
         """The whole matrix in scratch, for what this thread gives its stream inside.
 
-        Waits for the device once for each matrix of the model, the first time.
-        Raises TensorCorrupt for any earlier matrix of the model that was found to be wrong.
+        The first time that a matrix of the model is met, the device is waited for: what is wrong
+        with it is raised before anything is computed with it. Bytes that go wrong later, which no
+        pack does, are raised for the next matrix after the device is through. Raises TensorCorrupt.
         """
         self._collect()
         with self._lock:
             wrong = self._wrong.popleft() if self._wrong else None
         if wrong is not None:
             raise TensorCorrupt(wrong)
-        limits = self._limits.get(weight.name)
-        if limits is None:
-            limits = self._limits[weight.name] = weight.limits()
         with self._scratch.borrowed(weight.shape, weight.dtype) as matrix:
-            self._expand(weight, matrix, limits)
+            self._expand(weight, matrix)
             yield matrix
 
     def totals(self) -> tuple[int, int]:
@@ -88,7 +87,9 @@ class Expansions:
         """Memory of the device for all this, temporaries included."""
         return self._scratch.nbytes + self._scratch.buffers * self._room_bytes
 
-    def _expand(self, weight: PackedTensor, out: torch.Tensor, limits: tuple[int, int]) -> None:
+    def _expand(self, weight: PackedTensor, out: torch.Tensor) -> None:
+        known = self._limits.get(weight.name)
+        limits = known or weight.limits()
         with self._lock:
             mark = self._idle.pop() if self._idle else None
         if mark is None:
@@ -99,7 +100,9 @@ class Expansions:
         stream = self._streams.current()
         mark.begin.record(stream)
         mark.cell.fill_(NO_FAULT)
-        weight.expand_into(out, faults=mark.cell, limits=limits, room_bytes=ROOM_BYTES)
+        faults = mark.cell if known else None  # None: wait, and raise at once
+        weight.expand_into(out, faults=faults, limits=limits, room_bytes=ROOM_BYTES)
+        self._limits[weight.name] = limits
         mark.host_cell.copy_(mark.cell, non_blocking=True)
         mark.end.record(stream)
         with self._lock:

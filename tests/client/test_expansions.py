@@ -8,7 +8,7 @@ import torch
 from tests.client.fake_streams import FakeStreams
 from tierd_client.errors import TensorCorrupt
 from tierd_client.expansions import ROOM_BYTES, Expansions
-from tierd_kernels.torch_expand import NO_FAULT, TILE_BYTES
+from tierd_kernels.torch_expand import NO_FAULT, TILE_BYTES, fault_text
 from tierd_kernels.torch_expand import ROOM_BYTES as KERNEL_ROOM_BYTES
 
 if TYPE_CHECKING:
@@ -35,10 +35,14 @@ class FakeWeight:
         return 3, 17
 
     def expand_into(self, out: torch.Tensor, **options: Any) -> None:
-        assert int(options["faults"]) == NO_FAULT, "a cell that was used before is clean again"
         self.calls.append(options)
         out.detach().fill_(len(self.calls))
-        options["faults"].fill_(self.fault)
+        cell = options["faults"]
+        if cell is not None:
+            assert int(cell) == NO_FAULT, "a cell that was used before is clean again"
+            cell.fill_(self.fault)
+        elif self.fault != NO_FAULT:
+            raise TensorCorrupt(f"{self.where}: {fault_text(self.fault)}")
 
 
 def expand(expansions: Expansions, weight: Any) -> torch.Tensor:
@@ -98,32 +102,47 @@ def test_marks_that_have_passed_are_used_again_and_no_others() -> None:
     assert len(cells) == 4, "those under way share no cell"
 
 
-def test_nothing_is_waited_for() -> None:
+def test_a_matrix_is_waited_for_the_first_time_and_never_again() -> None:
     streams = FakeStreams(passed_ms=0)
-    expansions = Expansions(CPU, streams)
-    for fault in (NO_FAULT, FAULT, NO_FAULT):
-        expand(expansions, FakeWeight(fault=fault))
+    expansions, first, second = Expansions(CPU, streams), FakeWeight("a"), FakeWeight("b")
+    for weight in (first, second, first, second):
+        expand(expansions, weight)
+    for weight in (first, second):
+        assert [call["faults"] is None for call in weight.calls] == [True, False]
     expansions.totals()
     assert not any(event.synchronized for event in streams.events)
 
 
-def test_what_was_wrong_is_raised_by_the_next_one_after_the_device_is_through() -> None:
+def test_a_matrix_that_is_wrong_is_never_computed_with() -> None:
+    expansions, bad = Expansions(CPU, FakeStreams(passed_ms=0)), FakeWeight("bad", FAULT)
+    for _ in range(2):
+        with pytest.raises(TensorCorrupt, match=r"^model/layer, 'bad': tile 7: its head cannot be"):
+            expand(expansions, bad)
+    bad.fault = NO_FAULT
+    expand(expansions, bad)
+
+
+def test_what_goes_wrong_later_is_raised_by_the_next_one_after_the_device_is_through() -> None:
     streams = FakeStreams(passed_ms=0)
     expansions = Expansions(CPU, streams)
-    good, bad = FakeWeight(), FakeWeight("bad", FAULT)
+    good, bad = FakeWeight(), FakeWeight("bad")
+    expand(expansions, bad)
+    bad.fault = FAULT
     expand(expansions, bad)
     expand(expansions, good)
     streams.passed_ms = 100
     with pytest.raises(TensorCorrupt, match=r"^model/layer, 'bad': tile 7: its head cannot be$"):
         expand(expansions, good)
     expand(expansions, good)  # said once
-    assert expansions.totals()[0] == 3
+    assert expansions.totals()[0] == 4
 
 
 def test_asking_for_totals_keeps_what_was_wrong_for_who_computes() -> None:
-    expansions = Expansions(CPU, FakeStreams())
-    expand(expansions, FakeWeight(fault=FAULT))
-    assert expansions.totals()[0] == 1
+    expansions, bad = Expansions(CPU, FakeStreams()), FakeWeight()
+    expand(expansions, bad)
+    bad.fault = FAULT
+    expand(expansions, bad)
+    assert expansions.totals()[0] == 2
     with pytest.raises(TensorCorrupt, match="tile 7"):
         expand(expansions, FakeWeight())
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from tierd_client.errors import TensorCorrupt
 from tierd_client.expansions import Expansions
 from tierd_client.streams import CudaStreams
-from tierd_kernels import torch_expand, torch_matrix
+from tierd_kernels import KernelError, torch_expand, torch_matrix
 from tierd_layouts import exponent_packed, packed_matrix
 
 gpu = [
@@ -51,7 +51,10 @@ class Weight:
 
     def expand_into(self, out: torch.Tensor, **options: Any) -> None:
         del options["limits"]
-        torch_expand.expand(self.matrix, out, **options)
+        try:
+            torch_expand.expand(self.matrix, out, **options)
+        except KernelError as error:
+            raise TensorCorrupt(f"{self.where}: {error}") from error
 
 
 def random_matrix(rows: int = 1000, cols: int = 700) -> Any:
@@ -104,14 +107,20 @@ def test_a_model_on_a_gpu_computes_without_any_synchronisation(cuda: str) -> Non
 
 
 @pytest.mark.parametrize("cuda", [pytest.param("cuda", marks=gpu)])
-def test_a_wrong_tile_on_a_gpu_is_raised_by_a_later_product(cuda: str) -> None:
+def test_a_tile_that_goes_wrong_on_a_gpu_is_raised_by_a_later_product(cuda: str) -> None:
     device = torch.device(cuda, 0)
-    matrix = random_matrix()
-    matrix.heads[5] ^= 1 << 16
-    weight: Any = Weight(torch_matrix.from_arrays(matrix, device))
+    there = torch_matrix.from_arrays(random_matrix(), device)
+    weight: Any = Weight(there)
     expansions = Expansions(device, CudaStreams(device))
+    with torch.no_grad(), expansions.expanded(weight):
+        pass
+    assert there.heads is not None
+    there.heads[5 * 4 + 2] ^= 1
     with torch.no_grad(), expansions.expanded(weight) as found:
         assert not found[:64, 5 * 64 : 6 * 64].any()
     torch.cuda.synchronize(device)
     with pytest.raises(TensorCorrupt, match="model/layer, 'w': tile 5: "):
         expansions.expanded(weight).__enter__()
+    other = Expansions(device, CudaStreams(device))
+    with pytest.raises(TensorCorrupt, match="model/layer, 'w': tile 5: "):
+        other.expanded(weight).__enter__()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Generic
 
 from tierd.gpu.cuda_driver import CudaDriver
 from tierd.gpu.cuda_stream import CudaStream
-from tierd.gpu.errors import DeviceError, DeviceUnavailable
+from tierd.gpu.errors import DeviceError, DeviceUnavailable, OutOfDeviceMemory
 from tierd.gpu.registration import HostMemory
 from tierd.gpu.span import Backing, Spans
 from tierd.sizes import format_size
@@ -55,7 +55,7 @@ class CudaDevice(Generic[Backing]):
                     f"gpu:{self.number} ({info.name}) was given {format_size(self._budget_bytes)}, "
                     f"but {format_size(info.free_bytes)} of {format_size(info.total_bytes)} are "
                     "free",
-                    f"lower --gpu {self.number}=SIZE, or end what uses it (nvidia-smi)",
+                    self._less,
                 )
             self._check()
             self._stream = CudaStream(self._driver, self._host)
@@ -64,8 +64,13 @@ class CudaDevice(Generic[Backing]):
             raise
         except DeviceError as error:
             self.close()
-            raise DeviceUnavailable(str(error), self._advice) from error
+            full = isinstance(error, OutOfDeviceMemory)
+            raise DeviceUnavailable(str(error), self._less if full else self._advice) from error
         return info
+
+    @property
+    def _less(self) -> str:
+        return f"lower --gpu {self.number}=SIZE, or end what uses it (nvidia-smi)"
 
     @property
     def _advice(self) -> str:

@@ -231,7 +231,11 @@ class CudaDriver:
         """What the call gives, without the code: nothing, one value, or a tuple. Raises."""
         try:
             code, *values = getattr(self._api, name)(*arguments)
-        except (RuntimeError, ValueError) as error:  # no libcuda, or an old one; a code unheard of
+        except (ValueError, KeyError) as error:  # newer and older bindings, of a code unheard of
+            raise DeviceError(
+                f"gpu:{self.number}: {_call_text(name, what)}: unknown code ({error})"
+            ) from error
+        except RuntimeError as error:  # no libcuda, or one that is too old for the call
             raise DeviceError(f"gpu:{self.number}: {_call_text(name, what)}: {error}") from error
         if int(code):
             label = f"{getattr(code, 'name', 'unknown code')} ({int(code)})"

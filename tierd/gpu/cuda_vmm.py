@@ -153,8 +153,9 @@ class CudaVmmDevice(CudaDevice[_Chunk]):
             memory = self._driver.memory()
         except DeviceError:
             return error
+        which = "a chunk" if span.arena == _TRIAL else f"chunk {number} of arena {span.arena}"
         return OutOfDeviceMemory(
-            f"{error}: chunk {number} of arena {span.arena} needs {format_size(self.chunk_bytes)}, "
+            f"{error}: {which} needs {format_size(self.chunk_bytes)}, "
             f"{format_size(memory.free_bytes)} of {format_size(memory.total_bytes)} are free, "
             f"{format_size(self.backed_bytes)} are tierd's"
         )

@@ -112,7 +112,8 @@ class Registrar:
     def _run(self) -> None:
         while True:
             with self._wakes:
-                if not self._discards and not self._closing:
+                unsettled = self.host.unsettled(int(self._quiet_s * 1e9))
+                if not self._discards and not self._closing and not unsettled:
                     self._wakes.wait(self._quiet_s if self.host.waits() else None)
                 discard = self._discards.popleft() if self._discards else None
                 closing = self._closing
@@ -120,7 +121,7 @@ class Registrar:
                 self._discard(*discard)
             elif closing:
                 break
-            elif unsettled := self.host.unsettled(int(self._quiet_s * 1e9)):
+            elif unsettled:
                 self._settle(*unsettled[0])
         for arena, (_, span_bytes) in self.host.arenas().items():
             try:

@@ -206,6 +206,15 @@ def test_what_a_container_forbids_is_found_when_the_gpu_is_opened(call: str) -> 
     assert rig.driver.live() == {}
 
 
+def test_a_gpu_that_is_full_is_refused_with_what_makes_room() -> None:
+    """Its driver said before that the budget is free."""
+    rig = make_rig("cuda_vmm")
+    rig.driver.faults["cuMemCreate"] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(DeviceUnavailable, match=r"a chunk needs 2.* MiB, 24.* are free") as found:
+        rig.device.open()
+    assert "lower --gpu 0=SIZE" in found.value.advice
+
+
 def test_a_broken_context_is_told_apart_and_closing_it_raises_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -4,13 +4,15 @@ SIZE ?= full
 MODEL ?=
 ONLY ?=
 SECONDS ?= 60
+WHEELS ?=
+MODELS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.tierd-installed
 MODULES := _cpu _encode
 NATIVE := $(wildcard kernels/cpu/*) kernels/CMakeLists.txt
 
-.PHONY: help venv test check pytest sanitize fuzz demo bench stub clean
+.PHONY: help venv test check pytest sanitize fuzz demo bench gpu-acceptance stub clean
 
 help:
 	@echo "make demo      environment, build, and the main job end to end (SIZE=small, MODEL=path)"
@@ -19,6 +21,7 @@ help:
 	@echo "make check     format, lint, types, import layers, the kernel stub"
 	@echo "make sanitize  the kernels' tests with AddressSanitizer and UBSan in the C++ modules"
 	@echo "make fuzz      hostile files, guided by coverage, sanitized (SECONDS=60; findings: build/fuzz)"
+	@echo "make gpu-acceptance   on a node with a GPU, offline, 8 minutes (WHEELS=folder, MODELS=folder)"
 	@echo "make venv      the environment alone"
 
 venv: $(STAMP)
@@ -65,6 +68,11 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tierd_tools.bench $(ONLY)
+
+# With the Python that has the node's packages: no environment is made, nothing is fetched.
+gpu-acceptance:
+	@PYTHONPATH=tools '$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))' \
+	    -m tierd_tools.gpu_acceptance $(if $(WHEELS),--wheels '$(WHEELS)') $(if $(MODELS),--models '$(MODELS)')
 
 stub: $(STAMP)
 	@for module in $(MODULES); do \

@@ -7,6 +7,7 @@ cuFile starts threads, and may hang.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -21,7 +22,11 @@ _NOT_USED = "nothing is lost: in this version layers reach a GPU through DRAM"
 def finding() -> Finding:
     command = [sys.executable, "-m", "tierd_tools.doctor.gpu_direct"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LONGEST_SECONDS,
+            # cuFile writes a log into the working directory unless it is told where to.
+            env={**os.environ, "CUFILE_LOGFILE_PATH": os.devnull},
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         text = f"cuFile did not open within {LONGEST_SECONDS:g} s"
         return Finding(NAME, "does not work", text, _NOT_USED)

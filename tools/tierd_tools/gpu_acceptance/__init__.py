@@ -1,0 +1,1 @@
+"""`make gpu-acceptance`: one command that proves on a node with a GPU what needs one."""

@@ -1,0 +1,186 @@
+"""`make gpu-acceptance [WHEELS=folder] [MODELS=folder]`: everything that needs a GPU, in 8 minutes.
+
+Builds the native modules, runs the tests marked `gpu` (the probes of tests/gpu among them), the
+doctor and the benchmarks of tierd_tools.bench.gpu_*; prints a Markdown table and writes one JSON.
+Offline, with the packages of the Python that runs it; wheels that are missing come from WHEELS.
+Whatever cannot run says why. Exit status 1: something that ran failed or missed its bound.
+
+Imports only the standard library and what does too: it begins before anything is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tierd_tools.gpu_acceptance import machine, report
+from tierd_tools.gpu_acceptance.environment import Environment, prepare
+from tierd_tools.gpu_acceptance.parts import Parts
+from tierd_tools.gpu_acceptance.promises import PROMISES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SECONDS: Final = 480.0
+#: What each part may take; what one leaves over, the next may use. 15 s are for the report.
+BUDGETS: Final = {
+    "build": 100.0, "look": 15.0, "tests": 95.0, "doctor": 45.0, "models": 40.0,
+    "gpu_copy": 30.0, "gpu_acquire": 30.0, "gpu_killed": 30.0, "gpu_token": 35.0,
+    "gpu_shared": 30.0, "gpu_memory": 15.0,
+}  # fmt: skip
+BENCH_OUT: Final = Path("build/bench")
+_LOOK = "from tierd_tools.doctor import nvidia; print(nvidia.look().problem or '')"
+
+
+class Acceptance:
+    """One run. `out`: where logs, models and results go."""
+
+    def __init__(self, out: Path, environment: Environment, seconds: float) -> None:
+        self.out = out
+        self._environment = environment
+        variables = {
+            **environment.variables,
+            "TIERD_GPU_ANSWERS": str(out / "answers.jsonl"),
+            "TIERD_GPU_MODELS": str(out / "models"),
+        }
+        self._parts = Parts(seconds, out, variables)
+
+    def run(self, models: Path | None) -> dict[str, Any]:
+        built = self._build()
+        no_gpu = self._look() if not built else None
+        (self.out / "answers.jsonl").unlink(missing_ok=True)
+        why = built or (no_gpu and f"no GPU: {no_gpu}")
+        tests = self._tests(built)
+        doctor = self._doctor(built)
+        prepared = self._models(models, why)
+        rows = [row for name in PROMISES for row in self._bench(name, prepared)]
+        return {
+            "machine": machine.describe(),
+            "seconds": round(self._parts.seconds, 1),
+            "no_gpu": no_gpu or built,
+            "rows": rows,
+            "parts": [outcome.as_json() for outcome in self._parts.outcomes],
+            "tests": tests,
+            "answers": report.read_answers(self.out / "answers.jsonl"),
+            "doctor": doctor,
+        }
+
+    def _build(self) -> str | None:
+        """Why nothing that needs tierd can run, None when it was built."""
+        if problem := self._environment.problem:
+            return self._parts.skip("build", BUDGETS["build"], problem).reason
+        command = self._environment.install((self.out / "cmake").absolute())
+        outcome = self._parts.run("build", BUDGETS["build"], command)
+        return f"not built: {outcome.reason}" if outcome.reason else None
+
+    def _look(self) -> str | None:
+        """Why there is no GPU, None when there is one."""
+        said = self.out / "look.txt"
+        outcome = self._parts.run(
+            "look", BUDGETS["look"], [sys.executable, "-c", _LOOK], output=said
+        )
+        return outcome.reason or said.read_text().strip() or None
+
+    def _tests(self, why: str | None) -> dict[str, Any] | None:
+        if why:
+            self._parts.skip("tests", BUDGETS["tests"], why)
+            return None
+        junit = self.out / "tests.xml"
+        junit.unlink(missing_ok=True)
+        self._parts.run(
+            "tests", BUDGETS["tests"],
+            [
+                sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-rs",
+                "-p", "no:cacheprovider", "--continue-on-collection-errors",
+                f"--junitxml={junit}",
+            ],
+        )  # fmt: skip
+        found = report.read_tests(junit)
+        if found is None:
+            return None
+        return {
+            "text": found.text, "passed": found.passed,
+            "failed": found.failed, "skipped": found.skipped,
+        }  # fmt: skip
+
+    def _doctor(self, why: str | None) -> dict[str, Any] | None:
+        if why:
+            self._parts.skip("doctor", BUDGETS["doctor"], why)
+            return None
+        said = self.out / "doctor.json"
+        command = [sys.executable, "-m", "tierd_tools.tierctl", "doctor", "--json"]
+        outcome = self._parts.run("doctor", BUDGETS["doctor"], command, good=(0, 1), output=said)
+        if outcome.reason:
+            return None
+        found: dict[str, Any] = json.loads(said.read_text())
+        return found
+
+    def _models(self, models: Path | None, why: str | None) -> str | None:
+        """Why no benchmark can run, None when the models are there."""
+        if why:
+            self._parts.skip("models", BUDGETS["models"], why)
+            return why
+        command = [sys.executable, "-m", "tierd_tools.gpu_acceptance.models"]
+        command += [str(self.out / "models")] + ([str(models)] if models else [])
+        outcome = self._parts.run("models", BUDGETS["models"], command)
+        return f"no model: {outcome.reason}" if outcome.reason else None
+
+    def _bench(self, name: str, why: str | None) -> list[dict[str, Any]]:
+        written = BENCH_OUT / f"{name}.json"
+        written.unlink(missing_ok=True)
+        if why:
+            reason = self._parts.skip(name, BUDGETS[name], why).reason
+        else:
+            command = [sys.executable, "-m", "tierd_tools.bench", name]
+            outcome = self._parts.run(name, BUDGETS[name], command, good=(0, 1))
+            if written.is_file():
+                rows: list[dict[str, Any]] = json.loads(written.read_text())
+                return rows
+            reason = outcome.reason or f"it wrote no rows: {outcome.log}"
+        return [promise.not_run(reason).as_json() for promise in PROMISES[name]]
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """What ran and was not as promised; what could not run because there is no GPU is none."""
+    found = [f"{row['row']}: {row['ratio']:.3g}" for row in result["rows"] if row["met"] is False]
+    found += (result["tests"] or {}).get("failed", [])
+    if not result["no_gpu"] or result["no_gpu"].startswith(("not built", "missing")):
+        found += [f"{part['name']}: {part['reason']}" for part in result["parts"] if part["reason"]]
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make gpu-acceptance", description=__doc__)
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels that the node lacks")
+    parser.add_argument("--models", type=Path, help="a folder of Hugging Face checkpoints")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    arguments = parser.parse_args(argv)
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        environment = prepare((out / "site").absolute(), arguments.wheels)
+    except OSError as error:
+        print(f"gpu-acceptance: {error}", file=sys.stderr)
+        return 2
+    if arguments.models is not None and not arguments.models.is_dir():
+        print(f"gpu-acceptance: MODELS={arguments.models} is no folder", file=sys.stderr)
+        return 2
+    result = Acceptance(out, environment, arguments.seconds).run(arguments.models)
+    failed = failures(result)
+    result["failed"] = failed
+    text = report.markdown(result)
+    (out / "acceptance.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "acceptance.md").write_text(text)
+    print(f"\n{text}")
+    not_run = sum(row["met"] is None and bool(row.get("reason")) for row in result["rows"])
+    print(f"{not_run} of {len(result['rows'])} rows were not run; {len(failed)} failures")
+    print(f"written: {out / 'acceptance.md'}, {out / 'acceptance.json'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

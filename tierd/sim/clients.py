@@ -53,6 +53,8 @@ class Profile:
     hint_share: float = 0.0  #: says beforehand what an open plan will ask for, or thinks so
     tokens_per_pass: int = 1
     weight: int = 100
+    keeps: bool = False  #: gives no lease back while nothing presses it to
+    answer_ns: int = 0  #: from when it is pressed until it gives back what it keeps
     gpu: int | None = None  #: where it lives; None is DRAM
 
 
@@ -66,6 +68,7 @@ class VirtualClient:
     send: Sender
     after: Timer
     now: Callable[[], int]
+    pressed: Callable[[], bool] = lambda: True
     index: int = 0  #: into the order
     done: int = 0  #: layers computed
     stall_ns: int = 0
@@ -79,6 +82,7 @@ class VirtualClient:
     _order: tuple[int, ...] = ()
     _drawn: dict[int, int] = field(default_factory=dict)  #: an open plan's future, by index
     _late: int | None = None
+    _computing: int | None = None  #: the lease that it computes with
     _requests: int = 0
 
     def start(self) -> None:
@@ -136,6 +140,16 @@ class VirtualClient:
                     return
                 self._release_all()
             self.after(1_000_000, lambda: self._retry(key))
+
+    def give_back(self) -> None:
+        """It is pressed: what it does not compute with goes, needed last first. Also when it is
+        silent: another thread than the one that computes does this."""
+        if self.gone or not self.leases or not self.pressed():
+            return
+        soon = self._soon()
+        for lease, key in reversed(list(self.leases.items())):
+            if key.layer not in soon and lease not in (self._late, self._computing):
+                self._release(lease)
 
     # ------------------------------------------------------------------------------------ private
 
@@ -218,6 +232,7 @@ class VirtualClient:
         profile = self.profile
         self.wanted = None
         self.busy = True
+        self._computing = lease
         compute_ns = profile.compute_ns
         if self.rng.random() < profile.pause_share:
             compute_ns *= 100
@@ -239,9 +254,11 @@ class VirtualClient:
         if self.gone:
             return
         self.busy = False
+        self._computing = None
         self.done += 1
         profile = self.profile
-        if profile.hoards_after is None or self.done < profile.hoards_after:
+        keeps = profile.keeps and not self.pressed()
+        if not keeps and (profile.hoards_after is None or self.done < profile.hoards_after):
             if profile.releases_late:
                 lease, self._late = self._late or 0, lease
             if lease in self.leases:
@@ -249,9 +266,13 @@ class VirtualClient:
             self._release_strays()
         self._next()
 
+    def _soon(self) -> set[int]:
+        """The layers that it comes to next."""
+        return {self._at(self.index + step) for step in range(self.profile.lookahead + 1)}
+
     def _release_strays(self) -> None:
         """Gives up leases of layers that it will not come to soon."""
-        soon = {self._at(self.index + step) for step in range(self.profile.lookahead + 1)}
+        soon = self._soon()
         for lease, key in list(self.leases.items()):
             if key.layer not in soon and lease != self._late:
                 self._release(lease)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tierd.core.model import AdoptedSlot, LayerKey
 from tierd.sim.clients import Profile
@@ -50,6 +50,7 @@ class Scenario:
     adopted: tuple[AdoptedSlot, ...] = ()
     holders_ns: int = 20_000_000  #: when the holders of adopted slots are gone
     slot_limit: int = 1 << 30  #: slots that may exist at once
+    budgets: tuple[tuple[int, int], ...] = ()  #: when an operator wants another one, and its bytes
 
     @property
     def arena_spans(self) -> tuple[int, ...]:
@@ -83,7 +84,7 @@ def drawn(seed: int, *, clients: int | None = None, steps: int | None = None) ->
         discard_ns=rng.choice([0, 200_000, 5_000_000]),
     )
     adopted = _adopted(rng, models, budget, spans[0], granule) if rng.random() < 0.25 else ()
-    return Scenario(
+    scenario = Scenario(
         budget,
         models,
         profiles,
@@ -97,6 +98,28 @@ def drawn(seed: int, *, clients: int | None = None, steps: int | None = None) ->
         rng.choice([0, 20_000_000, 200_000_000]),
         _slot_limit(rng, count, adopted),
     )
+    return _kept_and_changed(random.Random(f"kept {seed}"), scenario)
+
+
+def _kept_and_changed(rng: random.Random, scenario: Scenario) -> Scenario:
+    """Often some clients keep their leases, and the budget changes; drawn apart from the rest."""
+    if rng.random() < 0.5:
+        clients = tuple(
+            replace(client, keeps=rng.random() < 0.7, answer_ns=rng.randint(0, 60_000_000))
+            for client in scenario.clients
+        )
+        scenario = replace(scenario, clients=clients)
+    if rng.random() < 0.5:
+        budgets = sorted(
+            (
+                rng.randint(0, 150_000_000),
+                scenario.budget_bytes * rng.randint(10, 130) // 100 // scenario.granule_bytes
+                * scenario.granule_bytes,
+            )
+            for _ in range(rng.randint(1, 6))
+        )  # fmt: skip
+        scenario = replace(scenario, budgets=tuple(budgets))
+    return scenario
 
 
 def _slot_limit(rng: random.Random, clients: int, adopted: tuple[AdoptedSlot, ...]) -> int:

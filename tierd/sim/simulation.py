@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 
 from tierd.core.machine import TierMachine
 from tierd.core.model import (
+    OPERATOR,
     Acquire,
     Action,
     Admit,
     Adopted,
     ArenaAdded,
+    BudgetChanged,
     ClientGone,
     ClientJoined,
     CoreConfig,
     Discard,
     DiscardDone,
+    Done,
     Event,
     Evict,
     Grant,
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from tierd.sim.scenario import Scenario
 
 CONVOY_WAIT_NS = 100_000_000
+COMMANDS = 1_000_000  #: numbers of an operator's requests start here, apart from those of client 0
 EVENTS_A_STEP = 200  #: more events than this per layer computed: the machine never becomes quiet
 
 
@@ -119,6 +123,10 @@ class Simulation:
         self._open: dict[tuple[int, int], tuple[Event, int]] = {}  #: request -> latest answer
         self._reading: dict[int, Read] = {}
         self._known: set[int] = set()
+        self._commands: dict[int, BudgetChanged] = {}  #: of the operator, not yet answered
+        self._plans: set[tuple[int, int]] = set()  #: the plans among the open requests
+        self._admitted: set[int] = set()  #: clients that have a plan
+        self._pressed = False
         largest = max(max(model.layer_bytes) for model in scenario.models)
         device = scenario.device
         self._worst_ns = device.worst_read_ns(largest) + device.discard_ns + 1
@@ -131,8 +139,9 @@ class Simulation:
         """Everything up to the end, with the promises about the end."""
         self._set_up()
         self._drain()
-        if self._open:
-            raise BrokenPromise(f"nothing happens any more, but requests are open: {self._open}")
+        if self._open or self._commands:
+            owed = [*self._open.values(), *self._commands.values()]
+            raise BrokenPromise(f"nothing happens any more, but requests are open: {owed}")
         for client in list(self._connected):
             self.after(0, self._feeder(ClientGone(self.now, client)))
         self._drain()
@@ -205,9 +214,12 @@ class Simulation:
                 self._send,
                 self.after,
                 lambda: self.now,
+                lambda: self.machine.pressed,
             )
             self.clients[number] = client
             self.after(profile.start_ns, client.start)
+        for request, (at_ns, budget_bytes) in enumerate(scenario.budgets, start=COMMANDS):
+            self.after(at_ns, self._feeder(BudgetChanged(at_ns, request, budget_bytes)))
 
     def _drain(self) -> None:
         while self._heap:
@@ -231,6 +243,8 @@ class Simulation:
             case Plan() | Acquire():
                 if event.client not in self._connected:
                     return
+                if isinstance(event, Plan):
+                    self._plans.add((event.client, event.request))
                 self._open[event.client, event.request] = (event, self._bound(event))
             case Release():
                 leases = self._connected.get(event.client)
@@ -251,6 +265,7 @@ class Simulation:
                     world.release(lease)
                 for owed in [owed for owed in self._open if owed[0] == event.client]:
                     del self._open[owed]
+                    self._plans.discard(owed)
             case ReadDone():
                 world.read_done(event.slot)
             case DiscardDone():
@@ -267,6 +282,8 @@ class Simulation:
                 self._known.discard(event.model)
             case ModelAdded():
                 self._known.add(event.model)
+            case BudgetChanged():
+                self._commands[event.request] = event
             case ReadFailed() | Tick():
                 pass
         self.events += 1
@@ -279,6 +296,10 @@ class Simulation:
         if isinstance(event, Plan | Acquire) and event.client in self.machine.books.awaiting:
             patience_ns = self.machine.config.admission_patience_ns
             self.after(patience_ns, lambda: self._feed(Tick(self.now)))
+        self._press()
+        memory = self.machine.books.memory
+        coming = sum(slot.place.range.granules for slot in self.machine.books.in_flight.values())
+        world.settled(coming, (), shrinking=memory.shrinking)
         if self._check:
             self.machine.check()
             late = [event for event, latest in self._open.values() if latest < self.now]
@@ -323,23 +344,54 @@ class Simulation:
                 self._connected[action.client][action.lease] = None
                 self._answered(action)
                 self.clients[action.client].granted(action)
+            case Done():
+                command = self._commands.pop(action.request)
+                self.world.set_budget(command.budget_bytes)
+            case Refuse() if action.client == OPERATOR and action.request in self._commands:
+                command = self._commands.pop(action.request)
+                if command.budget_bytes >= self.machine.budget_bytes:
+                    raise BrokenPromise(f"{action}, though {command} takes nothing away")
             case Later():
                 owed, _ = self._answered(action)
                 if not isinstance(owed, Acquire) or not owed.ahead:
                     raise BrokenPromise(f"{owed} was answered with {action}")
+                self._check_room(action, owed)
                 self.clients[action.client].told_later(action)
             case Admit():
                 self._answered(action)
+                self._admitted.add(action.client)
                 self.clients[action.client].admitted(action)
             case Refuse():
                 owed, _ = self._answered(action)
                 self._check_refusal(action, owed)
                 self.clients[action.client].refused(action)
 
+    def _press(self) -> None:
+        """Clients that keep leases give them back within their time after they are pressed to."""
+        pressed = self.machine.pressed
+        if self._plans and not pressed:
+            raise BrokenPromise(f"plans wait, and nobody is pressed: {self._plans}")
+        if pressed and not self._pressed:
+            for client in self.clients.values():
+                if client.profile.keeps:
+                    self.after(client.profile.answer_ns, client.give_back)
+        self._pressed = pressed
+
+    def _check_room(self, action: Later | Refuse, owed: Event) -> None:
+        """What was announced is not put off while everything fits."""
+        if (
+            isinstance(owed, Acquire)
+            and not self.machine.pressed
+            and owed.client in self._admitted
+            and owed.key.layer in self.clients[owed.client].profile.order
+        ):
+            raise BrokenPromise(f"{action} for {owed}, though everything fits")
+
     def _answered(self, action: Grant | Later | Admit | Refuse) -> tuple[Event, int]:
         owed = self._open.pop((action.client, action.request), None)
         if owed is None:
             raise BrokenPromise(f"{action} answers nothing")
+        self._plans.discard((action.client, action.request))
         return owed
 
     def _check_refusal(self, action: Refuse, owed: Event) -> None:
@@ -347,6 +399,8 @@ class Simulation:
         if action.code == "internal" and self._whole_spans:
             raise BrokenPromise(f"{action}, though the arena is large enough")
         client = self.clients[action.client]
+        if action.code == "lease_limit":
+            self._check_room(action, owed)
         if isinstance(owed, Acquire) and not client.profile.planless and not client.leases:
             held = [key for key, _ in client.asked.values()]
             if action.code in ("lease_limit", "budget_too_small") and held == [owed.key]:

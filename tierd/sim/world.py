@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from tierd.sim.errors import BrokenPromise
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from tierd.core.model import Adopted, ArenaAdded, Discard, Evict, Grant, LayerKey, Read
     from tierd.core.stack_model import Copy, GpuArenaAdded, Unload
 
@@ -44,7 +46,7 @@ class World:
         self._gpu = gpu
         self.granule_bytes = granule_bytes
         self.budget = budget_bytes // granule_bytes
-        self.allowed = self.budget  #: above the budget only while a warm restart shrinks
+        self.allowed = self.budget  #: above the budget only after that became smaller
         self.slots: dict[int, Content] = {}
         self.leases: dict[int, int] = {}  #: lease -> slot
         self.generations: set[int] = set()
@@ -75,6 +77,29 @@ class World:
                 self._held.setdefault(holder, []).append(slot.slot)
             self.generations.add(slot.generation)
         self.allowed = max(self.budget, self.warm)
+
+    def set_budget(self, budget_bytes: int) -> None:
+        self.budget = budget_bytes // self.granule_bytes
+        self.allowed = max(self.budget, self.allowed)
+
+    def settled(self, coming: int, pinned: Container[LayerKey], *, shrinking: bool) -> None:
+        """An event is over. Above the budget there is only what cannot go: slots that somebody
+        uses, or that are pinned, and `coming` granules of slots that are being filled."""
+        if not shrinking:
+            self.allowed = self.budget
+            self._check_budget()
+        elif self.warm > self.budget and not self._discarding:
+            stay = {
+                granule
+                for slot in self.slots.values()
+                if slot.in_use or not slot.filled or slot.key in pinned
+                for granule in self._granules(slot.arena, slot.offset, slot.nbytes)
+            }
+            if self.warm > max(self.budget, len(stay) + coming):
+                raise BrokenPromise(
+                    f"{self.warm} granules hold memory, the budget is {self.budget}, but only "
+                    f"{len(stay)} are in use and {coming} are being filled"
+                )
 
     def holder_gone(self, holder: int) -> None:
         for slot in self._held.pop(holder, ()):
@@ -188,6 +213,8 @@ class World:
         return {(arena, granule) for granule in range(first, last)}
 
     def _check_budget(self) -> None:
-        self.allowed = max(self.budget, min(self.allowed, self.warm))
         if self.warm > self.allowed:
-            raise BrokenPromise(f"{self.warm} granules hold memory, the budget is {self.budget}")
+            raise BrokenPromise(
+                f"{self.warm} granules hold memory, the budget is {self.budget}, and was "
+                f"{self.allowed}"
+            )

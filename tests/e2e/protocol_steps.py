@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TIER = "gpu:0"
 #: How many layers it has been through, and mapped the chunks of, when it holds nothing again.
-LAYERS = 4
+LAYERS = 8
 
 
 class Walk:
@@ -87,11 +87,8 @@ class Walk:
         self._until(lambda status: status["dram"]["in_flight_bytes"], "it is read from the SSD")
 
     def wait_for_copy(self) -> None:
-        def copying(status: dict[str, Any]) -> bool:
-            (gpu,) = status["gpus"]
-            return bool(gpu["in_flight_bytes"] and not status["dram"]["in_flight_bytes"])
-
-        self._until(copying, "it is copied to the GPU")
+        # Nobody has a lease in DRAM but who copies from it.
+        self._until(lambda status: status["dram"]["leased_bytes"], "it is copied to the GPU")
 
     def wait_for_grant(self) -> None:
         self.client.wait_readable()

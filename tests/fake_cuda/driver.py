@@ -144,6 +144,7 @@ class FakeDriver:
         self.attributes = dict.fromkeys(map(int, names.CUdevice_attribute), 1)
         self.calls: list[str] = []
         self.faults: dict[str, CUresult] = {}  #: what calls of that name answer
+        self.fault_file: str | None = None  #: `faults` are only while that exists
         self.fail_at: tuple[int, CUresult] | None = None  #: the number of a call, and its answer
         self.lost: CUresult | None = None
         self.gate = threading.Event()  #: streams do nothing while it is not set
@@ -165,6 +166,8 @@ class FakeDriver:
         self.calls.append(name)
         _check(self.lost is None, self.lost or CUresult.CUDA_SUCCESS)
         code = self.faults.get(name)
+        if code is not None and self.fault_file is not None and not os.path.exists(self.fault_file):
+            code = None
         if self.fail_at is not None and self.fail_at[0] == len(self.calls):
             code = self.fail_at[1]
         if code is not None:

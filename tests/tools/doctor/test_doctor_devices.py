@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,8 +13,6 @@ from tierd.gpu.memfd_device import MemfdDevice
 from tierd_tools.doctor import nvidia, round_trip
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tierd.gpu.device import Pending
 
 LIBCUDA = """
@@ -116,3 +115,17 @@ def test_cards_and_the_kernel_module_are_found_by_their_files(
     monkeypatch.setattr(nvidia, "start", lambda: nvidia.Started(gpus=2, cuda=13000))
     found = nvidia.look(tmp_path)
     assert (found.nodes, found.module, found.problem) == ((0, 3), "580.95.05", None)
+
+
+def test_the_round_trip_of_cuda_vmm_goes_through_over_a_driver_that_is_played(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site = Path(__file__).parents[2] / "fake_cuda" / "site"
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    found = round_trip.finding("cuda_vmm", 0, needed=True)
+    assert found.verdict == "works", found.text
+    assert "mapped for reading only" in found.text
+    missing = round_trip.finding("cuda_vmm", 7, needed=True)
+    assert missing.failed
+    assert "gpu:7 does not exist" in missing.text
+    assert missing.advice

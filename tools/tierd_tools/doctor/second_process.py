@@ -6,6 +6,7 @@ the chunks as a client does, reads the bytes back and answers with their hash.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib
 import json
@@ -46,29 +47,27 @@ def read_cuda_vmm(message: dict[str, Any], fds: list[int]) -> dict[str, str]:
     device = _context(cuda, message["uuid"])
     nbytes = message["chunk_bytes"]
     kind = cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+    access = cuda.CUmemAccessDesc()
+    access.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    access.location.id = device
+    access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ
     base = int(_checked(cuda.cuMemAddressReserve(nbytes * len(fds), 0, 0, 0)))
     for number, fd in enumerate(fds):
         handle = _checked(cuda.cuMemImportFromShareableHandle(fd, kind))
         os.close(fd)
         _checked(cuda.cuMemMap(base + number * nbytes, nbytes, 0, handle, 0))
         _checked(cuda.cuMemRelease(handle))
-    access = cuda.CUmemAccessDesc()
-    access.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    access.location.id = device
-    access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ
-    _checked(cuda.cuMemSetAccess(base, nbytes * len(fds), [access], 1))
+        _checked(cuda.cuMemSetAccess(base + number * nbytes, nbytes, [access], 1))
     return _answer(_to_host(cuda, base, message), "mapped for reading only")
 
 
 def read_cuda_ipc(message: dict[str, Any], fds: list[int]) -> dict[str, str]:
     cuda = _bindings()
-    _context(cuda, message["uuid"])
-    handle = cuda.CUipcMemHandle()
-    handle.reserved = bytes.fromhex(message["handles"][0])
-    lazy = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-    base = int(_checked(cuda.cuIpcOpenMemHandle(handle, int(getattr(lazy, "value", lazy)))))
+    runtime = importlib.import_module("cupy.cuda.runtime")
+    runtime.setDevice(_context(cuda, message["uuid"]))
+    base = int(runtime.ipcOpenMemHandle(bytes.fromhex(message["handles"][0])))
     answer = _answer(_to_host(cuda, base, message), "CUDA IPC cannot forbid writing")
-    _checked(cuda.cuIpcCloseMemHandle(base))
+    runtime.ipcCloseMemHandle(base)
     return answer
 
 
@@ -91,9 +90,16 @@ def _context(cuda: Any, uuid: str) -> int:
 
 
 def _to_host(cuda: Any, base: int, message: dict[str, Any]) -> bytes:
-    memory = bytearray(message["nbytes"])
-    _checked(cuda.cuMemcpyDtoH(memory, base + message["offset"], len(memory)))
-    return bytes(memory)
+    """By the chunk, as it was mapped."""
+    begin, end = message["offset"], message["offset"] + message["nbytes"]
+    memory = ctypes.create_string_buffer(message["nbytes"])
+    at = begin
+    while at < end:
+        stop = min(end, (at // message["chunk_bytes"] + 1) * message["chunk_bytes"])
+        target = ctypes.addressof(memory) + at - begin
+        _checked(cuda.cuMemcpyDtoH(target, base + at, stop - at))
+        at = stop
+    return memory.raw
 
 
 def _checked(result: Any) -> Any:

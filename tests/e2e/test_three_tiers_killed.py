@@ -195,7 +195,7 @@ def test_a_client_killed_here_leaves_nothing_behind(node: Node, step: str) -> No
 
 def at_rest(daemon: RunningDaemon) -> bool:
     status = daemon.status()
-    return gpu_of(status)["in_flight_bytes"] == status["dram"]["in_flight_bytes"] == 0
+    return not gpu_of(status)["in_flight_bytes"] and not status["dram"]["in_flight_bytes"]
 
 
 def backed_bytes(daemon: RunningDaemon) -> int:

@@ -157,6 +157,7 @@ class FakeDriver:
         self.reserved: dict[int, int] = {}
         self.mappings: dict[int, _Mapping] = {}  # by address, of memory that cuMemMap put there
         self.allocations: dict[int, _Memory] = {}  # by address, of cudaMalloc
+        self.opened: dict[int, int] = {}  # address -> size, of others' memory, by CUDA IPC
         self.registered: dict[int, int] = {}
         self.streams: dict[int, _Stream] = {}
         self.events: dict[int, _Event] = {}
@@ -184,6 +185,7 @@ class FakeDriver:
             "contexts": sum(self.contexts.values()), "handles": len(self.handles),
             "reserved": len(self.reserved), "mapped": len(self.mappings),
             "allocations": len(self.allocations), "registered": len(self.registered),
+            "opened": len(self.opened),
             "streams": len(self.streams), "events": len(self.events),
         }  # fmt: skip
         return {kind: count for kind, count in counts.items() if count}
@@ -413,11 +415,7 @@ class FakeDriver:
             for start, mapping in self.mappings.items()
             if mapping.readable
         )
-        allocated = any(
-            start <= source and source + nbytes <= start + memory.nbytes
-            for start, memory in self.allocations.items()
-        )
-        _check(readable or allocated)
+        _check(readable or self._allocated(source, nbytes))
         ctypes.memmove(target, source, nbytes)
 
     @_call()
@@ -466,10 +464,16 @@ class FakeDriver:
             if start < address + nbytes and address < start + mapping.memory.nbytes:
                 yield start, mapping
 
+    def _allocated(self, address: int, nbytes: int) -> bool:
+        """Whether the range lies in one allocation of cudaMalloc, ours or another process'."""
+        sizes = {start: memory.nbytes for start, memory in self.allocations.items()} | self.opened
+        return any(
+            start <= address and address + nbytes <= start + size for start, size in sizes.items()
+        )
+
     def _writable(self, address: int, nbytes: int) -> bool:
-        for start, memory in self.allocations.items():
-            if start <= address and address + nbytes <= start + memory.nbytes:
-                return True
+        if self._allocated(address, nbytes):
+            return True
         at = address
         for start, mapping in self._mapped(address, nbytes):
             if start > at or not mapping.writable:

@@ -84,6 +84,7 @@ class FakeRuntime:
         address = fake.map_at(None, nbytes, protection, mmap.MAP_SHARED, memory)
         os.close(memory)
         self.opened[handle] = [address, 1]
+        self.driver.opened[address] = nbytes
         return address
 
     def ipcCloseMemHandle(self, address: int) -> None:
@@ -92,7 +93,7 @@ class FakeRuntime:
             if start == address:
                 self.opened[handle][1] -= 1
                 if count == 1:
-                    del self.opened[handle]
+                    del self.opened[handle], self.driver.opened[start]
                     fake._libc.munmap(start, _HANDLE.unpack(handle)[3])
                 return
         raise CUDARuntimeError(1, "cudaErrorInvalidValue: invalid argument")

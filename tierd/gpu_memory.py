@@ -46,15 +46,18 @@ class GpuMemory:
         slots: Slots,
         loop: asyncio.AbstractEventLoop,
         submit: Callable[[StackEvent], None],
+        lost: Callable[[str], None],
     ) -> None:
+        """lost: called when nothing on the GPU will work any more, with the reason."""
         self.mappings = Mappings()
-        self.note: str | None = None  #: what went wrong last, where it still does
+        self.note: str | None = None  #: what went wrong, if that was the last thing tried
         self._index = index
         self._name = name
         self._worker = worker
         self._slots = slots
         self._loop = loop
         self._submit = submit
+        self._lost = lost
         self._stopped = False
 
     @property
@@ -87,9 +90,10 @@ class GpuMemory:
         if isinstance(outcome, GpuError):
             text = f"{name} was not copied to {self._name}: {outcome.text}"
             log.error("%s", text)
-            self._broken(outcome)
+            self._failed(outcome)
             self._submit(CopyFailed(now, self._index, copy.slot, ErrorCode.COPY_FAILED, text))
         else:
+            self.note = None
             self._slots.resident(copy.slot)
             self._submit(CopyDone(now, self._index, copy.slot))
 
@@ -109,7 +113,7 @@ class GpuMemory:
         def finished(outcome: list[Export] | GpuError) -> None:
             if isinstance(outcome, GpuError):
                 log.error("%s: client %d is given no chunks: %s", self._name, client, outcome.text)
-                self._broken(outcome)
+                self._failed(outcome)
                 self.unmapped(client, [(arena, chunk) for chunk in chunks])
             done(outcome)
 
@@ -154,16 +158,19 @@ class GpuMemory:
         if isinstance(outcome, GpuError):
             # Until the driver takes it, the memory counts: the core waits for it.
             log.error("%s: memory was not given back: %s", self._name, outcome.text)
-            self._broken(outcome)
+            self._failed(outcome)
             if not isinstance(outcome, DeviceLost):
                 self._loop.call_later(RETRY_SECONDS, self._free, gone)
             return
+        self.note = None
         chunk_bytes = self._device.chunk_bytes
         offset, nbytes = gone.first * chunk_bytes, gone.count * chunk_bytes
         self._submit(DiscardDone(time.monotonic_ns(), gone.arena, offset, nbytes))
 
-    def _broken(self, error: GpuError) -> None:
+    def _failed(self, error: GpuError) -> None:
         self.note = error.text
+        if isinstance(error, DeviceLost):
+            self._lost(error.text)
 
 
 def _export_all(device: Device, arena: int, chunks: list[int]) -> list[Export]:

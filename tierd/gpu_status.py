@@ -21,7 +21,8 @@ _SECOND_NS = 1_000_000_000
 def status_of(gpu: GpuTier, engine: Engine) -> Reply:
     """One GPU, whether it works or not."""
     assert engine.stack is not None
-    memory = engine.stack.gpus[gpu.index].snapshot().memory
+    snapshot = engine.stack.gpus[gpu.index].snapshot()
+    memory, counters = snapshot.memory, snapshot.counters
     worker = gpu.worker.statistics()
     return {
         "tier": gpu.name,
@@ -51,6 +52,13 @@ def status_of(gpu: GpuTier, engine: Engine) -> Reply:
         "unpinned_bytes": gpu.device.unpinned_bytes,
         "clients_scratch_bytes": sum(gpu.scratch.values()),
         "unfenced_clients": len(gpu.fences),
+        "grants": counters.grants,
+        "hits": counters.hits,
+        "misses": counters.misses,
+        "later": counters.later,
+        "refusals": counters.refusals,
+        "evictions": counters.evictions,
+        "stall_ns": counters.stall_ns,
     }
 
 

@@ -86,12 +86,7 @@ class GpuTier:
         self._registrar = registrar
         self.worker = GpuWorker(self.device, config.gpu_copies_in_flight, loop.call_soon_threadsafe)
         self.memory = GpuMemory(
-            index,
-            self.name,
-            self.worker,
-            self.slots,
-            loop,
-            lambda event: self._engine.submit(event),
+            index, self.name, self.worker, self.slots, loop, self._submit, self._lost
         )
         self.fences = Fences(loop, self._fenced)
         self.scratch: dict[int, int] = {}  #: by client: what it uses beside its leases, in bytes
@@ -124,6 +119,12 @@ class GpuTier:
             self._registrar.add_device(self.device)
             self.place()
         self._go_on()
+
+    def _lost(self, reason: str) -> None:
+        """The GPU works no more: its clients' requests fail, others are refused."""
+        if self.state != "failed":
+            self.state, self.reason = "failed", reason
+            log.error("tier %s works no more, until tierd starts again: %s", self.name, reason)
 
     def tell_pressed(self, pressed: bool) -> None:
         """Tell the clients whether others want the memory that they keep."""

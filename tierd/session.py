@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import tierd
 from tierd import fields, gpu_requests
-from tierd.core.model import CERTAIN_PPM, PLAN_KINDS, Acquire, Hint, LayerKey, Plan
+from tierd.core.model import CERTAIN_PPM, PLAN_KINDS, Acquire, Hint, LayerKey, Plan, PlanOver
 from tierd.errors import (
     AccessDenied,
     BadRequest,
@@ -260,6 +260,7 @@ class Session:
         if pack in self._outstanding.values():
             raise BadRequest(f"model {pack.name!r} has unanswered requests of this client")
         del self.opened[pack.model]
+        self._daemon.engine.submit(PlanOver(time.monotonic_ns(), self.client, pack.model))
         self._daemon.closed(self, pack)
         self.reply(request, {})
 

@@ -93,6 +93,7 @@ def status(reply: Reply) -> None:
             f"{duration(ssd['busy_ns'])}, " + (f"limit {size(limit)}/s" if limit else "no limit"),
         ),
         *((f"device {device['device']}", _device(device)) for device in ssd["devices"]),
+        *((gpu["tier"], _gpu(gpu)) for gpu in reply["gpus"]),
         (
             "leases",
             f"{counts['grants']} granted, {counts['later']} put off, {counts['refusals']} refused; "
@@ -120,6 +121,28 @@ def _device(device: Reply) -> str:
         f"{size(device['bytes_per_s'])}/s, {duration(device['latency_ns'])} latency, {how}"
         + (f", {size(ahead)} ahead" if ahead is not None else "")
         + f"; {device['note']}, corrected {device['observations']} times by real reads"
+    )
+
+
+def _gpu(gpu: Reply) -> str:
+    """What a GPU is, holds and was copied; of one that does not work, why."""
+    if gpu["state"] != "ready":
+        return f"{gpu['device']}, {gpu['state']}" + (f": {gpu['reason']}" if gpu["reason"] else "")
+    above, speed = gpu["above_budget_bytes"], gpu["copy_bytes_per_s"]
+    asked = gpu["hits"] + gpu["misses"]
+    return (
+        f"{gpu['name']} ({gpu['device']}): {size(gpu['used_bytes'])} of "
+        f"{size(gpu['budget_bytes'])} used"
+        + (f" ({size(above)} above, goes as leases end)" if above else "")
+        + f", {size(gpu['resident_bytes'])} resident, {size(gpu['leased_bytes'])} leased, "
+        f"{size(gpu['in_flight_bytes'])} in flight; {size(gpu['backed_bytes'])} taken in chunks of "
+        f"{size(gpu['chunk_bytes'])}, clients use {size(gpu['clients_scratch_bytes'])} beside; "
+        f"{size(gpu['copied_bytes'])} in {gpu['copies']} copies"
+        + (f" at {size(speed)}/s" if speed else "")
+        + (f", {size(gpu['unpinned_bytes'])} not pinned" if gpu["unpinned_bytes"] else "")
+        + (f", {gpu['copies_failed']} failed" if gpu["copies_failed"] else "")
+        + (f"; of {asked} layers asked for {gpu['hits'] / asked:.1%} were there" if asked else "")
+        + (f"; {gpu['reason']}" if gpu["reason"] else "")
     )
 
 
@@ -154,6 +177,7 @@ def models(reply: Reply) -> None:
 
 
 def layers(reply: Reply) -> None:
+    gpus = sorted({name for layer in reply["layers"] for name in layer["gpus"]})
     rows = [
         (
             layer["name"],
@@ -162,14 +186,26 @@ def layers(reply: Reply) -> None:
             str(layer["leases"]),
             "-" if layer["slot"] is None else f"{layer['slot']}/{layer['generation']}",
             "-" if layer["next_use"] is None else str(layer["next_use"]),
+            *(_on_gpu(layer["gpus"].get(name)) for name in gpus),
         )
         for layer in reply["layers"]
     ]
     _table(
-        ("LAYER", "STATE", "SIZE", "LEASES", "SLOT/GENERATION", "NEXT USE"),
+        (
+            *("LAYER", "STATE", "SIZE", "LEASES", "SLOT/GENERATION", "NEXT USE"),
+            *(name.upper() for name in gpus),
+        ),
         rows,
         right=("SIZE", "LEASES", "SLOT/GENERATION", "NEXT USE"),
     )
+
+
+def _on_gpu(found: Reply | None) -> str:
+    """A layer's state on one GPU."""
+    if found is None:
+        return "-"
+    leases = f", {found['leases']} leases" if found["leases"] else ""
+    return f"{found['state']}{leases}"
 
 
 def clients(reply: Reply) -> None:
@@ -179,6 +215,8 @@ def clients(reply: Reply) -> None:
             client["name"],
             f"{client['pid']}/{client['uid']}",
             client["model"] or "-",
+            client["tier"]
+            + (f" (+{size(client['scratch_bytes'])})" if client["scratch_bytes"] else ""),
             "-" if client["position"] is None else str(client["position"]),
             f"{client['leases']} ({size(client['leased_bytes'])})",
             size(client["reserved_bytes"]),
@@ -193,7 +231,7 @@ def clients(reply: Reply) -> None:
     ]
     _table(
         (
-            *("CLIENT", "NAME", "PID/UID", "MODEL", "POSITION", "LEASES"),
+            *("CLIENT", "NAME", "PID/UID", "MODEL", "TIER", "POSITION", "LEASES"),
             *("RESERVED", "GRANTED", "WEIGHT: READ", "PLAN, TOKENS"),
             *("STALL", "PREDICTED STALL", "CONNECTED"),
         ),
@@ -233,6 +271,14 @@ def unpin(reply: Reply) -> None:
 
 def evict(reply: Reply) -> None:
     _commanded("evicted", reply)
+
+
+def budget(reply: Reply) -> None:
+    above = max(reply["used_bytes"] - reply["budget_bytes"], 0)
+    _say(
+        f"the budget is {size(reply['budget_bytes'])}, {size(reply['used_bytes'])} are used"
+        + (f"; {size(above)} go back as leases end" if above else "")
+    )
 
 
 def _commanded(what: str, reply: Reply) -> None:
@@ -299,6 +345,7 @@ TABLES: dict[str, Callable[[Reply], None]] = {
     "pin": pin,
     "unpin": unpin,
     "evict": evict,
+    "budget": budget,
     "why": why,
     "replay": replay,
 }

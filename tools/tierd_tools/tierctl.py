@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tierd.sizes import parse_size
 from tierd_layouts.errors import FormatError, SocketPathTooLong
 from tierd_layouts.names import check_model_name
 from tierd_tools import pack_settings, predict_command, render
@@ -86,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("model")
         if name in ("pin", "unpin", "evict"):
             sub.add_argument("layers", nargs="*", metavar="LAYER", help="a name or a glob")
+    budget = command("budget", _budget, "Change the budget of a tier while the daemon runs.")
+    budget.add_argument("tier", help="dram, or gpu:N")
+    budget.add_argument("size", metavar="SIZE", help="e.g. 20GiB")
+    budget.add_argument("--socket", help="default: $TIERD_SOCKET, then the usual places")
     _add_record(command)
     return top
 
@@ -214,6 +219,14 @@ def _ask(arguments: argparse.Namespace) -> render.Reply:
     if layers := getattr(arguments, "layers", None):
         fields["layers"] = layers
     return ask(_socket(arguments), arguments.command, **fields)
+
+
+def _budget(arguments: argparse.Namespace) -> render.Reply:
+    try:
+        nbytes = parse_size(arguments.size)
+    except ValueError as error:
+        raise BadSetting(f"budget: {error}") from error
+    return ask(_socket(arguments), "budget", tier=arguments.tier, bytes=nbytes)
 
 
 def _socket(arguments: argparse.Namespace) -> str | None:

@@ -1,0 +1,370 @@
+"""GPUs that do not open, that refuse memory or copies, that hang; clients that die at any step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.daemon.conftest import wait_until, write_pack
+from tests.daemon.test_gpu_tier import (
+    CHUNK,
+    LAYER_BYTES,
+    LAYER_CHUNKS,
+    LAYERS,
+    arguments,
+    gpu_status,
+    on_gpu,
+)
+
+if TYPE_CHECKING:
+    from tests.daemon.conftest import PackOnDisk, RunningDaemon
+    from tests.daemon.test_gpu_tier import Connect, Start
+
+LAYER_MEMORY = LAYER_CHUNKS * CHUNK
+
+#: `python -m tierd` whose memfd device does what {body} makes of it while a file exists.
+_FAULTY = """
+import sys, time
+from pathlib import Path
+from tierd.gpu import memfd_device
+from tierd.gpu.errors import DeviceError, DeviceLost, DeviceUnavailable, OutOfDeviceMemory
+
+flag, Device = Path({flag!r}), memfd_device.MemfdDevice
+really = {{name: getattr(Device, name) for name in ("open", "back", "free", "export", "copy")}}
+
+{body}
+from tierd.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def pack(models: Path) -> PackOnDisk:
+    return write_pack(models / "m", LAYERS, LAYER_BYTES)
+
+
+@pytest.fixture
+def start_faulty(start_daemon: Start, models: Path, pack: PackOnDisk, tmp_path: Path) -> Start:
+    """Starts a daemon whose device has the faults of a text while the file "fault" exists."""
+    flag = tmp_path / "fault"
+    flag.touch()
+
+    def start(body: str, *more: str, **options: Any) -> RunningDaemon:
+        program = _FAULTY.format(flag=str(flag), body=body)
+        return start_daemon(*arguments(models), *more, program=("-c", program), **options)
+
+    return start
+
+
+def test_a_device_that_does_not_open_is_said_to_be_and_dram_is_served(
+    start_faulty: Start, connect: Connect, pack: PackOnDisk
+) -> None:
+    daemon = start_faulty(
+        """
+def open(self):
+    raise DeviceUnavailable("there is no driver", "install one")
+Device.open = open
+"""
+    )
+    wait_until(lambda: gpu_status(daemon)["state"] == "failed", "it failed")
+    assert gpu_status(daemon)["reason"] == "there is no driver: install one"
+    assert "tier gpu:0 is not served: there is no driver: install one" in daemon.status()["notes"]
+    refusal = connect(daemon, greet=False).refusal(
+        "hello", version=1, client="x", capabilities=[], held=[], tier="gpu:0"
+    )
+    assert refusal.code == "tier_unavailable"
+    assert "there is no driver: install one" in refusal.text
+    refusal = connect(daemon, greet=False).refusal("budget", tier="gpu:0", bytes=CHUNK)
+    assert refusal.code == "tier_unavailable"
+    opened = connect(daemon).open("m")
+    assert opened.bytes_of(opened.acquire(0)) == pack.content[0]
+
+
+_SLOW_TO_OPEN = """
+def open(self):
+    while flag.exists():
+        time.sleep(0.01)
+    return really["open"](self)
+Device.open = open
+"""
+
+
+def test_the_daemon_is_ready_before_its_gpu_and_clients_of_that_wait(
+    start_faulty: Start, connect: Connect, pack: PackOnDisk, tmp_path: Path
+) -> None:
+    daemon = start_faulty(_SLOW_TO_OPEN)
+    assert gpu_status(daemon)["state"] == "opening"
+    dram = connect(daemon).open("m")
+    assert dram.bytes_of(dram.acquire(1)) == pack.content[1]
+    client, gone = connect(daemon, greet=False), connect(daemon, greet=False)
+    hello: dict[str, Any] = {"version": 1, "client": "x", "capabilities": [], "tier": "gpu:0"}
+    request = client.send("hello", **hello)
+    gone.send("hello", **hello)
+    assert client.refusal("hello", **hello).code == "bad_request"
+    assert client.refusal("open", model="m").code == "bad_request"
+    assert client.refusal("budget", tier="gpu:0", bytes=CHUNK).code == "tier_unavailable"
+    gone.close()
+    (tmp_path / "fault").unlink()
+    assert client.receive(request)["tier"] == "gpu:0"
+    opened = client.open("m")
+    assert opened.bytes_of(opened.acquire(2)) == pack.content[2]
+    assert len(daemon.ask("clients")["clients"]) == 2
+
+
+def test_who_waits_for_a_gpu_is_answered_when_the_daemon_stops(
+    start_faulty: Start, connect: Connect, tmp_path: Path
+) -> None:
+    daemon = start_faulty(_SLOW_TO_OPEN)
+    client = connect(daemon, greet=False)
+    request = client.send("hello", version=1, client="x", capabilities=[], tier="gpu:0")
+    client.call("status")
+    daemon.process.terminate()
+    time.sleep(0.3)
+    (tmp_path / "fault").unlink()
+    with pytest.raises(Exception, match="shutting_down"):
+        client.receive(request)
+    assert daemon.process.wait(20) == 0
+
+
+def test_a_copy_that_fails_is_an_answer_and_the_next_one_works(
+    start_faulty: Start, connect: Connect, pack: PackOnDisk, tmp_path: Path
+) -> None:
+    daemon = start_faulty(
+        """
+def back(self, arena, first, count):
+    if flag.exists():
+        raise OutOfDeviceMemory("no memory for a chunk")
+    really["back"](self, arena, first, count)
+Device.back = back
+"""
+    )
+    opened = on_gpu(connect, daemon)
+    refusal = opened.client.refusal("acquire", model_id=opened.model_id, layer=0)
+    assert refusal.code == "copy_failed"
+    assert "'model.layers.0'" in refusal.text
+    assert "no memory for a chunk" in refusal.text
+    assert gpu_status(daemon)["reason"] == "no memory for a chunk"
+    assert daemon.status()["dram"]["leased_bytes"] == 0, "the copy's lease in DRAM ended"
+    (tmp_path / "fault").unlink()
+    lease = opened.acquire(0)
+    assert opened.bytes_of(lease) == pack.content[0]
+    assert gpu_status(daemon)["reason"] == ""
+
+
+def test_chunks_that_cannot_be_exported_are_refused_and_not_waited_for(
+    start_faulty: Start, connect: Connect, pack: PackOnDisk, tmp_path: Path
+) -> None:
+    daemon = start_faulty(
+        """
+def export(self, arena, chunk):
+    if flag.exists() and chunk % 2:
+        raise DeviceError("no descriptor is left")
+    return really["export"](self, arena, chunk)
+Device.export = export
+"""
+    )
+    opened = on_gpu(connect, daemon)
+    lease = opened.acquire(0)
+    numbers = opened.chunks_of(lease)
+    before = len(os.listdir(f"/proc/{daemon.pid}/fd"))
+    refusal = opened.client.refusal("chunks", arena=opened.number, chunks=numbers)
+    assert (refusal.code, refusal.text) == ("copy_failed", "no descriptor is left")
+    assert len(os.listdir(f"/proc/{daemon.pid}/fd")) == before
+    (tmp_path / "fault").unlink()
+    assert opened.bytes_of(lease) == pack.content[0]
+
+
+def test_memory_that_the_driver_does_not_take_back_counts_until_it_does(
+    start_faulty: Start, connect: Connect, tmp_path: Path
+) -> None:
+    daemon = start_faulty(
+        """
+def free(self, arena, first, count):
+    if flag.exists():
+        raise DeviceError("the driver is busy")
+    really["free"](self, arena, first, count)
+Device.free = free
+"""
+    )
+    opened = on_gpu(connect, daemon)
+    for layer in range(3):
+        opened.release(opened.acquire(layer))
+    assert gpu_status(daemon)["used_bytes"] == 3 * LAYER_MEMORY
+    daemon.ask("budget", tier="gpu:0", bytes=2 * LAYER_MEMORY)
+    wait_until(lambda: gpu_status(daemon)["reason"] == "the driver is busy", "it failed")
+    assert gpu_status(daemon)["above_budget_bytes"] == LAYER_MEMORY
+    (tmp_path / "fault").unlink()
+    wait_until(lambda: gpu_status(daemon)["above_budget_bytes"] == 0, "it was offered again")
+    assert gpu_status(daemon)["backed_bytes"] == 2 * LAYER_MEMORY
+    assert gpu_status(daemon)["reason"] == ""
+
+
+def test_a_gpu_that_is_lost_takes_no_more_clients(
+    start_faulty: Start, connect: Connect, pack: PackOnDisk
+) -> None:
+    daemon = start_faulty(
+        """
+def copy(self, arena, offset, source):
+    raise DeviceLost("the context is broken")
+Device.copy = copy
+"""
+    )
+    opened = on_gpu(connect, daemon)
+    refusal = opened.client.refusal("acquire", model_id=opened.model_id, layer=0)
+    assert refusal.code == "copy_failed"
+    status = gpu_status(daemon)
+    assert (status["state"], status["reason"]) == ("failed", "the context is broken")
+    refusal = connect(daemon, greet=False).refusal("hello", version=1, client="x", tier="gpu:0")
+    assert refusal.code == "tier_unavailable"
+    dram = connect(daemon).open("m")
+    assert dram.bytes_of(dram.acquire(1)) == pack.content[1]
+
+
+def test_a_gpu_that_hangs_is_named_and_the_others_are_served(
+    start_faulty: Start, connect: Connect, pack: PackOnDisk, tmp_path: Path
+) -> None:
+    daemon = start_faulty(
+        """
+from tierd.gpu import worker
+worker.SILENT_NS = 0
+def back(self, arena, first, count):
+    while flag.exists() and self.number == 0:
+        time.sleep(0.01)
+    really["back"](self, arena, first, count)
+Device.back = back
+""",
+        "--gpu", f"1={12 << 20}",
+    )  # fmt: skip
+    opened = on_gpu(connect, daemon)
+    request = opened.client.send("acquire", model_id=opened.model_id, layer=0)
+    wait_until(
+        lambda: [note for note in daemon.status()["notes"] if "gpu:0" in note], "it is named"
+    )
+    other = connect(daemon, tier="gpu:1").open("m")
+    dram = connect(daemon).open("m")
+    for layer in range(LAYERS):
+        for model in (other, dram):
+            lease = model.acquire(layer)
+            assert model.bytes_of(lease) == pack.content[layer]
+            model.release(lease)
+    (tmp_path / "fault").unlink()
+    assert opened.bytes_of(opened.client.receive(request)) == pack.content[0]
+
+
+# A client in a process of its own that stops at a step and waits to be killed there.
+STEPS = ("hello", "open", "plan", "asked", "granted", "chunks", "mapped", "released", "told")
+VICTIM = r"""
+import os, sys, time
+from tests.daemon.conftest import RawClient
+
+def at(step):
+    if step == sys.argv[2]:
+        os.write(1, b"here\n")
+        time.sleep(60)
+
+client = RawClient(sys.argv[1])
+client.hello(tier="gpu:0")
+at("hello")
+model = client.open("m")
+at("open")
+model.plan([0, 1, 2, 3, 4, 5])
+at("plan")
+request = client.send("acquire", model_id=model.model_id, layer=0)
+at("asked")
+lease = client.receive(request)
+at("granted")
+client.send("chunks", arena=model.number, chunks=model.chunks_of(lease))
+at("chunks")
+time.sleep(0.05)
+client.receive(client._next_id - 1)
+client.take_fds()
+model.map(model.chunks_of(lease))
+at("mapped")
+model.release(lease)
+at("released")
+for layer in range(6):
+    lease = model.acquire(layer)
+    model.bytes_of(lease)
+    model.release(lease)
+os.write(1, b"all\n")
+while not model.attend()["unmap"]:
+    time.sleep(0.01)
+at("told")
+"""
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_client_that_is_killed_at_any_step_leaves_nothing_behind(
+    start_daemon: Start, connect: Connect, models: Path, pack: PackOnDisk, step: str
+) -> None:
+    gpu = f"0={LAYERS * LAYER_MEMORY}"
+    daemon = start_daemon(*arguments(models, gpu), "--gpu-copy-latency-us", "20000")
+    observer = on_gpu(connect, daemon)
+    fds = len(os.listdir(f"/proc/{daemon.pid}/fd"))
+    victim = subprocess.Popen(
+        [sys.executable, "-c", VICTIM, daemon.socket, step],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        assert victim.stdout is not None
+        if step == "told":
+            assert victim.stdout.readline() == b"all\n"
+            daemon.ask("budget", tier="gpu:0", bytes=3 * LAYER_MEMORY)
+        assert victim.stdout.readline() == b"here\n"
+        victim.stdout.close()
+    finally:
+        victim.kill()
+        begin = time.monotonic()
+        victim.wait()
+    wait_until(lambda: daemon.status()["clients"] == 1, "it is gone")
+    wait_until(lambda: gpu_status(daemon)["unfenced_clients"] == 0, "it is fenced")
+    wait_until(
+        lambda: (
+            not any(
+                gpu_status(daemon)[key]
+                for key in ("leased_bytes", "quarantined_bytes", "in_flight_bytes")
+            )
+        ),
+        "its slots are free",
+    )
+    assert time.monotonic() - begin < 3.0
+    assert list(observer.table.leases()) == []
+    assert daemon.status()["dram"]["leased_bytes"] == 0
+    daemon.ask("budget", tier="gpu:0", bytes=LAYER_MEMORY + LAYER_MEMORY)
+    for layer in range(LAYERS):
+        lease = observer.acquire(layer)
+        assert observer.bytes_of(lease) == pack.content[layer]
+        observer.release(lease)
+        observer.obey()
+
+    def kept() -> bool:
+        observer.obey()
+        return bool(gpu_status(daemon)["above_budget_bytes"] == 0)
+
+    wait_until(kept, "no chunk waits for the dead")
+    wait_until(lambda: len(os.listdir(f"/proc/{daemon.pid}/fd")) <= fds + 4, "descriptors", 5.0)
+
+
+def test_the_slot_of_a_dead_client_is_quarantined_until_it_is_fenced(
+    start_daemon: Start, connect: Connect, models: Path, pack: PackOnDisk
+) -> None:
+    daemon = start_daemon(*arguments(models))
+    leaver = on_gpu(connect, daemon)
+    leaver.acquire(0)
+    leaver.client.close()
+    seen = set()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        status = gpu_status(daemon)
+        seen.add((status["quarantined_bytes"], status["unfenced_clients"]))
+        if daemon.status()["clients"] == 0 and not status["unfenced_clients"]:
+            break
+    assert (LAYER_MEMORY, 1) in seen
+    assert gpu_status(daemon)["quarantined_bytes"] == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ class Registrar:
         # Everything below changes under this lock.
         self._discards: deque[tuple[int, int, int, Callable[[DeviceError | None], None]]] = deque()
         self._closing = False
+        self._ends_at_s = 0.0
         self._failure: str | None = None
 
     def add_device(self, device: Device) -> None:
@@ -63,9 +65,9 @@ class Registrar:
 
     def populated(self, arena: int, start: int, end: int) -> None:
         """Memory exists there from now on: it is registered in the background."""
-        self.host.populated(arena, start, end)
-        with self._wakes:
-            self._wakes.notify()
+        if self.host.populated(arena, start, end):
+            with self._wakes:
+                self._wakes.notify()
 
     def discard(
         self, arena: int, start: int, end: int, done: Callable[[DeviceError | None], None]
@@ -96,10 +98,11 @@ class Registrar:
             ]
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Unregister everything. No copy may be under way. Raises TimeoutError when the driver
-        does not answer."""
+        """Unregister what can be in half of that time; the rest ends with the process. No copy may
+        be under way. Raises TimeoutError when the driver does not answer."""
         with self._wakes:
             self._closing = True
+            self._ends_at_s = time.monotonic() + timeout_s / 2
             self._wakes.notify()
             thread = self._thread
         if thread is not None:
@@ -123,11 +126,17 @@ class Registrar:
                 break
             elif unsettled:
                 self._settle(*unsettled[0])
+        self._end()
+
+    def _end(self) -> None:
         for arena, (_, span_bytes) in self.host.arenas().items():
-            try:
-                self._change(arena, 0, span_bytes, forget=True)
-            except DeviceError as error:
-                log.warning("at the end, memory stays registered: %s", error)
+            for start in range(0, span_bytes, self.host.piece_bytes):
+                if time.monotonic() > self._ends_at_s:
+                    return
+                try:
+                    self._change(arena, start, start + self.host.piece_bytes, forget=True)
+                except DeviceError as error:
+                    log.warning("memory stays registered to the end: %s", error)
 
     def _discard(
         self, arena: int, start: int, end: int, done: Callable[[DeviceError | None], None]
@@ -141,6 +150,7 @@ class Registrar:
 
     def _settle(self, arena: int, offset: int) -> None:
         try:
+            self.host.settled(arena, offset)
             self._change(arena, offset, offset + self.host.piece_bytes, forget=False)
         except DeviceError as error:
             with self._wakes:
@@ -160,7 +170,6 @@ class Registrar:
                         piece, address, [old for old in piece.registered if _meet(old, start, end)]
                     )
                 else:
-                    piece.changed_ns = None
                     self._unregister(
                         piece, address, [old for old in piece.registered if old not in piece.exists]
                     )

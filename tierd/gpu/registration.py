@@ -40,7 +40,6 @@ class Piece:
     registered: Ranges = field(default_factory=list)  # each of them one call
     users: int = 0  # copies under way
     changing: bool = False  # being registered or unregistered; no copy may begin
-    changed_ns: int | None = None  # when `exists` changed last, unless that was dealt with
 
 
 @dataclass(slots=True)
@@ -76,22 +75,27 @@ class HostMemory:
         #: What `memfd` devices have registered: as with a driver, for all devices of a process.
         self.without_driver = Registered("memfd")
         self._arenas: dict[int, _Arena] = {}
+        self._unsettled: dict[tuple[int, int], int] = {}  # (arena, cell): when it changed last
         self._changed = threading.Condition()
 
     def add_arena(self, arena: int, address: int, span_bytes: int) -> None:
         with self._changed:
             self._arenas[arena] = _Arena(address, span_bytes)
 
-    def populated(self, arena: int, start: int, end: int) -> None:
-        """Memory exists at offsets [start, end), and stays until it is discarded."""
+    def populated(self, arena: int, start: int, end: int) -> bool:
+        """Memory exists at offsets [start, end), and stays until it is discarded. Returns whether
+        that is news."""
         now_ns = time.monotonic_ns()
+        news = False
         with self._changed:
             for number, begin, finish in self._cells(start, end):
                 piece = self._arenas[arena].pieces.setdefault(number, Piece())
                 exists = added(piece.exists, begin, finish)
                 if exists != piece.exists:
                     piece.exists = exists
-                    piece.changed_ns = now_ns
+                    self._unsettled[arena, number] = now_ns
+                    news = True
+        return news
 
     # ---------------------------------------------------------------------------------- for copies
 
@@ -142,31 +146,31 @@ class HostMemory:
             for number, begin, finish in self._cells(start, end):
                 if number in cells:
                     cells[number].exists = removed(cells[number].exists, begin, finish)
-                    cells[number].changed_ns = now_ns
+                    self._unsettled[arena, number] = now_ns
 
     def unsettled(self, quiet_ns: int) -> list[tuple[int, int]]:
-        """(arena, offset) of pieces that should be registered anew: full, or quiet for that long"""
+        """(arena, offset) of pieces that should be registered anew: full, or quiet for so long."""
         now_ns = time.monotonic_ns()
         with self._changed:
             return [
-                (number, cell * self.piece_bytes)
-                for number, arena in self._arenas.items()
-                for cell, piece in arena.pieces.items()
-                if piece.changed_ns is not None
-                and (
-                    now_ns - piece.changed_ns >= quiet_ns
-                    or piece.exists == [(cell * self.piece_bytes, (cell + 1) * self.piece_bytes)]
-                )
+                (arena, cell * self.piece_bytes)
+                for (arena, cell), changed_ns in self._unsettled.items()
+                if now_ns - changed_ns >= quiet_ns or self._is_full(arena, cell)
             ]
+
+    def _is_full(self, arena: int, cell: int) -> bool:
+        whole = (cell * self.piece_bytes, (cell + 1) * self.piece_bytes)
+        return self._arenas[arena].pieces[cell].exists == [whole]
+
+    def settled(self, arena: int, offset: int) -> None:
+        """What exists in that piece is registered from now on, or was tried to be."""
+        with self._changed:
+            self._unsettled.pop((arena, offset // self.piece_bytes), None)
 
     def waits(self) -> bool:
         """Whether any piece changed and was not registered since."""
         with self._changed:
-            return any(
-                piece.changed_ns is not None
-                for arena in self._arenas.values()
-                for piece in arena.pieces.values()
-            )
+            return bool(self._unsettled)
 
     def arenas(self) -> dict[int, tuple[int, int]]:
         """The address and span of each."""

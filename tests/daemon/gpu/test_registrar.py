@@ -206,6 +206,22 @@ def test_close_says_that_the_driver_does_not_answer(rigged: Rigged) -> None:
     use.end()
 
 
+def test_closing_takes_no_longer_than_it_may_however_much_is_registered() -> None:
+    rigged = Rigged()
+    rigged.registrar.add_device(rigged.rig.device)
+    rigged.registrar.populated(0, 0, SPAN)
+    rigged.wait_registered({at * PIECE: PIECE for at in range(8)})
+    unregister = rigged.rig.device.unregister
+
+    def slowly(address: int, nbytes: int) -> None:
+        time.sleep(0.1)
+        unregister(address, nbytes)
+
+    rigged.rig.device.unregister = slowly  # type: ignore[method-assign]
+    rigged.registrar.close(timeout_s=0.5)
+    assert 1 <= len(rigged.registered) < 8
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_copies_that_go_on_meanwhile_are_whole(seed: int) -> None:
     """The fake driver refuses a copy over the end of a registration, and breaks its context when

@@ -158,11 +158,11 @@ def test_a_full_piece_is_due_at_once_and_others_when_nothing_was_added_for_a_whi
 
 def test_memory_that_exists_already_changes_nothing(host: HostMemory) -> None:
     host.populated(0, 0, PIECE)
-    pieces = host.claim(0, 0, PIECE)
-    pieces[0].changed_ns = None
-    host.give(pieces)
-    host.populated(0, 0x1000, 0x2000)
+    host.settled(0, 0)
+    assert not host.populated(0, 0x1000, 0x2000)
     assert not host.waits()
+    assert host.populated(0, 0, PIECE + 1)
+    assert host.waits()
 
 
 def test_what_was_discarded_does_not_exist(host: HostMemory) -> None:

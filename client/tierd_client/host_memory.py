@@ -83,7 +83,8 @@ class HostMemory:
             import torch
 
             count = self.nbytes // dtype.itemsize
-            whole = torch.frombuffer(self._span, dtype=dtype, count=count)
+            with torch.inference_mode(False):  # the thread may leave inference mode later
+                whole = torch.frombuffer(self._span, dtype=dtype, count=count)
             self._tensors[dtype] = whole
         return whole.as_strided(shape, strides, offset // dtype.itemsize)
 

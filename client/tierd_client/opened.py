@@ -6,31 +6,25 @@ import operator
 import weakref
 from collections.abc import Mapping as MappingABC
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tierd_client import fork
-from tierd_client.control_files import ControlFiles
 from tierd_client.errors import (
     LayerNotFound,
     LeaseLimit,
     LeaseLost,
-    PackInvalid,
     ProtocolBroken,
 )
-from tierd_client.inbox import close_all
 from tierd_client.lease import Lease, PendingLease
-from tierd_client.mapping import mappings
-from tierd_layouts.errors import FormatError
-from tierd_layouts.index import INDEX_FILE, PackIndex
+from tierd_client.shared import integer, receive
 from tierd_layouts.layer_reader import packed_matrix
-from tierd_layouts.wire import DRAM_TIER, MAX_HINT_STEPS
+from tierd_layouts.wire import MAX_HINT_STEPS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from tierd_client.connection import Connection
     from tierd_client.gpu.arenas import GpuArenas
-    from tierd_client.memory import ArenaMemory
     from tierd_client.protocol import Reply
     from tierd_client.statistics import Counters
     from tierd_layouts.index import Layer, Tensor
@@ -63,47 +57,11 @@ class OpenedModel:
         self._counters = counters
         #: True after `close`: `Client.open` then makes a new one.
         self.closed = False
-        in_dram = arenas is None
-        fields, shared = reply.fields, reply.fds[-2:] if in_dram else reply.fds[-1:]
-        self.files: MappingABC[str, bytes] = ControlFiles(
-            fields["files"], reply.fds[: -len(shared)]
-        )
-        try:
-            self.model_id: int = _integer(fields, "model_id")
-            arena, table = fields.get("arena"), fields.get("table")
-            if not isinstance(arena, dict) or not isinstance(table, dict):
-                raise ProtocolBroken("open reply without arena and table")
-            self.table = mappings.table(
-                epoch, connection.tier, shared[-1], _integer(table, "bytes")
-            )
-            self.arena, span_bytes = _integer(arena, "arena"), _integer(arena, "span_bytes")
-            kind = arena.get("kind", DRAM_TIER)
-            if (kind == DRAM_TIER) is not in_dram:
-                raise ProtocolBroken(
-                    f"open reply with an arena of kind {kind!r} of {connection.tier}"
-                )
-            self.mapping: ArenaMemory
-            #: Has a leased range of the arena readable.
-            self._populate: Callable[[int, int], None]
-            if arenas is None:
-                mapping = mappings.arena(epoch, self.arena, shared[0], span_bytes)
-                self.mapping, self._populate = mapping, mapping.populate
-            else:
-                arenas.begin(self.table.attention)
-                chunk_bytes = _integer(arena, "chunk_bytes")
-                chunks = arenas.arena(self.arena, kind, span_bytes, chunk_bytes)
-                self.mapping, self._populate = chunks.memory, chunks.populate
-            if INDEX_FILE not in self.files:
-                raise ProtocolBroken(f"open reply for model {name!r} without {INDEX_FILE}")
-            try:
-                self.index = PackIndex.parse(self.files[INDEX_FILE], where=name)
-            except FormatError as error:
-                raise PackInvalid(f"model {name!r}: {error}", "pack_invalid") from error
-        except ProtocolBroken as error:
-            connection.fail(error)
-            raise
-        finally:
-            close_all(shared)
+        shared = receive(name, connection, epoch, reply, arenas)
+        self.files, self.index = shared.files, shared.index
+        self.model_id, self.arena = shared.model_id, shared.arena
+        self.table, self.mapping = shared.table, shared.memory
+        self._populate = shared.populate
         #: By tensor: where its layer lay when it was last used, and its arrays there.
         self._matrices: dict[str, tuple[int, PackedMatrix]] = {}
         self._numbers = {layer.name: number for number, layer in enumerate(self.index.layers)}
@@ -174,7 +132,7 @@ class OpenedModel:
             lookahead=lookahead,
             tokens_per_pass=tokens_per_pass,
         )
-        return _integer(reply.fields, "minimum_bytes")
+        return integer(reply.fields, "minimum_bytes")
 
     def hint(
         self,
@@ -311,9 +269,9 @@ class OpenedModel:
         """The lease of a granting reply. Raises LeaseLost, ProtocolBroken."""
         fields, record = reply.fields, self.index.layers[layer]
         try:
-            number = _integer(fields, "lease")
-            slot, generation = _integer(fields, "slot"), _integer(fields, "generation")
-            offset, nbytes = _integer(fields, "offset"), _integer(fields, "bytes")
+            number = integer(fields, "lease")
+            slot, generation = integer(fields, "slot"), integer(fields, "generation")
+            offset, nbytes = integer(fields, "offset"), integer(fields, "bytes")
             if (
                 fields.get("arena") != self.arena
                 or nbytes != record.nbytes
@@ -355,10 +313,3 @@ class OpenedModel:
         self.connection.held[number] = weakref.ref(lease)
         self.connection.check()  # closed meanwhile: the grant may be given back already
         return lease
-
-
-def _integer(fields: dict[str, Any], name: str) -> int:
-    value = fields.get(name)
-    if type(value) is not int or value < 0:
-        raise ProtocolBroken(f"reply field {name!r} is {value!r}, expected a whole number")
-    return value

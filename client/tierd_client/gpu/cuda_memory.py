@@ -55,8 +55,11 @@ class CudaMemory:
         """
         whole = self._tensors.get(dtype)
         if whole is None:
+            import torch
+
             nbytes = self.nbytes // dtype.itemsize * dtype.itemsize
-            whole = bytes_at(self._address, nbytes, self._device, self._owner).view(dtype)
+            with torch.inference_mode(False):  # the thread may leave inference mode later
+                whole = bytes_at(self._address, nbytes, self._device, self._owner).view(dtype)
             self._tensors[dtype] = whole
         return whole.as_strided(shape, strides, offset // dtype.itemsize)
 

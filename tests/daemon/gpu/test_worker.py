@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import queue
+import random
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tierd.gpu.errors import DeviceError, DeviceUnavailable, GpuError
+from tierd.gpu.errors import DeviceError, DeviceUnavailable, GpuError, OutOfDeviceMemory
 from tierd.gpu.memfd_device import MemfdDevice
 from tierd.gpu.worker import SILENT_NS, CopyJob, CopyResult, GpuWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tierd.gpu.device import Device, DeviceInfo
+    from tierd.gpu.device import Device, DeviceInfo, Pending
 
 CHUNK = 64 << 10
 PATIENCE_S = 20.0
@@ -71,6 +73,36 @@ class Gated(MemfdDevice):
 
     def wait_started(self) -> None:
         assert self.started.acquire(timeout=PATIENCE_S)
+
+
+class Flaky(MemfdDevice):
+    """Refuses now and then, when a copy is started and when it is waited for."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(0, CHUNK, CHUNK)
+        self.rng = random.Random(rng.random())
+
+    def back(self, arena: int, first: int, count: int) -> None:
+        if self.rng.random() < 0.1:
+            raise OutOfDeviceMemory("gpu:0: no memory")
+        super().back(arena, first, count)
+
+    def copy(self, arena: int, offset: int, source: memoryview) -> Pending:
+        if self.rng.random() < 0.1:
+            raise DeviceError("gpu:0: no copy")
+        pending = super().copy(arena, offset, source)
+        return FailsAfter(pending) if self.rng.random() < 0.1 else pending
+
+
+class FailsAfter:
+    """A `Pending` that fails when its bytes were read."""
+
+    def __init__(self, pending: Pending) -> None:
+        self.pending = pending
+
+    def wait(self) -> None:
+        self.pending.wait()
+        raise DeviceError("gpu:0: the copy failed")
 
 
 @pytest.fixture
@@ -289,6 +321,49 @@ def test_a_loop_that_never_asks_has_no_thread() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tierd-gpu9")]
     assert worker.alive()
     worker.close()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_job_is_answered_once_whatever_fails_and_whenever_it_is_closed(seed: int) -> None:
+    """And nothing holds a source afterwards."""
+    rng = random.Random(seed)
+    loop = Loop()
+    device = Flaky(rng)
+    worker = GpuWorker(device, rng.randint(1, 4), loop.call_soon_threadsafe)
+    ask(worker, loop, lambda opened: opened.open())
+    ask(worker, loop, lambda opened: opened.add_arena(0, 16 * CHUNK))
+    sources: list[bytearray] = []
+    answers: dict[int, object] = {}
+
+    def note(number: int, answer: object) -> None:
+        assert number not in answers
+        answers[number] = answer
+
+    count = rng.randint(20, 60)
+    closes_at = rng.randrange(count)
+    for number in range(count):
+        if number == closes_at:
+            worker.close()
+        if rng.random() < 0.6:
+            sources.append(bytearray(rng.randint(1, 3 * CHUNK)))
+            offset = rng.randrange(12 * CHUNK)
+            job = CopyJob(0, offset, memoryview(sources[-1]), str(number))
+            worker.copy(job, partial(note, number))
+        else:
+            first = rng.randrange(16)
+            worker.submit(lambda opened, at=first: opened.back(0, at, 1), partial(note, number))  # type: ignore[misc]
+    while len(answers) < count:
+        loop.run_one()
+    assert loop.calls.empty()
+    for memory in sources:
+        memory.append(0)
+    found = worker.statistics()
+    assert (found.in_flight, found.queued) == (0, 0)
+    results = [answer for answer in answers.values() if isinstance(answer, CopyResult)]
+    assert (found.copies, found.copied_bytes) == (
+        len(results), sum(result.nbytes for result in results),
+    )  # fmt: skip
+    assert device.backed_bytes == 0
 
 
 def test_no_copies_in_flight_are_refused() -> None:

@@ -362,6 +362,7 @@ class Daemon:
 
     def session_ended(self, session: Session, reason: str) -> None:
         del self._connected[session.client]
+        self.tiers.forget(session)
         self._listener.ended()
         self._check_all_left()
         if not session.greeted:

@@ -21,7 +21,6 @@ from tierd.slots import Slots
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
 
     from tierd.access import AccessGroup
     from tierd.config import Config
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from tierd.gpu_settings import GpuBudget
     from tierd.pack import Pack
     from tierd.registry import Registry
+    from tierd.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class GpuTier:
         self._registry: Registry
         self._placed: set[int] = set()
         self._arenas: dict[AccessGroup, GpuArena | str | None] = {}  # text: refused, None: asked
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: dict[Session, None] = {}
 
     # ---------------------------------------------------------------------------------------- life
 
@@ -202,14 +202,18 @@ class GpuTier:
             raise TierUnavailable(f"tier {self.name} cannot be used: {self.reason}")
         return self.state == "ready"
 
-    def when_changed(self, then: Callable[[], None]) -> None:
-        """Call `then` when the device was opened or an arena made, or either failed."""
-        self._waiting.append(then)
+    def wait(self, session: Session) -> None:
+        """Let it go on when the device was opened or an arena made, or either failed."""
+        self._waiting[session] = None
+
+    def forget(self, session: Session) -> None:
+        """It is gone."""
+        self._waiting.pop(session, None)
 
     def _go_on(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for then in waiting:
-            then()
+        waiting, self._waiting = self._waiting, {}
+        for session in waiting:
+            session.go_on()
 
     def joined(self, client: int, weight: int) -> None:
         self._engine.submit(JoinedGpu(self._engine.now(), client, self.index, weight))

@@ -11,11 +11,9 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-import tierd
-from tierd import fields, gpu_requests
+from tierd import entrance, fields, gpu_requests
 from tierd.core.model import CERTAIN_PPM, PLAN_KINDS, Acquire, Hint, LayerKey, Plan, PlanOver
 from tierd.errors import (
-    AccessDenied,
     BadRequest,
     LayerNotFound,
     LeaseLimit,
@@ -23,9 +21,7 @@ from tierd.errors import (
     NotAdmitted,
     ShuttingDown,
     UnknownOp,
-    VersionMismatch,
 )
-from tierd.io.process import start_time
 from tierd_layouts import wire
 from tierd_layouts.errors import FrameTooLarge
 
@@ -50,8 +46,6 @@ MAX_PLAN_USES = (
 )
 MAX_TOKENS_PER_PASS = 1 << 24
 MAX_REQUEST_ID = (1 << 63) - 1
-MAX_NAME = 256
-MAX_PARKED = 16  # requests that wait until a GPU is open, or has made an arena
 
 
 class Session:
@@ -74,7 +68,7 @@ class Session:
         self.position: LayerKey | None = None  #: what it asked for last
         self._outstanding: dict[int, Pack] = {}
         self._pidfd = -1  # of the process, while it is a client of a GPU
-        self._parked: dict[int, str] = {}  # request -> op, of those that wait for a GPU
+        self.parked: dict[int, dict[str, Any]] = {}  #: requests that wait for a GPU
 
     def __str__(self) -> str:
         return f"client {self.client} ({self.name!r}, pid {self.process[0]})"
@@ -106,6 +100,17 @@ class Session:
             owner = self.gpu = gpu
         self.slots, self.holders = owner.slots, owner.holders
 
+    def is_used(self, request: int) -> bool:
+        """Whether a request of that id is not answered yet."""
+        return request in self._outstanding or request in self.parked
+
+    def go_on(self) -> None:
+        """The GPU that parked requests wait for was opened, or has made an arena, or failed."""
+        parked, self.parked = self.parked, {}
+        for request, message in parked.items():
+            if not self.connection.closed:
+                self._daemon.answer(self, request, message["op"], message)
+
     def leave(self, *, fence: bool) -> None:
         """The connection is over; what is on a GPU is fenced, unless the daemon ends anyway."""
         if self.gpu is None:
@@ -130,11 +135,11 @@ class Session:
             case "hint":
                 self._hint(request, message)
             case "open":
-                self._open(request, message)
+                entrance.open_model(self._daemon, self, request, message)
             case "close":
                 self._close(request, message)
             case "hello":
-                self._hello(request, message)
+                entrance.hello(self._daemon, self, request, message)
             case "chunks":
                 gpu_requests.chunks(self, request, message)
             case "attend":
@@ -155,105 +160,6 @@ class Session:
                 self._daemon.models.reload_for(self, request)
             case _:
                 raise UnknownOp(f"op {op[:80]!r} is not one of protocol {wire.PROTOCOL_VERSION}")
-
-    def _hello(self, request: int, message: dict[str, Any]) -> None:
-        if self.greeted or "hello" in self._parked.values():
-            raise BadRequest("hello was said already on this connection")
-        version = fields.number(message, "version", 0, 1 << 31)
-        if version != wire.PROTOCOL_VERSION:
-            raise VersionMismatch(
-                f"the client speaks protocol {version}, this tierd {tierd.__version__} speaks "
-                f"{wire.PROTOCOL_VERSION}"
-            )
-        name = fields.text(message, "client")[:MAX_NAME]
-        held = fields.numbers(message.get("held", []), "held", 1, MAX_REQUEST_ID)
-        tier = fields.text({"tier": wire.DRAM_TIER, **message}, "tier")
-        pid = self.connection.peer.pid
-        if pid == 0:
-            raise AccessDenied("your process lives in a PID namespace that tierd cannot see")
-        try:
-            process = (pid, start_time(pid))
-        except ProcessLookupError:
-            process = None
-        if not self.connection.peer_lives():
-            self.connection.close(f"process {pid} died")
-            return
-        # It lives, so what was read is about it and not about a successor of its pid.
-        if process is None:
-            raise AccessDenied(f"tierd cannot see /proc/{pid}, by which it knows who holds a lease")
-        gpu = self._daemon.tiers.find(tier)
-        if gpu is not None and not gpu.check_ready():
-            self._park(gpu, request, message)
-            return
-        self.name, self.process = name, process
-        self._daemon.greet(self, gpu, held)
-        self.reply(
-            request,
-            {
-                "version": wire.PROTOCOL_VERSION,
-                "capabilities": [wire.GPU_CAPABILITY],
-                "pid": self._daemon.pid,
-                "daemon_version": tierd.__version__,
-                "epoch": self._daemon.epoch,
-                "tier": tier,
-                **({} if gpu is None else {"device": gpu.described()}),
-            },
-        )
-
-    def _park(self, gpu: GpuTier, request: int, message: dict[str, Any]) -> None:
-        """Answer the request when the GPU is open or has failed, or has made another arena."""
-        if request in self._parked or request in self._outstanding:
-            raise BadRequest(f"request id {request} is in use")
-        if len(self._parked) >= MAX_PARKED:
-            raise BadRequest(f"{MAX_PARKED} requests wait for {gpu.name}, which is the limit")
-        self._parked[request] = message["op"]
-
-        def go_on() -> None:
-            if self._parked.pop(request, None) is not None and not self.connection.closed:
-                self._daemon.answer(self, request, message["op"], message)
-
-        gpu.when_changed(go_on)
-
-    def _open(self, request: int, message: dict[str, Any]) -> None:
-        self.check_greeted()
-        name = fields.text(message, "model")
-        pack = self._daemon.registry.find(name)
-        peer = self.connection.peer
-        if not pack.access.admits(peer):
-            raise AccessDenied(
-                f"model {name!r} may be read by owner {pack.access.uid} and group "
-                f"{pack.access.gid} with mode {pack.access.mode:03o}; you are uid {peer.uid}"
-            )
-        arena: dict[str, Any]
-        if self.gpu is None:
-            memory = self._daemon.arenas.by_id[pack.arena]
-            arena = {"arena": memory.arena_id, "span_bytes": memory.span_bytes, "kind": "dram"}
-            arena_fds = [memory.readonly_fd]
-        else:
-            place = self.gpu.arena_of(pack)
-            if place is None:
-                self._park(self.gpu, request, message)
-                return
-            arena = {
-                "arena": place.number,
-                "span_bytes": place.span_bytes,
-                "kind": self.gpu.device.kind,
-                "chunk_bytes": self.gpu.device.chunk_bytes,
-            }
-            arena_fds = []
-        with pack.client_files() as files:
-            self.opened[pack.model] = pack
-            pack.users.add(self.client)
-            self.reply(
-                request,
-                {
-                    "model_id": pack.model,
-                    "files": list(pack.files),
-                    "arena": arena,
-                    "table": {"bytes": self.slots.nbytes},
-                },
-                [*files, *arena_fds, self.slots.readonly_fd],
-            )
 
     def _close(self, request: int, message: dict[str, Any]) -> None:
         pack = self._model(message)
@@ -351,7 +257,7 @@ class Session:
         return pack
 
     def _wait_for_core(self, request: int, pack: Pack) -> None:
-        if request in self._outstanding:
+        if self.is_used(request):
             raise BadRequest(f"request id {request} is in use")
         if len(self._outstanding) >= MAX_OUTSTANDING:
             raise BadRequest(f"{MAX_OUTSTANDING} requests wait already, which is the limit")
@@ -366,7 +272,7 @@ class Session:
         """Nobody will answer what still waits."""
         self._daemon.outstanding -= len(self._outstanding)
         self._outstanding.clear()
-        self._parked.clear()
+        self.parked.clear()
 
     # ------------------------------------------------------------------------------- from the core
 
@@ -403,7 +309,7 @@ class Session:
 
     def shut_down(self) -> None:
         """Answer everything that still waits, and close when the answers were sent."""
-        for request in (*self._outstanding, *self._parked):
+        for request in (*self._outstanding, *self.parked):
             self.refuse(request, ShuttingDown.code, "tierd is shutting down")
         self.forget_outstanding()
         self.connection.close_after_sending("tierd is shutting down")

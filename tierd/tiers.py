@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tierd.config import Config
     from tierd.engine import Engine
     from tierd.registry import Registry
+    from tierd.session import Session
 
 _WORD = re.compile(r"[a-z]+(:[0-9]{1,9})?", re.ASCII)
 
@@ -59,6 +60,11 @@ class Tiers:
     def of_arena(self, arena: int) -> GpuTier:
         """The GPU on which an arena is."""
         return self.gpus[arena // ARENA_NUMBERS - 1]
+
+    def forget(self, session: Session) -> None:
+        """It is gone, greeted or not."""
+        for gpu in self.gpus:
+            gpu.forget(session)
 
     def silent(self) -> dict[str, str]:
         """By name: the GPUs that do not answer, and since when."""

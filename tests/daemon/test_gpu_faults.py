@@ -117,6 +117,32 @@ def test_the_daemon_is_ready_before_its_gpu_and_clients_of_that_wait(
     assert len(daemon.ask("clients")["clients"]) == 2
 
 
+def test_only_so_many_requests_of_a_connection_wait_for_a_gpu(
+    start_faulty: Start, connect: Connect, tmp_path: Path
+) -> None:
+    """A model of other readers: its arena is made while clients open it."""
+    daemon = start_faulty(
+        """
+def add_arena(self, arena, span_bytes):
+    while flag.exists():
+        time.sleep(0.01)
+    return Device.adding(self, arena, span_bytes)
+Device.adding, Device.add_arena = Device.add_arena, add_arena
+"""
+    )
+    client = connect(daemon, tier="gpu:0")
+    requests = [client.send("open", model="m") for _ in range(16)]
+    refusal = client.refusal("open", model="m")
+    assert (refusal.code, refusal.text) == (
+        "bad_request",
+        "16 requests wait for gpu:0, which is the limit",
+    )
+    (tmp_path / "fault").unlink()
+    assert {client.receive(request)["model_id"] for request in requests} == {1}
+    for fd in client.take_fds():
+        os.close(fd)
+
+
 def test_who_waits_for_a_gpu_is_answered_when_the_daemon_stops(
     start_faulty: Start, connect: Connect, tmp_path: Path
 ) -> None:

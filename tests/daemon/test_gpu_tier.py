@@ -273,6 +273,8 @@ def test_two_gpus_have_budgets_and_slots_of_their_own(
     start_daemon: Start, models: Path, pack: PackOnDisk, connect: Connect
 ) -> None:
     daemon = start_daemon(*arguments(models, f"0={8 * MIB}"), "--gpu", f"3={6 * MIB}")
+    wait_until(lambda: gpu_status(daemon, 3)["state"] == "ready", "it is open")
+    time.sleep(1.5)  # until DRAM is registered, for all GPUs once
     opened = {name: connect(daemon, tier=name).open("m") for name in ("gpu:0", "gpu:3")}
     for model in opened.values():
         assert isinstance(model, OpenedOnGpu)

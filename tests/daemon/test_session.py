@@ -306,3 +306,15 @@ def test_an_answer_that_no_frame_can_hold_becomes_an_error() -> None:
     assert reply["id"] == 7
     assert reply["error"]["code"] == "internal"
     assert str(wire.MAX_REPLY_BYTES) in reply["error"]["text"]
+
+
+def test_a_closed_model_leaves_no_plan_and_no_reserve(
+    daemon: RunningDaemon, connect: Connect
+) -> None:
+    opened = connect(daemon).open("tiny")
+    opened.plan(list(range(LAYERS)))
+    (client,) = daemon.ask("clients")["clients"]
+    assert client["plan"] == "cyclic"
+    opened.client.call("close", model_id=opened.model_id)
+    (client,) = daemon.ask("clients")["clients"]
+    assert (client["plan"], client["reserved_bytes"]) == (None, 0)

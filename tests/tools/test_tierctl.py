@@ -216,6 +216,20 @@ def test_pin_unpin_and_evict_by_pattern(socket: str, capsys: pytest.CaptureFixtu
     assert "nothing" in capsys.readouterr().err
 
 
+def test_a_budget_is_changed_by_name_of_the_tier(
+    socket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["budget", "--socket", socket]
+    assert tierctl.main([*command, "dram", "48MiB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["budget_bytes"] == 48 << 20
+    assert tierctl.main([*command, "dram", "64MiB"]) == 0
+    assert capsys.readouterr().out.startswith("the budget is 64.0 MiB, ")
+    assert tierctl.main([*command, "dram", "64 potatoes"]) == 2
+    assert "'64 potatoes' has no unit" in capsys.readouterr().err
+    assert tierctl.main([*command, "gpu:0", "1GiB"]) == 1
+    assert "there is no tier gpu:0 here; there are dram" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_served_is_refused_by_name(
     socket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

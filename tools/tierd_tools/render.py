@@ -93,7 +93,7 @@ def status(reply: Reply) -> None:
             f"{duration(ssd['busy_ns'])}, " + (f"limit {size(limit)}/s" if limit else "no limit"),
         ),
         *((f"device {device['device']}", _device(device)) for device in ssd["devices"]),
-        *((gpu["tier"], _gpu(gpu)) for gpu in reply["gpus"]),
+        *((gpu["tier"], gpu_row(gpu)) for gpu in reply["gpus"]),
         (
             "leases",
             f"{counts['grants']} granted, {counts['later']} put off, {counts['refusals']} refused; "
@@ -124,7 +124,7 @@ def _device(device: Reply) -> str:
     )
 
 
-def _gpu(gpu: Reply) -> str:
+def gpu_row(gpu: Reply) -> str:
     """What a GPU is, holds and was copied; of one that does not work, why."""
     if gpu["state"] != "ready":
         return f"{gpu['device']}, {gpu['state']}" + (f": {gpu['reason']}" if gpu["reason"] else "")

@@ -11,6 +11,7 @@ import pytest
 
 from tests.client.conftest import FakeDaemon
 from tierd_client import Client
+from tierd_client.device import GpuDevice
 from tierd_client.errors import (
     AccessDenied,
     BudgetTooSmall,
@@ -21,7 +22,9 @@ from tierd_client.errors import (
     PackInvalid,
     ProtocolBroken,
     Refused,
+    TierUnavailable,
     TooManyClients,
+    UnsupportedDevice,
     VersionMismatch,
 )
 from tierd_layouts.wire import encode
@@ -158,6 +161,51 @@ def test_an_arena_smaller_than_announced_ends_the_connection(
         client.open("tiny")
     with pytest.raises(ProtocolBroken):
         client.ask("status")
+
+
+# -------------------------------------------------------------------------------------------- tiers
+
+
+def test_a_client_of_dram_names_no_tier_so_that_an_older_daemon_understands_it(
+    daemon: FakeDaemon, client: Client
+) -> None:
+    assert "tier" not in daemon.asked("hello")[0]
+    assert (client.tier, client.gpu) == ("dram", None)
+    client.attend(scratch_bytes=7)
+    assert daemon.asked("attend") == []
+
+
+def test_a_client_of_a_gpu_says_so_and_learns_what_it_is(gpu_daemon: FakeDaemon) -> None:
+    gpu_daemon.device = {"kind": "memfd", "number": 2, "uuid": "u"}
+    with Client(gpu_daemon.path, tier="gpu:2") as client:
+        assert gpu_daemon.asked("hello")[0]["tier"] == "gpu:2"
+        assert client.tier == "gpu:2"
+        assert client.gpu == GpuDevice("memfd", 2, "u")
+
+
+def test_a_daemon_that_knows_no_tiers_is_refused_by_name(daemon: FakeDaemon) -> None:
+    with pytest.raises(
+        TierUnavailable, match=r"tierd fake .* knows no tier 'gpu:0': it serves DRAM"
+    ):
+        Client(daemon.path, tier="gpu:0")
+
+
+def test_a_tier_that_the_daemon_has_not_is_its_error(daemon: FakeDaemon) -> None:
+    daemon.refusals["hello"] = ("tier_unavailable", "no tier 'gpu:4': there are dram, gpu:0")
+    with pytest.raises(TierUnavailable, match="there are dram, gpu:0"):
+        Client(daemon.path, tier="gpu:4")
+
+
+def test_a_tier_that_is_none_is_refused_before_anything_is_connected() -> None:
+    with pytest.raises(UnsupportedDevice, match="tier 'vram' is unknown"):
+        Client("/nowhere", tier="vram")
+
+
+def test_an_arena_of_another_tier_ends_the_connection(gpu_daemon: FakeDaemon) -> None:
+    client = Client(gpu_daemon.path)  # the daemon answers as to a client of its GPU
+    with pytest.raises(ProtocolBroken, match="arena of kind 'memfd' of dram"):
+        client.open("tiny")
+    assert not client._connection.alive
 
 
 # ------------------------------------------------------------------------------------------- plans

@@ -430,3 +430,48 @@ def test_a_connection_that_nobody_keeps_is_closed(tmp_path: Path) -> None:
     gc.collect()
     assert theirs.recv(1) == b""
     theirs.close()
+
+
+# ------------------------------------------------------------------------------------------- looks
+
+
+def test_a_look_takes_in_what_came_and_waits_for_nothing(pair: tuple[Connection, Peer]) -> None:
+    connection, peer = pair
+    connection.look()
+    request = connection.submit("status", {})
+    peer.answer(peer.next_request()["id"])
+    connection.look()
+    assert connection._replies[request].op == "status"
+
+
+def test_a_look_gives_back_a_grant_that_nobody_wants_any_more(
+    pair: tuple[Connection, Peer],
+) -> None:
+    connection, peer = pair
+    connection.abandon(connection.submit("acquire", {}))
+    peer.answer(peer.next_request()["id"], lease=7)
+    connection.look()
+    assert peer.next_request() == {"id": 0, "op": "release", "leases": [7]}
+
+
+def test_a_look_notices_the_end(pair: tuple[Connection, Peer]) -> None:
+    connection, peer = pair
+    peer.sock.close()
+    with pytest.raises(DaemonGone):
+        connection.look()
+    assert not connection.alive
+
+
+def test_a_look_leaves_the_reading_to_who_waits(pair: tuple[Connection, Peer]) -> None:
+    connection, peer = pair
+    replies = []
+    thread = threading.Thread(target=lambda: replies.append(connection.call("status")))
+    thread.start()
+    request = peer.next_request()["id"]
+    while connection._reader is None:
+        time.sleep(0.001)
+    connection.look()
+    assert connection._reader is not None
+    peer.answer(request)
+    thread.join(10)
+    assert len(replies) == 1

@@ -110,3 +110,14 @@ def test_descriptors_beyond_the_limit_of_open_files_are_reported(
     assert piece.truncated
     assert len(piece.fds) < 3
     close_all(piece.fds)
+
+
+def test_a_look_does_not_wait(pair: tuple[socket.socket, Inbox]) -> None:
+    theirs, inbox = pair
+    begin = time.monotonic()
+    assert not inbox.look()
+    assert time.monotonic() - begin < 0.04
+    theirs.sendall(b"now")
+    assert inbox.look()
+    assert inbox.look()
+    assert inbox.take().data == b"now"

@@ -181,3 +181,36 @@ def test_not_found_means_the_layer_where_a_layer_was_asked_for() -> None:
     assert isinstance(refused("not_found", op="open"), ModelNotFound)
     assert isinstance(refused("not_found", op="acquire"), LayerNotFound)
     assert isinstance(refused("not_found", op="plan"), LayerNotFound)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("dram", 3), ("memfd", 2), ("cuda_vmm", 2)])
+def test_an_open_on_a_gpu_brings_no_arena(kind: str, count: int) -> None:
+    protocol, (request,) = asked("open")
+    body = {"id": request, "ok": True, "files": ["a"], "arena": {"arena": 1, "kind": kind}}
+    (reply,) = protocol.receive(encode(body), range(100, 100 + count))
+    assert reply.fds == tuple(range(100, 100 + count))
+    assert protocol.drop_fds() == ()
+
+
+def test_chunks_bring_a_descriptor_each_unless_one_handle_stands_for_all() -> None:
+    protocol = ClientProtocol()
+    requests = [protocol.request("chunks", {"chunks": chunks})[0] for chunks in ([4, 5, 9], [1])]
+    (reply,) = protocol.receive(encode({"id": requests[0], "ok": True}), [100, 101, 102])
+    assert reply.fds == (100, 101, 102)
+    (reply,) = protocol.receive(encode({"id": requests[1], "ok": True, "handle": b"h"}))
+    assert reply.fds == ()
+
+
+def test_chunks_without_their_descriptors_break_the_protocol() -> None:
+    protocol = ClientProtocol()
+    request, _ = protocol.request("chunks", {"chunks": [4, 5]})
+    with pytest.raises(ProtocolBroken, match="chunks reply with 1 descriptors, it needs 2"):
+        protocol.receive(encode({"id": request, "ok": True}), [100])
+
+
+def test_refused_chunks_bring_nothing() -> None:
+    protocol = ClientProtocol()
+    request, _ = protocol.request("chunks", {"chunks": [4, 5]})
+    error = {"code": "bad_request", "text": "no lease of yours"}
+    (reply,) = protocol.receive(encode({"id": request, "ok": False, "error": error}))
+    assert reply.fds == ()

@@ -14,14 +14,18 @@ from typing import TYPE_CHECKING, Any
 import msgpack  # type: ignore[import-untyped]
 
 import tierd
+from tierd import fields
 from tierd.core.model import LayerKey
 from tierd.core.transcript import SCHEMA, plain
 from tierd.errors import AccessDenied, BadRequest, LayerNotFound, PackInvalid
+from tierd.gpu_status import layers_on_gpus
+from tierd_layouts.wire import DRAM_TIER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from tierd.access import AccessGroup
+    from tierd.core.machine import TierMachine
     from tierd.core.story import Decision, Entry
     from tierd.daemon import Daemon
     from tierd.io.process import PeerCredentials
@@ -45,8 +49,8 @@ class Diagnosis:
     # ----------------------------------------------------------------------------------------- why
 
     def why(self, peer: PeerCredentials, message: dict[str, Any]) -> Reply:
-        """Where a layer is, who needs it and what was decided about it. Raises ModelNotFound,
-        LayerNotFound, AccessDenied."""
+        """Where a layer is on a tier, who needs it and what was decided about it. Raises
+        ModelNotFound, LayerNotFound, AccessDenied, TierUnavailable."""
         name = message.get("model")
         if type(name) is not str:
             raise BadRequest(f"why: model is {name!r:.40}, expected a text")
@@ -58,12 +62,15 @@ class Diagnosis:
             )
         layer = _layer(pack, message.get("layer"))
         now_ns = self._daemon.engine.now()
-        machine = self._daemon.engine.machine
+        tier = fields.text({"tier": DRAM_TIER, **message}, "tier")
+        machine = self._machine(tier)
         found = machine.whereabouts(LayerKey(pack.model, layer), now_ns)
         if found is None:
-            raise PackInvalid(f"model {name!r} is not known to the scheduler")
+            raise PackInvalid(f"model {name!r} is not known to the scheduler of {tier}")
         extent = machine.record.extent
         return {
+            "tier": tier,
+            "gpus": self._on_gpus(pack, layer),
             "model": name,
             "layer": layer,
             "name": pack.index.layers[layer].name,
@@ -99,7 +106,28 @@ class Diagnosis:
             },
         }
 
+    def _machine(self, tier: str) -> TierMachine:
+        engine = self._daemon.engine
+        gpu = self._daemon.tiers.find(tier)
+        if gpu is None:
+            return engine.machine
+        assert engine.stack is not None
+        return engine.stack.gpus[gpu.index]
+
+    def _on_gpus(self, pack: Pack, layer: int) -> dict[str, str]:
+        """By name of the GPU: the layer's state there."""
+        daemon = self._daemon
+        found = layers_on_gpus(daemon.tiers, daemon.engine, pack.model)
+        return {name: layers[layer].state for name, layers in found.items()}
+
     def _client(self, client: int) -> Reply:
+        stack = self._daemon.engine.stack
+        if client < 0 and stack is not None:
+            # What a GPU takes out of DRAM: the core's own client.
+            for feed in stack.feeds.feeds.values():
+                if feed.id == client:
+                    name = self._daemon.tiers.gpus[feed.gpu].name
+                    return {"client": client, "name": f"copies to {name}"}
         session = self._daemon.sessions.get(client)
         return {"client": client, "name": "" if session is None else session.name}
 

@@ -218,6 +218,25 @@ def test_layers_says_what_is_on_which_gpu(daemon: RunningDaemon, connect: Connec
     assert shown[0]["gpus"]["gpu:0"]["state"] == "absent"
 
 
+def test_why_knows_a_layer_on_each_tier(daemon: RunningDaemon, connect: Connect) -> None:
+    opened = on_gpu(connect, daemon)
+    opened.plan(list(range(LAYERS)))
+    before = daemon.ask("why", model="m", layer=2, tier="gpu:0")
+    assert (before["tier"], before["state"], before["leased_by"]) == ("gpu:0", "absent", [])
+    opened.acquire(2)
+    (client,) = daemon.ask("clients")["clients"]
+    there = daemon.ask("why", model="m", layer=2, tier="gpu:0")
+    assert there["state"] == "resident"
+    assert there["leased_by"] == [{"client": client["client"], "name": "test"}]
+    assert {"read", "resident"} <= {told["what"] for told in there["history"]}
+    here = daemon.ask("why", model="m", layer=2)
+    assert here["tier"] == "dram"
+    assert here["gpus"] == {"gpu:0": "resident"}
+    assert {planner["name"] for planner in here["planned_by"]} <= {"copies to gpu:0"}
+    with pytest.raises(Refused, match="there is no tier gpu:4 here"):
+        daemon.ask("why", model="m", layer=2, tier="gpu:4")
+
+
 def test_a_model_that_is_served_later_is_placed_on_the_gpu_too(
     daemon: RunningDaemon, connect: Connect, models: Path
 ) -> None:

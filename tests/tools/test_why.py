@@ -13,7 +13,8 @@ MS, S = 1_000_000, 1_000_000_000
 
 def answer(state: str, *history: tuple[int, str, str], **more: Any) -> dict[str, Any]:
     return {
-        "model": "m", "layer": 3, "name": "model.layers.3", "bytes": 3 << 20, "state": state,
+        "tier": "dram", "gpus": {}, "model": "m", "layer": 3, "name": "model.layers.3",
+        "bytes": 3 << 20, "state": state,
         "demanded": False, "leased_by": [], "quarantined": False, "waiting": [], "planned_by": [],
         "kept": False, "failed": False, "next_use": None,
         "history": [{"ago_ns": ago, "what": what, "text": text} for ago, what, text in history],
@@ -97,7 +98,25 @@ def need(in_ns: int = 30 * MS, steps: int = 3, ppm: int = 1_000_000) -> dict[str
             "is resident since before the record begins, 9.0 s ago; no plan uses it: it goes when "
             "room is needed.",
         ),
+        (
+            answer("resident", leased_by=[client(-2, "copies to gpu:0")],
+                gpus={"gpu:0": "reading", "gpu:1": "resident"}),
+            "is resident since before the record begins, 9.0 s ago; leased by copies to gpu:0; no "
+            "plan uses it; it is on gpu:1 too.",
+        ),
+        (
+            answer("absent", gpus={"gpu:0": "resident"}),
+            "is not in memory: it was never asked for; it is on gpu:0.",
+        ),
     ],
 )  # fmt: skip
 def test_the_sentence(reply: dict[str, Any], said: str) -> None:
     assert sentence(reply) == f"model.layers.3 of m (3.0 MiB) {said}"
+
+
+def test_the_sentence_about_a_gpu_says_which() -> None:
+    reply = answer("reading", demanded=True, waiting=[client(1)], tier="gpu:0")
+    reply["gpus"] = {"gpu:0": "reading"}
+    assert sentence(reply) == (
+        "On gpu:0, model.layers.3 of m (3.0 MiB) is being copied, demanded by client 1 (chat)."
+    )

@@ -100,6 +100,7 @@ def _add_record(command: Callable[..., argparse.ArgumentParser]) -> None:
     why = command("why", _why, "Say in a sentence why a layer is where it is.")
     why.add_argument("model")
     why.add_argument("layer", help="its name, or its number")
+    why.add_argument("--tier", default="dram", help="dram (default), or gpu:N")
     why.add_argument("--history", action="store_true", help="print what was decided about it, too")
     trace = command("trace", _trace, "Write what was decided, for Perfetto and for replay.")
     trace.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
@@ -238,7 +239,7 @@ def _socket(arguments: argparse.Namespace) -> str | None:
 def _why(arguments: argparse.Namespace) -> render.Reply:
     from tierd_tools import why
 
-    reply = why.why(_socket(arguments), arguments.model, arguments.layer)
+    reply = why.why(_socket(arguments), arguments.model, arguments.layer, arguments.tier)
     if not (arguments.history or arguments.json):
         del reply["history"]
     return reply

@@ -20,25 +20,34 @@ ARRIVED = ("resident", "adopt")
 LEFT = ("evict", "failed")
 
 
-def why(socket_path: str | None, model: str, layer: str) -> Reply:
+def why(socket_path: str | None, model: str, layer: str, tier: str = "dram") -> Reply:
     """The daemon's answer with the `sentence` in it. `layer`: its name, or its number."""
     number: str | int = int(layer) if _NUMBER.fullmatch(layer) else layer
-    reply = ask(socket_path, "why", model=check_model_name(model), layer=number)
+    reply = ask(socket_path, "why", model=check_model_name(model), layer=number, tier=tier)
     return {"sentence": sentence(reply), **reply}
 
 
 def sentence(reply: Reply) -> str:
     """Where the layer is, since when, why, and who needs it next."""
     about = f"{reply['name']} of {reply['model']} ({size(reply['bytes'])})"
+    on_gpu = reply["tier"] != "dram"
+    if on_gpu:
+        about = f"On {reply['tier']}, {about}"
     match reply["state"]:
         case "resident":
             said = _resident(reply)
         case "reading":
-            said = f"is being read, {_for_whom(reply)}"
+            said = f"is being {'copied' if on_gpu else 'read'}, {_for_whom(reply)}"
         case "making room":
             said = f"waits for memory that is being given back, to be read {_for_whom(reply)}"
         case _:
             said = _absent(reply)
+    if not on_gpu:
+        said += "".join(
+            f"; it is on {gpu} too" if reply["state"] == "resident" else f"; it is on {gpu}"
+            for gpu, state in reply["gpus"].items()
+            if state == "resident"
+        )
     return f"{about} {said}."
 
 
@@ -124,7 +133,7 @@ def _clients(clients: Sequence[Reply]) -> str:
 
 def _client(client: Reply) -> str:
     name = f" ({client['name']})" if client["name"] else ""
-    return f"client {client['client']}{name}"
+    return client["name"] if client["client"] < 0 else f"client {client['client']}{name}"
 
 
 def _last(reply: Reply, kinds: Sequence[str]) -> Reply | None:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tierd.gpu.errors import DeviceError, DeviceLost
@@ -28,6 +29,20 @@ log = logging.getLogger(__name__)
 #: A piece that is not full is registered when nothing was added to it for this long: registering
 #: it after each step of population would cost more than it saves.
 QUIET_S = 1.0
+#: A copy that takes longer than this from a piece is on a GPU that hangs: what waits for the piece
+#: waits on, and lets others pass.
+PATIENCE_S = 10.0
+RETRY_S = 1.0
+#: Registering does not wait for such a copy, it is tried again after this.
+PUT_OFF_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Discard:
+    arena: int
+    start: int
+    end: int
+    done: Callable[[DeviceError | None], None]
 
 
 class Registrar:
@@ -39,15 +54,17 @@ class Registrar:
         call_soon_threadsafe: Callable[..., object],
         *,
         quiet_s: float = QUIET_S,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.host = host
         self._call_soon = call_soon_threadsafe
         self._quiet_s = quiet_s
+        self._patience_s = patience_s
         self._devices: list[Device] = []
         self._thread: threading.Thread | None = None
         self._wakes = threading.Condition()
         # Everything below changes under this lock.
-        self._discards: deque[tuple[int, int, int, Callable[[DeviceError | None], None]]] = deque()
+        self._discards: deque[_Discard] = deque()
         self._closing = False
         self._ends_at_s = 0.0
         self._failure: str | None = None
@@ -77,7 +94,7 @@ class Registrar:
         read as if they were what comes there next."""
         with self._wakes:
             if self._thread is not None and not self._closing:
-                self._discards.append((arena, start, end, done))
+                self._discards.append(_Discard(arena, start, end, done))
                 self._wakes.notify()
                 return
         self.host.forget(arena, start, end)  # nothing was ever registered, or nothing is any more
@@ -98,8 +115,9 @@ class Registrar:
             ]
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Unregister what can be in half of that time; the rest ends with the process. No copy may
-        be under way. Raises TimeoutError when the driver does not answer."""
+        """Unregister what can be in half of that time; the rest ends with the process. Discards
+        that wait for a GPU that hangs are not answered. Raises TimeoutError when the driver does
+        not answer."""
         with self._wakes:
             self._closing = True
             self._ends_at_s = time.monotonic() + timeout_s / 2
@@ -113,79 +131,96 @@ class Registrar:
     # -------------------------------------------------------------------------------------- thread
 
     def _run(self) -> None:
+        late: list[_Discard] = []
+        put_off: deque[tuple[float, int, int]] = deque()  # until when, arena, offset of a piece
         while True:
+            while put_off and put_off[0][0] <= time.monotonic():
+                self.host.unsettle(*put_off.popleft()[1:])
             with self._wakes:
                 unsettled = self.host.unsettled(int(self._quiet_s * 1e9))
-                if not self._discards and not self._closing and not unsettled:
-                    self._wakes.wait(self._quiet_s if self.host.waits() else None)
+                if not (self._discards or self._closing or unsettled):
+                    waits = self._quiet_s if self.host.waits() else None
+                    self._wakes.wait(RETRY_S if late or put_off else waits)
                 discard = self._discards.popleft() if self._discards else None
                 closing = self._closing
             if discard is not None:
-                self._discard(*discard)
+                if not self._discard(discard, self._patience_s):
+                    late.append(discard)
             elif closing:
                 break
-            elif unsettled:
-                self._settle(*unsettled[0])
+            elif unsettled and not self._settle(*unsettled[0]):
+                put_off.append((time.monotonic() + PUT_OFF_S, *unsettled[0]))
+            late = [old for old in late if not self._discard(old, 0)]
         self._end()
 
     def _end(self) -> None:
         for arena, (_, span_bytes) in self.host.arenas().items():
             for start in range(0, span_bytes, self.host.piece_bytes):
-                if time.monotonic() > self._ends_at_s:
-                    return
-                try:
-                    self._change(arena, start, start + self.host.piece_bytes, forget=True)
-                except DeviceError as error:
-                    log.warning("memory stays registered to the end: %s", error)
+                left_s = self._ends_at_s - time.monotonic()
+                end = start + self.host.piece_bytes
+                if left_s > 0 and self.host.is_registered(arena, start, end):
+                    try:
+                        self._forget(arena, start, end, left_s)
+                    except DeviceError as error:
+                        log.warning("memory stays registered to the end: %s", error)
 
-    def _discard(
-        self, arena: int, start: int, end: int, done: Callable[[DeviceError | None], None]
-    ) -> None:
+    def _discard(self, discard: _Discard, patience_s: float) -> bool:
+        """Whether it was answered."""
         failure = None
         try:
-            self._change(arena, start, end, forget=True)
+            if not self._forget(discard.arena, discard.start, discard.end, patience_s):
+                return False
         except DeviceError as error:
             failure = error
-        self._call_soon(done, failure)
+        self._call_soon(discard.done, failure)
+        return True
 
-    def _settle(self, arena: int, offset: int) -> None:
+    def _forget(self, arena: int, start: int, end: int, patience_s: float) -> bool:
+        """Unregister what [start, end) touches; its memory is about to go. False when a copy under
+        way forbids it."""
+        if self.host.is_registered(arena, start, end):
+            pieces = self.host.claim(arena, start, end, patience_s)
+            if pieces is None:
+                return False
+            try:
+                for piece in pieces:
+                    stale = [old for old in piece.registered if old[0] < end and start < old[1]]
+                    self._unregister(piece, arena, stale)
+            finally:
+                self.host.give(pieces)
+        self.host.forget(arena, start, end)
+        return True
+
+    def _settle(self, arena: int, offset: int) -> bool:
+        """Make what is registered in a piece what exists there. False when a copy under way
+        forbids it."""
+        self.host.settled(arena, offset)
+        pieces = self.host.claim(arena, offset, offset + self.host.piece_bytes, self._patience_s)
+        if pieces is None:
+            return False
         try:
-            self.host.settled(arena, offset)
-            self._change(arena, offset, offset + self.host.piece_bytes, forget=False)
+            for piece in pieces:
+                stale = [old for old in piece.registered if old not in piece.exists]
+                self._unregister(piece, arena, stale)
+                self._register(piece, arena)
         except DeviceError as error:
             with self._wakes:
                 if self._failure is None:
                     log.warning("host memory is not registered: %s", error)
                 self._failure = str(error)
-
-    def _change(self, arena: int, start: int, end: int, *, forget: bool) -> None:
-        """Unregister what [start, end) touches, whose memory is about to go (`forget`), or make
-        what is registered in its pieces what exists there."""
-        address = self.host.arenas()[arena][0]
-        pieces = self.host.claim(arena, start, end)
-        try:
-            for piece in pieces:
-                if forget:
-                    self._unregister(
-                        piece, address, [old for old in piece.registered if _meet(old, start, end)]
-                    )
-                else:
-                    self._unregister(
-                        piece, address, [old for old in piece.registered if old not in piece.exists]
-                    )
-                    self._register(piece, address)
-            if forget:
-                self.host.forget(arena, start, end)
         finally:
             self.host.give(pieces)
+        return True
 
-    def _register(self, piece: Piece, address: int) -> None:
+    def _register(self, piece: Piece, arena: int) -> None:
+        address = self.host.arenas()[arena][0]
         for start, end in piece.exists:
             if (start, end) not in piece.registered:
                 self._try_each("register", address + start, end - start)
                 piece.registered = sorted([*piece.registered, (start, end)])
 
-    def _unregister(self, piece: Piece, address: int, stale: Ranges) -> None:
+    def _unregister(self, piece: Piece, arena: int, stale: Ranges) -> None:
+        address = self.host.arenas()[arena][0]
         for start, end in stale:
             try:
                 self._try_each("unregister", address + start, end - start)
@@ -206,7 +241,3 @@ class Registrar:
                     refusal = error
         assert refusal is not None, "a registrar without a device"
         raise refusal
-
-
-def _meet(old: tuple[int, int], start: int, end: int) -> bool:
-    return old[0] < end and start < old[1]

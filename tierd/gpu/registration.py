@@ -121,15 +121,21 @@ class HostMemory:
 
     # ------------------------------------------------------------------------------ for registrars
 
-    def claim(self, arena: int, start: int, end: int) -> list[Piece]:
-        """The pieces of [start, end), as soon as no copy uses them; none begins until `give`."""
+    def claim(self, arena: int, start: int, end: int, patience_s: float) -> list[Piece] | None:
+        """The pieces of [start, end) when no copy uses them; none begins until `give`. None when
+        copies used them for all of that time."""
         with self._changed:
             cells = self._arenas[arena].pieces
             pieces = [cells[number] for number, _, _ in self._cells(start, end) if number in cells]
             for piece in pieces:
                 piece.changing = True
-            self._changed.wait_for(lambda: not any(piece.users for piece in pieces))
+            unused = self._changed.wait_for(
+                lambda: not any(piece.users for piece in pieces), patience_s
+            )
+        if unused:
             return pieces
+        self.give(pieces)
+        return None
 
     def give(self, pieces: list[Piece]) -> None:
         """`claim` is over."""
@@ -166,6 +172,22 @@ class HostMemory:
         """What exists in that piece is registered from now on, or was tried to be."""
         with self._changed:
             self._unsettled.pop((arena, offset // self.piece_bytes), None)
+
+    def unsettle(self, arena: int, offset: int) -> None:
+        """What exists in that piece is to be registered, although it was `settled`."""
+        with self._changed:
+            self._unsettled[arena, offset // self.piece_bytes] = time.monotonic_ns()
+
+    def is_registered(self, arena: int, start: int, end: int) -> bool:
+        """Whether any of it is."""
+        with self._changed:
+            cells = self._arenas[arena].pieces
+            return any(
+                first < end and start < last
+                for number, _, _ in self._cells(start, end)
+                if number in cells
+                for first, last in cells[number].registered
+            )
 
     def waits(self) -> bool:
         """Whether any piece changed and was not registered since."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tierd.gpu.device import Device, Kind
-    from tierd.gpu.registration import HostMemory
+    from tierd.gpu.registration import HostMemory, Piece
 
 MIB = 1 << 20
 CHUNK = 2 * MIB
@@ -88,3 +88,10 @@ def rig(kind: Kind) -> Iterator[Rig]:
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def claim(host: HostMemory, arena: int, start: int, end: int) -> list[Piece]:
+    """For tests that stand in for a registrar."""
+    pieces = host.claim(arena, start, end, 20.0)
+    assert pieces is not None
+    return pieces

@@ -26,7 +26,7 @@ PATIENCE_S = 20.0
 class Rigged:
     """A registrar over one arena of 8 pieces, and a GPU whose registrations are looked at."""
 
-    def __init__(self, quiet_s: float = 0.0) -> None:
+    def __init__(self, quiet_s: float = 0.0, patience_s: float = PATIENCE_S) -> None:
         self.memory = memoryview(bytearray(SPAN + 4096))
         self.address = -(-address_of(self.memory) // 4096) * 4096
         self.calls: queue.Queue[tuple[Callable[..., object], tuple[object, ...]]] = queue.Queue()
@@ -34,8 +34,9 @@ class Rigged:
         self.rig: Rig = make_rig("cuda_vmm", host=self.host)
         self.rig.device.open()
         self.registrar = Registrar(
-            self.host, lambda call, *values: self.calls.put((call, values)), quiet_s=quiet_s
-        )
+            self.host, lambda call, *values: self.calls.put((call, values)),
+            quiet_s=quiet_s, patience_s=patience_s,
+        )  # fmt: skip
         self.registrar.add_arena(0, self.address, SPAN)
 
     @property
@@ -200,10 +201,69 @@ def test_another_gpu_takes_over_when_one_is_broken(rigged: Rigged) -> None:
 
 def test_close_says_that_the_driver_does_not_answer(rigged: Rigged) -> None:
     rigged.registrar.populated(0, 0, PIECE)
-    use = rigged.host.use(rigged.address, 100)
+    rigged.wait_registered({0: PIECE})
+    answers = threading.Event()
+    unregister = rigged.rig.device.unregister
+
+    def hang(address: int, nbytes: int) -> None:
+        assert answers.wait(PATIENCE_S)
+        unregister(address, nbytes)
+
+    rigged.rig.device.unregister = hang  # type: ignore[method-assign]
     with pytest.raises(TimeoutError, match="tierd-pinning did not end"):
         rigged.registrar.close(timeout_s=0.05)
+    answers.set()
+
+
+def test_a_copy_that_hangs_holds_up_its_own_piece_and_no_other() -> None:
+    rigged = Rigged(patience_s=0.05)
+    rigged.registrar.add_device(rigged.rig.device)
+    rigged.registrar.populated(0, 0, 2 * PIECE)
+    rigged.wait_registered({0: PIECE, PIECE: PIECE})
+    use = rigged.host.use(rigged.address, 100)
+    hung: list[DeviceError | None] = []
+    rigged.registrar.discard(0, 0, 4096, hung.append)
+    assert rigged.discard(PIECE, 2 * PIECE) is None
+    assert rigged.registered == {0: PIECE}
+    rigged.host.use(rigged.address, 100).end()  # other GPUs copy from it
+    rigged.registrar.populated(0, 2 * PIECE, 3 * PIECE)
+    rigged.wait_registered({0: PIECE, 2 * PIECE: PIECE})
+    assert hung == []
     use.end()
+    call, values = rigged.calls.get(timeout=PATIENCE_S)
+    call(*values)
+    assert hung == [None]
+    rigged.registrar.close()
+    rigged.rig.device.close()
+
+
+def test_memory_of_which_nothing_is_registered_is_discarded_whoever_copies_from_its_piece() -> None:
+    rigged = Rigged(quiet_s=3600)
+    rigged.registrar.add_device(rigged.rig.device)
+    rigged.registrar.populated(0, 0, PIECE - 4096)
+    use = rigged.host.use(rigged.address, 100)
+    assert rigged.discard(8192, 16384) is None
+    assert rigged.host.existing_bytes == PIECE - 4096 - 8192
+    use.end()
+    rigged.registrar.close()
+    rigged.rig.device.close()
+
+
+def test_what_was_not_registered_because_of_a_copy_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tierd.gpu.registrar.PUT_OFF_S", 0.05)
+    monkeypatch.setattr("tierd.gpu.registrar.RETRY_S", 0.01)
+    rigged = Rigged(patience_s=0.01)
+    rigged.registrar.populated(0, 0, PIECE)
+    use = rigged.host.use(rigged.address, 100)
+    rigged.registrar.add_device(rigged.rig.device)
+    rigged.registrar.populated(0, PIECE, 2 * PIECE)
+    rigged.wait_registered({PIECE: PIECE})
+    use.end()
+    rigged.wait_registered({0: PIECE, PIECE: PIECE})
+    rigged.registrar.close()
+    rigged.rig.device.close()
 
 
 def test_closing_takes_no_longer_than_it_may_however_much_is_registered() -> None:

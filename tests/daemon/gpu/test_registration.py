@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.daemon.gpu.conftest import claim
 from tierd.gpu.registration import PIECE_BYTES, HostMemory, Span
 
 PIECE = 0x10000
@@ -22,7 +23,7 @@ def host() -> HostMemory:
 
 def register(host: HostMemory, start: int, end: int) -> None:
     """As if a driver had registered [start, end), which lies in one piece."""
-    pieces = host.claim(0, start, end)
+    pieces = claim(host, 0, start, end)
     (piece,) = pieces
     piece.registered = sorted([*piece.registered, (start, end)])
     host.give(pieces)
@@ -80,7 +81,7 @@ def test_the_parts_of_a_copy_make_it_up_and_are_all_in_one_registration_or_in_no
     for first, last in zip(borders[::2], borders[1::2], strict=False):
         while first < last:  # no registration lies in two pieces
             end = min(last, (first // 16 + 1) * 16)
-            pieces = host.claim(0, first, end)
+            pieces = claim(host, 0, first, end)
             pieces[0].registered = sorted([*pieces[0].registered, (first, end)])
             host.give(pieces)
             registered.append((first, end))
@@ -108,12 +109,12 @@ def test_a_piece_changes_when_no_copy_uses_it(host: HostMemory) -> None:
     use = host.use(BASE, 10)
     claimed = threading.Event()
 
-    def claim() -> None:
-        pieces = host.claim(0, 0, PIECE)
+    def change() -> None:
+        pieces = claim(host, 0, 0, PIECE)
         claimed.set()
         host.give(pieces)
 
-    thread = threading.Thread(target=claim)
+    thread = threading.Thread(target=change)
     thread.start()
     host.use(BASE + PIECE, 10).end()  # another piece: at once
     assert not claimed.wait(0.05)
@@ -122,11 +123,20 @@ def test_a_piece_changes_when_no_copy_uses_it(host: HostMemory) -> None:
     thread.join()
 
 
+def test_a_piece_that_is_used_for_too_long_is_left_as_it_is(host: HostMemory) -> None:
+    host.populated(0, 0, 2 * PIECE)
+    use = host.use(BASE + PIECE, 10)
+    assert host.claim(0, 0, 2 * PIECE, 0.01) is None
+    host.use(BASE, 2 * PIECE).end()  # and others may use it again
+    use.end()
+    assert host.claim(0, 0, 2 * PIECE, 0) is not None
+
+
 def test_a_copy_waits_while_a_piece_of_it_changes_and_finds_what_it_became(
     host: HostMemory,
 ) -> None:
     host.populated(0, 0, 2 * PIECE)
-    pieces = host.claim(0, PIECE, 2 * PIECE)
+    pieces = claim(host, 0, PIECE, 2 * PIECE)
     found: list[Span] = []
 
     def copy() -> None:

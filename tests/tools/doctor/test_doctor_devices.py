@@ -117,15 +117,19 @@ def test_cards_and_the_kernel_module_are_found_by_their_files(
     assert (found.nodes, found.module, found.problem) == ((0, 3), "580.95.05", None)
 
 
-def test_the_round_trip_of_cuda_vmm_goes_through_over_a_driver_that_is_played(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("cuda_vmm", "mapped for reading only"), ("cuda_ipc", "CUDA IPC cannot forbid writing")],
+)
+def test_the_round_trips_of_cuda_go_through_over_a_driver_that_is_played(
+    monkeypatch: pytest.MonkeyPatch, kind: round_trip.Kind, said: str
 ) -> None:
     site = Path(__file__).parents[2] / "fake_cuda" / "site"
     monkeypatch.setenv("PYTHONPATH", str(site))
-    found = round_trip.finding("cuda_vmm", 0, needed=True)
+    found = round_trip.finding(kind, 0, needed=True)
     assert found.verdict == "works", found.text
-    assert "mapped for reading only" in found.text
-    missing = round_trip.finding("cuda_vmm", 7, needed=True)
+    assert said in found.text
+    missing = round_trip.finding(kind, 7, needed=True)
     assert missing.failed
     assert "gpu:7 does not exist" in missing.text
     assert missing.advice

@@ -38,8 +38,9 @@ _LOOK = "from tierd_tools.doctor import nvidia; print(nvidia.look().problem or '
 class Acceptance:
     """One run. `out`: where logs, models and results go."""
 
-    def __init__(self, out: Path, environment: Environment, seconds: float) -> None:
+    def __init__(self, out: Path, environment: Environment, seconds: float, tests: str) -> None:
         self.out = out
+        self._tests_in = tests
         self._environment = environment
         variables = {
             **environment.variables,
@@ -93,7 +94,7 @@ class Acceptance:
         self._parts.run(
             "tests", BUDGETS["tests"],
             [
-                sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-rs",
+                sys.executable, "-m", "pytest", "-m", "gpu", self._tests_in, "-q", "-rs",
                 "-p", "no:cacheprovider", "--continue-on-collection-errors",
                 f"--junitxml={junit}",
             ],
@@ -158,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, help="a folder of Hugging Face checkpoints")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--tests", default="tests", help="where the tests marked gpu are")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -169,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.models is not None and not arguments.models.is_dir():
         print(f"gpu-acceptance: MODELS={arguments.models} is no folder", file=sys.stderr)
         return 2
-    result = Acceptance(out, environment, arguments.seconds).run(arguments.models)
+    run = Acceptance(out, environment, arguments.seconds, arguments.tests)
+    result = run.run(arguments.models)
     failed = failures(result)
     result["failed"] = failed
     text = report.markdown(result)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 import xxhash
 
-from tierd.errors import ChecksumMismatch, ConfigError, ReadError
-from tierd.io.cufile import CuFileReader, DirectJob, NotDirect, refuse_in_daemon
+from tierd.errors import ChecksumMismatch, ReadError
+from tierd.io.cufile import CuFileReader, DirectJob, NotDirect
 from tierd.io.cufile_library import CuFileLibrary, GpuDirectUnavailable
 from tierd.io.ssd_job import ExtentRead
 from tierd_layouts.records import BLOCK_BYTES
@@ -91,11 +91,17 @@ def counts(library: Path) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("version", ["1150", "1190"])
 def test_a_layer_of_two_extents_arrives_and_is_counted_as_direct(
-    memory: Memory, library: Path, monkeypatch: pytest.MonkeyPatch, version: str
+    memory: Memory,
+    library: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: str,
 ) -> None:
     monkeypatch.setenv("FAKE_VERSION", version)
     direct = reader(memory, library)
-    result = direct.read(memory.job())
+    with caplog.at_level("INFO"):
+        result = direct.read(memory.job())
+    assert "none through DRAM" in caplog.text
     assert result.nbytes == FIRST + SECOND
     assert memory.bytes.raw == memory.data[4096:]
     found = direct.statistics()
@@ -197,8 +203,3 @@ def test_a_file_is_registered_once_and_forgotten_when_it_is_closed(
     direct.forget(memory.fd)
     assert counts(library)[0] == 0
     direct.close()
-
-
-def test_the_setting_is_refused_aloud_while_the_core_cannot_express_it() -> None:
-    with pytest.raises(ConfigError, match="gpu_direct = true"):
-        refuse_in_daemon()

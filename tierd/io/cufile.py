@@ -10,12 +10,14 @@ copy. The counterpart for host memory is `ssd.ReaderPool`; the job is a `ReadJob
 address of GPU memory.
 
 Not wired to the daemon: in the core a layer reaches a GPU through a lease in DRAM ("Three tiers" in
-`core/README.md`), so there is no event for a read that ends on a GPU. Never run on hardware.
+`core/README.md`), so there is no event for a read that ends on a GPU, and `gpu_direct = true` is
+refused at start (`gpu_settings`). Never run on hardware.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from tierd.errors import ChecksumMismatch, ConfigError, ReadError
+from tierd.errors import ChecksumMismatch, ReadError
 from tierd.io.cufile_library import CuFileError, CuFileLibrary, Reads
 from tierd.io.ssd_job import ReadResult
 from tierd_layouts.records import BLOCK_BYTES
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tierd.io.ssd_job import ExtentRead
+
+log = logging.getLogger(__name__)
 
 
 class NotDirect(ReadError):
@@ -69,15 +73,6 @@ class DirectStatistics:
     read_bytes: int
     direct_reads: int
     posix_reads: int
-
-
-def refuse_in_daemon() -> None:
-    """What `gpu_direct = true` comes to in this version. Raises ConfigError."""
-    raise ConfigError(
-        "gpu_direct = true: in this version a layer reaches a GPU through DRAM; the cuFile reader "
-        "exists (tierd/io/cufile.py) but the scheduler has no read that ends on a GPU. Leave "
-        "gpu_direct off"
-    )
 
 
 class CuFileReader:
@@ -174,6 +169,11 @@ class CuFileReader:
 
     def _check_direct(self, job: DirectJob, counted: Reads) -> None:
         if counted.posix == 0 and counted.direct > 0 and counted.nbytes >= job.nbytes:
+            if not self._reads:
+                log.info(
+                    "reading straight into the GPU, as cuFile counts: %d reads by P2PDMA, %d by "
+                    "nvidia-fs, none through DRAM", counted.p2p, counted.nvfs,
+                )  # fmt: skip
             return
         self._indirect = (
             f"cuFile counted {counted.direct} direct reads and {counted.posix} through DRAM, "

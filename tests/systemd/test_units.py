@@ -77,6 +77,41 @@ def test_a_unit_without_the_sandbox_would_fail_that_test(units: Path) -> None:
     assert done.returncode != 0
 
 
+@pytest.fixture
+def with_gpus(units: Path) -> Path:
+    """The unit, and what a node with GPUs adds to it."""
+    (units / "tierd.service.d").mkdir()
+    text = (UNITS / "tierd.gpu.conf").read_text()
+    (units / "tierd.service.d" / "gpu.conf").write_text(text)
+    return units
+
+
+def test_systemd_accepts_what_nodes_with_gpus_add_without_a_word(with_gpus: Path) -> None:
+    done = run("systemd-analyze", "verify", "--man=no", str(with_gpus / "tierd.service"))
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "tierd" in line] == []
+
+
+def test_verify_would_notice_a_mistake_there_too(with_gpus: Path) -> None:
+    added = with_gpus / "tierd.service.d" / "gpu.conf"
+    added.write_text(added.read_text().replace("PrivateDevices=no", "PrivateDevice=no"))
+    done = run("systemd-analyze", "verify", "--man=no", str(with_gpus / "tierd.service"))
+    assert "gpu.conf" in done.stderr
+
+
+def test_gpus_are_let_in_and_little_else(with_gpus: Path) -> None:
+    """Devices are still closed but for those that are named."""
+    assert values("tierd.service", "DevicePolicy") == ["closed"]
+    allowed = values("tierd.gpu.conf", "DeviceAllow")
+    assert {"char-nvidia rw", "char-nvidiactl rw", "char-nvidia-uvm rw"} <= set(allowed)
+    assert all(device.startswith("char-nvidia") for device in allowed)
+    done = run(
+        "systemd-analyze", "security", "--offline=yes", f"--threshold={MOST_EXPOSURE}",
+        "--no-pager", str(with_gpus / "tierd.service"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+
+
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [

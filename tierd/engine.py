@@ -118,6 +118,10 @@ class Engine:
             self._deciding = False
         if self.core.waits_for_time:
             self._tick_soon()
+        self._tell_pressed()
+
+    def _tell_pressed(self) -> None:
+        """Write down for the clients of each tier whether they may keep leases."""
         if self.machine.pressed is not self._pressed:
             self._pressed = self.slots.table.pressed = not self._pressed
         if self.stack is not None:
@@ -185,6 +189,7 @@ class Engine:
                 if session := self._sessions.get(action.client):
                     session.told_later(action)
             case Admit():
+                self._tell_pressed()  # it may look at once
                 if session := self._sessions.get(action.client):
                     session.plan_admitted(action)
             case Done() | Refuse(client=core_model.OPERATOR):

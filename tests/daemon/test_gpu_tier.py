@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,6 @@ from tests.daemon.conftest import OpenedOnGpu, Refused, wait_until, write_pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.daemon.conftest import PackOnDisk, RawClient, RunningDaemon
 
@@ -327,3 +327,47 @@ def test_a_clean_stop_ends_copies_and_answers_who_waits(
     assert caught.value.code == "shutting_down"
     assert daemon.process.wait(20) == 0
     assert "Traceback" not in daemon.log_text()
+
+
+def mapped(daemon: RunningDaemon) -> str:
+    return Path(f"/proc/{daemon.pid}/maps").read_text()
+
+
+def test_no_library_of_a_gpu_is_loaded_without_one(daemon: RunningDaemon) -> None:
+    assert not any(name in mapped(daemon) for name in ("libcuda", "cupy", "cuda/bindings"))
+
+
+@pytest.mark.parametrize("kind", ["cuda_vmm", "cuda_ipc"])
+def test_a_node_without_a_gpu_serves_dram_and_says_what_is_missing(
+    start_daemon: Start, models: Path, pack: PackOnDisk, connect: Connect, kind: str
+) -> None:
+    if os.path.exists("/dev/nvidiactl"):
+        pytest.skip("this node may have a GPU")
+    daemon = start_daemon("--models", models, "--dram", "12MiB", "--gpu", "0=12MiB",
+        "--gpu-device", kind)  # fmt: skip
+    opened = connect(daemon).open("m")
+    assert opened.bytes_of(opened.acquire(0)) == pack.content[0]
+    wait_until(lambda: gpu_status(daemon)["state"] == "failed", "it cannot be opened")
+    reason = gpu_status(daemon)["reason"]
+    assert "gpu:0" in reason
+    refusal = connect(daemon, greet=False).refusal("hello", version=1, client="x", tier="gpu:0")
+    assert refusal.code == "tier_unavailable"
+    assert reason in refusal.text
+
+
+@pytest.mark.parametrize("tier", ["dram", "gpu:0"])
+def test_clients_of_each_tier_are_told_whether_others_want_the_memory(
+    daemon: RunningDaemon, connect: Connect, models: Path, tier: str
+) -> None:
+    write_pack(models / "small", 1, LAYER_BYTES, seed=3)
+    daemon.ask("reload")
+    first, second = connect(daemon, tier=tier), connect(daemon, tier=tier)
+    small, large = first.open("small"), second.open("m")
+    small.plan([0])
+    assert not small.table.pressed, "all of it fits"
+    large.plan(list(range(LAYERS)))
+    assert small.table.pressed
+    second.call("close", model_id=large.model_id)
+    assert not small.table.pressed, "all of it fits again"
+    if tier == "gpu:0":
+        assert first.call("attend", unmapped=[], scratch_bytes=0)["pressed"] is False

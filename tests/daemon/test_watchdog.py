@@ -42,8 +42,24 @@ def pings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return sent
 
 
-def watch(readers: Readers, loop: Loop) -> Watchdog:
-    return Watchdog(cast("asyncio.AbstractEventLoop", loop), cast("Any", readers))
+class Gpus:
+    """The tiers, as the watchdog sees them."""
+
+    lives = True
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def alive(self) -> bool:
+        return self.lives
+
+    def silent(self) -> dict[str, str]:
+        return self.texts
+
+
+def watch(readers: Readers, loop: Loop, gpus: Gpus | None = None) -> Watchdog:
+    arguments = cast("asyncio.AbstractEventLoop", loop), cast("Any", readers)
+    return Watchdog(*arguments, cast("Any", gpus))
 
 
 def test_nobody_is_pinged_unless_systemd_watches(
@@ -90,3 +106,23 @@ def test_a_silent_device_is_logged_once_and_once_when_it_is_back(
         "the device of pack 'a' is silent",
         "device 5 answers again",
     ]
+
+
+def test_a_gpu_that_is_silent_is_reported_and_one_whose_thread_ended_ends_the_pings(
+    pings: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sdnotify, "watchdog_interval_s", lambda environ: 7.0)
+    gpus, loop = Gpus(), Loop()
+    gpus.texts = {"gpu:1": "gpu:1 has not answered for 12 s"}
+    watch(Readers(), loop, gpus).start()
+    loop.next[1]()
+    gpus.texts = {}
+    loop.next[1]()
+    assert pings == ["WATCHDOG=1"] * 3
+    assert [record.message for record in caplog.records] == [
+        "gpu:1 has not answered for 12 s",
+        "gpu:1 answers again",
+    ]
+    gpus.lives = False
+    loop.next[1]()
+    assert pings == ["WATCHDOG=1"] * 3

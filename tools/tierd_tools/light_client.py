@@ -37,18 +37,25 @@ class LightClient:
     def run(self, seconds: float) -> None:
         """Goes on for so long, then gives everything back."""
         end = time.monotonic() + seconds
-        step = 0
-        while (begin := time.monotonic()) < end:
-            lease = self._take(step)
-            self.at_s.append(time.monotonic())
-            self.stall_s.append(self.at_s[-1] - begin)
-            while len(self._ahead) < self._lookahead:
-                following = (step + 1 + len(self._ahead)) % self.layers
-                self._ahead.append(self._opened.acquire_ahead(following))
-            time.sleep(self._compute_s)
-            lease.release()
-            step += 1
+        while time.monotonic() < end:
+            self._step()
         self._give_up_ahead()
+
+    def run_layers(self, count: int) -> None:
+        """Goes through so many layers, and keeps what it has asked for ahead."""
+        for _ in range(count):
+            self._step()
+
+    def _step(self) -> None:
+        begin, step = time.monotonic(), len(self.at_s)
+        lease = self._take(step)
+        self.at_s.append(time.monotonic())
+        self.stall_s.append(self.at_s[-1] - begin)
+        while len(self._ahead) < self._lookahead:
+            following = (step + 1 + len(self._ahead)) % self.layers
+            self._ahead.append(self._opened.acquire_ahead(following))
+        time.sleep(self._compute_s)
+        lease.release()
 
     def _take(self, step: int) -> Lease:
         layer = step % self.layers
@@ -71,12 +78,14 @@ def main() -> None:
     parser.add_argument("--socket", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--compute", type=float, required=True, help="seconds a layer")
+    parser.add_argument("--tier", default="dram", help="or gpu:N, of a memfd device")
     parser.add_argument("--lookahead", type=int, default=1)
     parser.add_argument("--start", type=float, default=0.0, help="seconds to wait before")
     parser.add_argument("--seconds", type=float, required=True)
     args = parser.parse_args()
     time.sleep(args.start)
-    with tierd_client.Client(args.socket, name=f"light-{args.model}") as client:
+    name = f"light-{args.model}"
+    with tierd_client.Client(args.socket, name=name, tier=args.tier) as client:
         light = LightClient(client.open(args.model), args.compute, args.lookahead)
         light.run(args.seconds)
     print(json.dumps({"layers": light.layers, "at_s": light.at_s, "stall_s": light.stall_s}))

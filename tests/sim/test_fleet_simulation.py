@@ -28,7 +28,7 @@ def run(fleet: Fleet, full_every: int) -> FleetSummary:
     except (BrokenPromise, CoreError) as error:
         command = replay_command(
             fleet.seed, scale=True, clients=size.clients, models=size.models, gpus=size.gpus,
-            layers=size.layers, events=size.events, full_every=full_every,
+            layers=size.layers, events=size.events, chunk_mib=size.chunk_mib, full_every=full_every,
         )  # fmt: skip
         raise AssertionError(f"{error}\nreplay: {command}") from error
 
@@ -45,10 +45,29 @@ def test_every_promise_of_three_tiers_holds_for_a_crowd_on_small_models(seed: in
     run(drawn_fleet(seed, CROWD), 100)
 
 
+@pytest.mark.parametrize("chunk_mib", [2, 8, 32])
+def test_layers_of_1_to_100_mib_share_chunks_of_any_size_while_budgets_change(
+    chunk_mib: int,
+) -> None:
+    """Chunks larger than many layers, budgets down and up, kept leases, kills and fences."""
+    sizes = replace(CROWD, chunk_mib=chunk_mib)
+    summaries = [run(drawn_fleet(seed, sizes), 50) for seed in (2004, 2005, 2011)]
+    assert sum(summary.budgets for summary in summaries) > 5
+    assert sum(summary.kept for summary in summaries) > 0
+
+
+def test_layers_of_a_drawn_fleet_are_smaller_and_larger_than_a_chunk() -> None:
+    fleets = [drawn_fleet(seed, CROWD) for seed in range(20)]
+    sizes = [size for fleet in fleets for model in fleet.models for size in model.layer_bytes[:-2]]
+    assert min(sizes) < 2 << 20
+    assert max(sizes) > 64 << 20
+    assert {chunk >> 20 for fleet in fleets for chunk in fleet.chunk_bytes} == {2, 4, 8, 16, 32}
+
+
 def test_every_promise_holds_at_scale() -> None:
     """200 clients, 50 models, 8 GPUs. A million events: `python -m tierd.sim --scale`."""
     faulty = Device(bandwidth=12_000_000_000, error_share=0.005, slow_share=0.01)
-    fleet = replace(drawn_fleet(1, Size(events=25_000)), disk=faulty, link=faulty)
+    fleet = replace(drawn_fleet(1, Size(events=15_000)), disk=faulty, link=faulty)
     summary = run(fleet, 1_000)
     assert summary.clients > 200
     assert summary.copies > 500

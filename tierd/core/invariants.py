@@ -19,7 +19,8 @@ def check_books(books: Books) -> None:
     if memory.warm > memory.budget and not (over or memory.discarding):
         raise InvariantBroken(f"{memory.warm} warm granules, the budget is {memory.budget}")
     memory.check([(slot.place, slot.claim is None) for slot in books.slots.values()])
-    books.ledger.check(over_budget=over)
+    books.ledger.check()
+    _check_room(books)
     _check_slots(books)
     _check_clients(books)
     _check_wanted(books)
@@ -57,6 +58,26 @@ def _check_slots(books: Books) -> None:
     for model in books.models.values():
         if model.missing != model.slots.count(None):
             raise InvariantBroken(f"model {model.id} misses {model.missing} layers")
+
+
+def _check_room(books: Books) -> None:
+    """Promises can be kept: what cannot be evicted fits, with what is left of every reserve."""
+    ledger = books.ledger
+    others = dict(books.pins)
+    unknown = slots_of_unknown = 0
+    for slot in books.slots.values():
+        if slot.holders and slot.key is not None:
+            others[slot.key] = slot.place.range.granules
+        elif slot.holders:
+            unknown += slot.place.range.granules
+            slots_of_unknown += 1
+    granules, slots = ledger.needed(others)
+    granules += unknown
+    slots += slots_of_unknown
+    if granules > books.memory.ceiling and ledger.quarantined <= books.memory.budget:
+        raise InvariantBroken(f"{granules} granules are promised, of {books.memory.ceiling}")
+    if slots > ledger.slot_limit:
+        raise InvariantBroken(f"{slots} slots are promised, of {ledger.slot_limit}")
 
 
 def _check_wanted(books: Books) -> None:

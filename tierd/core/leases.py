@@ -14,11 +14,12 @@ beside. `a_c` are the charges of what `c` holds that nobody wanted when it asked
 
     once:  wanted layers, each once  +  sum over clients of max(Q_c, a_c)
 
-The rule: one of the two is within the budget, and one of the same two in slots, where a reserve is
-one and every layer another, is within the slot limit. It holds after every accepted request, so all
-accepted requests fit beside all leases at once, and none of them waits for a release (the proof is
-in README.md). What raises neither sum is always admitted, above all a client within its reserve.
-While a plan waits for room, nobody takes more than its reserve by the second sum.
+Whatever is held, and whatever may still be asked for within reserves, is at most each of the two.
+The rule: what is more than its client's reserve, and a reserve that grows, is accepted if one of
+the two is within the budget then, and one of the same two in slots, where a reserve is one and
+every layer another, within the slot limit. So all accepted requests fit beside all leases at once,
+and none of them waits for a release (the proof is in README.md). What lies inside a reserve is
+always accepted. While a plan waits for room, nobody takes more than its reserve by the second sum.
 """
 
 from __future__ import annotations
@@ -170,18 +171,20 @@ class Ledger:
     def admits_plan(
         self, client: int, reserve: int, wanted: Callable[[], tuple[int, int]] = lambda: (0, 0)
     ) -> bool:
-        """Whether the rule would hold with this reserve. `wanted`: the granules and the number of
-        the plan's layers that nobody wants yet."""
+        """Whether the rule would hold with this reserve, or it is not larger than the present one.
+
+        `wanted`: the granules and the number of the plan's layers that nobody wants yet.
+        """
         account = self._accounts[client]
-        more = max(reserve, account.held) - account.committed
-        if 0 < more > self.available:
+        if reserve <= account.reserve:
+            return True
+        if max(reserve, account.held) - account.committed > self.available:
             apart = max(reserve, account.astray_held) - account.apart
             if not self._once(wanted()[0] + apart):
                 return False
-        slots = (len(account.layers) or int(reserve > 0)) - account.slots
-        if slots <= 0 or slots <= self.available_slots:
+        if (len(account.layers) or 1) - account.slots <= self.available_slots:
             return True
-        strays = len(account.astray) or int(reserve > 0)
+        strays = len(account.astray) or 1
         return self._once_in_slots(wanted()[1] + strays - account.apart_slots)
 
     def admits_pins(self, charge: int, layers: int, wanted: tuple[int, int]) -> bool:
@@ -283,7 +286,18 @@ class Ledger:
         """Charges of the layers that are wanted only because they are held, for `invariants`."""
         return self._lingering
 
-    def check(self, *, over_budget: bool) -> None:
+    def needed(self, others: dict[LayerKey, int]) -> tuple[int, int]:
+        """Granules and slots of all that is held or asked for, each layer once, of `others` (by
+        their charges) and of what is left of all reserves: this must always be there."""
+        layers = dict(others)
+        rest = slots = 0
+        for account in self._accounts.values():
+            layers.update(account.charges)
+            rest += account.committed - account.held
+            slots += account.slots - len(account.layers)
+        return sum(layers.values()) + rest, len(layers) + slots
+
+    def check(self) -> None:
         for client, account in self._accounts.items():
             if account.held != sum(account.charges.values()):
                 raise InvariantBroken(f"client {client} is charged {account.held} granules")
@@ -308,15 +322,3 @@ class Ledger:
         for key in self._lingering:
             if not any(key in account.layers for account in accounts):
                 raise InvariantBroken(f"{key} counts as held, but nobody holds it")
-        if self.promised > self.budget and not over_budget:
-            raise InvariantBroken(
-                f"{self.committed} granules committed, {self.quarantined} quarantined and "
-                f"{self.pinned} pinned, or {self.wanted} wanted and {self.apart} apart, exceed the "
-                f"budget of {self.budget}"
-            )
-        if self.available_slots < 0 and not self._once_in_slots(0):
-            raise InvariantBroken(
-                f"{self.committed_slots} slots committed, {self.quarantined_slots} quarantined and "
-                f"{self.pinned_slots} pinned, or {self.wanted_slots} wanted and {self.apart_slots} "
-                f"apart, exceed the limit of {self.slot_limit}"
-            )

@@ -46,12 +46,6 @@ def check_sums(books: Books) -> None:
         raise InvariantBroken(f"{memory.warm} warm granules, the budget is {memory.budget}")
     if memory.shrinking or ledger.quarantined > memory.budget:
         return  # a restart, or a budget that was lowered: what is above it is on its way out
-    if ledger.promised > ledger.budget or (ledger.available_slots < 0 and not ledger.fits_once):
-        raise InvariantBroken(
-            f"{ledger.committed} granules committed, {ledger.quarantined} in quarantine, "
-            f"{ledger.pinned} pinned, {ledger.wanted} wanted, {ledger.apart} apart: more than the "
-            f"{ledger.budget} of the budget; or more than {ledger.slot_limit} slots"
-        )
     if memory.occupied > memory.budget or memory.promised < 0:
         raise InvariantBroken(f"{memory.occupied} granules occupied of {memory.budget}")
 

@@ -17,7 +17,7 @@ from tierd.sim.scenario import drawn
 from tierd.sim.simulation import Simulation
 
 FULL_EVERY = 1_000
-SIZES = ("clients", "models", "gpus", "layers", "events")
+SIZES = ("clients", "models", "gpus", "layers", "events", "chunk_mib")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", type=int, help="with --scale")
     parser.add_argument("--gpus", type=int, help="with --scale")
     parser.add_argument("--layers", type=int, help="of the longest model, with --scale")
+    parser.add_argument("--chunk-mib", type=int, help="of every GPU, with --scale")
     parser.add_argument(
         "--full-every", type=int, default=FULL_EVERY, help="events between full checks"
     )

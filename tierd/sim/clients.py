@@ -72,6 +72,7 @@ class VirtualClient:
     index: int = 0  #: into the order
     done: int = 0  #: layers computed
     stall_ns: int = 0
+    given_back: int = 0  #: leases that it kept until it was pressed
     busy: bool = False
     joined: bool = False
     gone: bool = False
@@ -149,6 +150,7 @@ class VirtualClient:
         soon = self._soon()
         for lease, key in reversed(list(self.leases.items())):
             if key.layer not in soon and lease not in (self._late, self._computing):
+                self.given_back += 1
                 self._release(lease)
 
     # ------------------------------------------------------------------------------------ private

@@ -1,14 +1,25 @@
-"""A node at scale, drawn from a seed: models, GPUs, and clients that come and go all the time."""
+"""A node at scale, drawn from a seed: models, GPUs, and clients that come and go all the time.
+
+Layers have 1 to 100 MiB, chunks of GPUs 2 to 32 MiB: on some GPUs most layers share a chunk.
+"""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tierd.sim.clients import Profile
 from tierd.sim.scenario import PAGE, Device, Model
 
-GRANULE = 2 << 20
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+GRANULE = 2 << 20  #: of DRAM
+MIB = 1 << 20
+CHUNKS = (2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, 32 * MIB)
+LARGEST = 100 * MIB
+ANSWER_NS = 60_000_000  #: of clients that keep leases, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +31,7 @@ class Size:
     gpus: int = 8
     layers: int = 48  #: of the longest model
     events: int = 1_000_000
+    chunk_mib: int = 0  #: of every GPU; 0: drawn for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +48,13 @@ class Fleet:
     link: Device  #: from DRAM to each GPU
     reads_in_flight: int
     copies_in_flight: int
+    chunk_bytes: tuple[int, ...]  #: by GPU
     fence_ns: int = 50_000_000  #: from the end of a GPU's client to that of its context
     replace_ns: int = 2_000_000_000  #: on average, from one replaced model to the next
-    granule_bytes: int = field(default=GRANULE)
+
+    def granule_bytes(self, tier: int | None) -> int:
+        """Of a GPU, or DRAM."""
+        return GRANULE if tier is None else self.chunk_bytes[tier]
 
     def profile(self, rng: random.Random, now_ns: int) -> Profile:
         """The next client that comes; `model` is the place of one in `models`."""
@@ -73,6 +89,8 @@ class Fleet:
             hint_share=0.7 if kind == "open" else 0.0,
             tokens_per_pass=rng.choice([1, 1, 8]),
             weight=rng.choice([100, 100, 100, 20, 400]),
+            keeps=kind == "cyclic" and rng.random() < 0.6,
+            answer_ns=rng.randint(0, ANSWER_NS),
             start_ns=now_ns,
             gpu=gpu,
         )
@@ -86,16 +104,18 @@ def drawn_fleet(seed: int, size: Size | None = None) -> Fleet:
     placed = [
         tuple(sorted(rng.sample(range(size.models), min(6, size.models)))) for _ in range(size.gpus)
     ]
-    charges = [sum(-(-nbytes // GRANULE) for nbytes in model.layer_bytes) for model in models]
-    largest = max(-(-nbytes // GRANULE) for model in models for nbytes in model.layer_bytes)
+    chunks = tuple(size.chunk_mib * MIB or rng.choice(CHUNKS) for _ in range(size.gpus))
     on_gpu = max(1, size.clients * 4 // 5 // max(size.gpus, 1))
     feeds = sum(len(numbers) for numbers in placed)
+    largest = _largest(models, GRANULE)
     dram_least = largest * (size.clients // 5 + feeds + 2)
-    dram = max(dram_least, sum(charges) * rng.choice([20, 40, 60]) // 100)
-    gpus = tuple(
-        max(largest * (on_gpu + 2), sum(charges[n] for n in numbers) * rng.choice([15, 40]) // 100)
-        for numbers in placed
-    )
+    dram = max(dram_least, _charges(models, GRANULE) * rng.choice([20, 40, 60, 120]) // 100)
+    gpus = []
+    for numbers, chunk in zip(placed, chunks, strict=True):
+        mine = [models[number] for number in numbers]
+        least = _largest(models, chunk) * (on_gpu + 2)
+        part = _charges(mine, chunk) * rng.choice([15, 40, 110, 250]) // 100
+        gpus.append(max(least, part) * chunk)
     if rng.random() < 0.3:  # too little for all of them at once
         dram = max(largest, dram_least // 2)
     return Fleet(
@@ -104,7 +124,7 @@ def drawn_fleet(seed: int, size: Size | None = None) -> Fleet:
         models,
         tuple(placed),
         dram * GRANULE,
-        tuple(granules * GRANULE for granules in gpus),
+        tuple(gpus),
         Device(
             bandwidth=rng.choice([3_000_000_000, 12_000_000_000, 100_000_000_000]),
             error_share=rng.choice([0, 0.002]),
@@ -118,11 +138,30 @@ def drawn_fleet(seed: int, size: Size | None = None) -> Fleet:
         ),
         rng.choice([2, 4, 8]),
         rng.choice([1, 2, 3]),
+        chunks,
     )
 
 
+def _largest(models: Sequence[Model], granule: int) -> int:
+    """The granules of the largest layer."""
+    return max(-(-nbytes // granule) for model in models for nbytes in model.layer_bytes)
+
+
+def _charges(models: Sequence[Model], granule: int) -> int:
+    """The granules of all layers."""
+    return sum(-(-nbytes // granule) for model in models for nbytes in model.layer_bytes)
+
+
 def _model(rng: random.Random, number: int, layers: int) -> Model:
+    """One with equal layers and larger ends, or a mixed one."""
     count = rng.randint(max(layers // 2, 1), layers)
-    size = GRANULE * rng.randint(2, 16) - PAGE * rng.randint(0, 400)
-    embedding = size * rng.randint(1, 3)
+    if rng.random() < 0.3:
+        sizes = tuple(_layer(rng, LARGEST) for _ in range(count + 2))
+        return Model(number, 0, (*sizes, PAGE))
+    size = _layer(rng, rng.choice([LARGEST, LARGEST // 8]))
+    embedding = min(size * rng.randint(1, 3), LARGEST)
     return Model(number, 0, (embedding, *[size] * count, PAGE, embedding))
+
+
+def _layer(rng: random.Random, largest: int) -> int:
+    return PAGE * rng.randint(MIB // PAGE, largest // PAGE)

@@ -2,7 +2,10 @@
 
 - each tier's memory as an outsider sees it (`world`): budget, overwrites, evictions, grants, copies
 - the sums that admission and placement rest on, of the machines that the event can have reached
-- progress: no answer is later than the requests before it and the devices allow
+- progress: no answer is later than the requests before it and the devices allow (`owed`)
+- kept leases: whoever waits for room presses those who keep some, and nothing that was announced is
+  put off while nobody is pressed
+- above a budget that was lowered there is nothing but what somebody uses
 
 and the full check of every machine and of the stack after every `full_every` events.
 """
@@ -25,16 +28,12 @@ from tierd.core.model import (
     Discard,
     DiscardDone,
     Done,
-    Event,
     Evict,
-    EvictNow,
     Grant,
     Hint,
     Later,
-    LayerKey,
     ModelAdded,
     ModelRemoved,
-    Pin,
     Plan,
     Read,
     ReadDone,
@@ -42,7 +41,6 @@ from tierd.core.model import (
     Refuse,
     Release,
     Tick,
-    Unpin,
 )
 from tierd.core.plans import LONGEST_STEP_NS
 from tierd.core.stack import TierStack
@@ -58,22 +56,26 @@ from tierd.core.stack_model import (
     StackAction,
     StackConfig,
     StackEvent,
+    TierBudgetChanged,
     Unload,
 )
 from tierd.sim.clients import VirtualClient
 from tierd.sim.errors import BrokenPromise
+from tierd.sim.operator import Operator
+from tierd.sim.owed import Owed
 from tierd.sim.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tierd.core.machine import TierMachine
+    from tierd.core.model import Event
     from tierd.sim.clients import Profile
     from tierd.sim.fleet import Fleet
     from tierd.sim.scenario import Device
 
 TICK_NS = 100_000_000
-OPERATOR_NS = 200_000_000  #: on average, between two commands of the operator
+OPERATOR_NS = 60_000_000  #: on average, between two commands of the operator
 CONVOY_WAIT_NS = 100_000_000
 SPAN = 16  #: address space of an arena, in budgets
 REST = 100_000  #: events after the last client left: more, and the machines never rest
@@ -96,6 +98,8 @@ class FleetSummary:
     refusals: int
     failures: int  #: of reads and copies
     models: int  #: that were ever served
+    budgets: int  #: changes of one
+    kept: int  #: leases that were given back because somebody else needed room
     stall_seconds: float
 
     def __str__(self) -> str:
@@ -104,7 +108,8 @@ class FleetSummary:
             f"{self.clients} clients, {self.models} models, {self.layers} layers computed, "
             f"{self.grants} grants, {self.reads} reads of {self.read_bytes / 2**30:.1f} GiB, "
             f"{self.copies} copies of {self.copy_bytes / 2**30:.1f} GiB, {self.failures} failures, "
-            f"{self.refusals} refusals, stall {self.stall_seconds:.1f} s"
+            f"{self.refusals} refusals, {self.budgets} budgets, {self.kept} kept leases given "
+            f"back, stall {self.stall_seconds:.1f} s"
         )
 
 
@@ -115,8 +120,11 @@ class FleetSimulation:
         self.fleet = fleet
         self.stack = TierStack(
             StackConfig(
-                self._limits(fleet.dram_bytes, fleet.reads_in_flight),
-                tuple(self._limits(nbytes, fleet.copies_in_flight) for nbytes in fleet.gpu_bytes),
+                self._limits(None, fleet.dram_bytes, fleet.reads_in_flight),
+                tuple(
+                    self._limits(gpu, nbytes, fleet.copies_in_flight)
+                    for gpu, nbytes in enumerate(fleet.gpu_bytes)
+                ),
             )
         )
         budgets: dict[int | None, int] = {
@@ -124,7 +132,7 @@ class FleetSimulation:
             **dict(enumerate(fleet.gpu_bytes)),
         }
         self.worlds: dict[int | None, World] = {
-            tier: World(nbytes, fleet.granule_bytes, gpu=tier is not None)
+            tier: World(nbytes, fleet.granule_bytes(tier), gpu=tier is not None)
             for tier, nbytes in budgets.items()
         }
         self.now = 0
@@ -136,6 +144,7 @@ class FleetSimulation:
         self._sequence = 0
         self._came = OPERATOR + 1  #: the number of the next client
         self._layers = 0  #: of clients that left
+        self._kept = 0
         self._stall_ns = 0
         self._count = dict.fromkeys(
             ("grants", "reads", "read", "copies", "copy", "refusals", "failures"), 0
@@ -145,13 +154,12 @@ class FleetSimulation:
         self._free_ns: dict[int | None, int] = dict.fromkeys(self.worlds, 0)
         self._leases: dict[int, dict[int, None]] = {}  #: by connected client
         self._tier: dict[int, int | None] = {}  #: of connected clients
-        self._open: dict[int, dict[int, tuple[Event, int]]] = {}  #: by client and request
-        self._latest: list[tuple[int, int, int]] = []  #: heap of answers that are due
+        self._owed = Owed()
+        self._admitted: set[int] = set()  #: clients that have a plan
         self._sources: dict[tuple[int, int], int] = {}  #: copies -> DRAM slots
         self._fencing: dict[int, int] = {}  #: clients that are gone -> their GPU
-        self._commands = 0  #: of the operator
-        self._ordered = 0  #: the operator's command that was answered last
-        self._pinned: dict[LayerKey, None] = {}
+        self._operator = Operator(self._rng, budgets)
+        self._pressed = dict.fromkeys(self.worlds, False)
         self._tick_ns: int | None = None  #: when the next tick comes
         self._leaving = False
         largest = max(nbytes for model in fleet.models for nbytes in model.layer_bytes)
@@ -162,8 +170,8 @@ class FleetSimulation:
             + 2
         )
 
-    def _limits(self, budget_bytes: int, in_flight: int) -> CoreConfig:
-        granule = self.fleet.granule_bytes
+    def _limits(self, tier: int | None, budget_bytes: int, in_flight: int) -> CoreConfig:
+        granule = self.fleet.granule_bytes(tier)
         return CoreConfig(
             budget_bytes,
             granule_bytes=granule,
@@ -180,7 +188,8 @@ class FleetSimulation:
         while self.events < self.fleet.size.events:
             self._step("clients are there, but nothing happens")
         self._leaving = True
-        self._order(Unpin(self.now, self._commands + 1, tuple(self._pinned)))
+        self._feed(self._operator.unpin_all(self.now))
+        self._operator.check_answered()
         for client in list(self.clients.values()):
             client.leave()
         self._rest()
@@ -219,6 +228,8 @@ class FleetSimulation:
             count["refusals"],
             count["failures"],
             self._next_model,
+            self._operator.changed,
+            self._kept + sum(client.given_back for client in present),
             (self._stall_ns + sum(client.stall_ns for client in present)) / 1e9,
         )
 
@@ -236,7 +247,7 @@ class FleetSimulation:
 
     def _step(self, otherwise: str) -> None:
         if not self._heap:
-            raise BrokenPromise(f"{otherwise}; {len(self._open)} clients have open requests")
+            raise BrokenPromise(f"{otherwise}; {self._owed.requests} requests are open")
         self.now, _, act = heapq.heappop(self._heap)
         act()
 
@@ -247,8 +258,8 @@ class FleetSimulation:
             if self.events > limit:
                 raise BrokenPromise(f"{REST} events after the last client left: it never rests")
         self.stack.check()
-        if self._open or self._sources:
-            raise BrokenPromise(f"nothing happens any more, but requests are open: {self._open}")
+        if self._owed or self._sources:
+            raise BrokenPromise(f"nothing happens any more, but requests are open: {self._owed}")
 
     def _after(self, delay_ns: int, act: Callable[[], None]) -> None:
         self._sequence += 1
@@ -264,7 +275,11 @@ class FleetSimulation:
         profile = self.fleet.profile(self._rng, self.now)
         rng = random.Random(f"{self.fleet.seed}/{number}")
         placed = self._profile_of(profile)
-        client = VirtualClient(number, placed, rng, self._send, self._after, lambda: self.now)
+        tier = profile.gpu
+        client = VirtualClient(
+            number, placed, rng, self._send, self._after, lambda: self.now,
+            lambda: self._pressed[tier],
+        )  # fmt: skip
         self.clients[number] = client
         self._tier[number] = profile.gpu
         client.start()
@@ -292,26 +307,13 @@ class FleetSimulation:
         self._after(self._pause_ns(), self._replace_a_model)
 
     def _operate(self) -> None:
-        """An operator pins, unpins and evicts layers in DRAM, some of them of models long gone."""
+        """An operator pins, unpins and evicts layers in DRAM, some of them of models long gone, and
+        changes budgets."""
         if self._leaving:
             return
-        model = self._rng.randrange(self._next_model)
-        place = self._rng.choice(self._served) if self._rng.random() < 0.8 else model
-        keys = tuple(
-            LayerKey(place, self._rng.randrange(8)) for _ in range(self._rng.randint(1, 3))
-        )
-        self._commands += 1
-        kinds: list[type[Pin | Unpin | EvictNow]] = [Pin, Pin, Unpin, EvictNow]
-        command = self._rng.choice(kinds)(self.now, self._commands, keys)
-        if isinstance(command, Pin):
-            self._pinned.update(dict.fromkeys(keys))
-        self._order(command)
+        self._feed(self._operator.command(self.now, self._served, self._next_model))
+        self._operator.check_answered()
         self._after(self._rng.randint(1, 2 * OPERATOR_NS), self._operate)
-
-    def _order(self, command: Pin | Unpin | EvictNow) -> None:
-        self._feed(command)
-        if self._ordered != command.request:
-            raise BrokenPromise(f"{command} was not answered, but {self._ordered}")
 
     def _pause_ns(self) -> int:
         return self._rng.randint(1, 2 * self.fleet.replace_ns)
@@ -323,9 +325,11 @@ class FleetSimulation:
                 self.worlds[None].release(lease)
             else:
                 self.worlds[tier].fence(lease, client)
-        self._open.pop(client, None)
+        self._owed.forget(client)
+        self._admitted.discard(client)
         left = self.clients.pop(client)
         self._layers += left.done
+        self._kept += left.given_back
         self._stall_ns += left.stall_ns
         if tier is not None:
             delay = self._rng.choice([0, self._rng.randint(0, self.fleet.fence_ns)])
@@ -353,9 +357,7 @@ class FleetSimulation:
             return
         match event:
             case Plan() | Acquire():
-                latest = self._bound(event)
-                self._open.setdefault(client, {})[event.request] = (event, latest)
-                heapq.heappush(self._latest, (latest, client, event.request))
+                self._owed.asked(event, self._bound(event))
             case Release():
                 if event.lease not in self._leases[client]:
                     return
@@ -372,10 +374,11 @@ class FleetSimulation:
         for action in self.stack.handle(event):
             self._act(action)
         for tier in tiers:
-            check_sums(self._machine(tier).books)
+            self._check_tier(tier)
         if self.events % self._full_every == 0:
             self.stack.check()
-        self._check_progress()
+        self._owed.check(self.now)
+        self._press()
         if self.stack.waits_for_time:
             wakes_at_ns = self.stack.wakes_at_ns or self.now + TICK_NS
             at_ns = max(min(wakes_at_ns, self.now + TICK_NS), self.now)
@@ -388,6 +391,8 @@ class FleetSimulation:
             case Acquire() | Release() | Plan() | Hint() | ClientJoined() | ClientGone():
                 return self._tier.get(event.client)
             case CopyDone() | CopyFailed() | JoinedGpu() | GpuArenaAdded() | ModelPlaced():
+                return event.gpu
+            case TierBudgetChanged():
                 return event.gpu
             case _:
                 return None
@@ -440,23 +445,27 @@ class FleetSimulation:
                 self.worlds[self._tier[action.client]].grant(action)
                 self._count["grants"] += 1
                 self._leases[action.client][action.lease] = None
-                self._answered(action)
+                self._owed.answered(action)
                 self.clients[action.client].granted(action)
             case Later():
-                owed = self._answered(action)
+                owed = self._owed.answered(action)
                 if not isinstance(owed, Acquire) or not owed.ahead:
                     raise BrokenPromise(f"{owed} was answered with {action}")
+                self._check_room(action, owed)
                 self.clients[action.client].told_later(action)
             case Admit():
-                self._answered(action)
+                self._owed.answered(action)
+                self._admitted.add(action.client)
                 self.clients[action.client].admitted(action)
             case Done():
-                self._ordered = action.request
+                command = self._operator.answered(action)
+                if isinstance(command, TierBudgetChanged):
+                    self.worlds[command.gpu].set_budget(command.budget_bytes)
             case Refuse() if action.client == OPERATOR:
-                self._ordered = action.request
+                self._operator.answered(action)
             case Refuse():
                 self._count["refusals"] += 1
-                self._check_refusal(action, self._answered(action))
+                self._check_refusal(action, self._owed.answered(action))
                 self.clients[action.client].refused(action)
 
     # -------------------------------------------------------------------------------------- devices
@@ -497,33 +506,49 @@ class FleetSimulation:
         patience_ns = self.stack.dram.config.admission_patience_ns + TICK_NS
         if isinstance(event, Plan):
             return self.now + 2 * patience_ns + self._worst_ns
-        waits = 2 * sum(len(requests) for requests in self._open.values()) + 2 * len(self._leases)
+        waits = 2 * self._owed.requests + 2 * len(self._leases)
         waits += len(self.stack.feeds.feeds) + self.fleet.reads_in_flight + 2
         waits += 2 * LONGEST_STEP_NS // self._worst_ns
         put_off = 2 * LONGEST_STEP_NS + 2 * CONVOY_WAIT_NS + patience_ns
         return self.now + put_off + waits * self._worst_ns
 
-    def _check_progress(self) -> None:
-        while self._latest and self._latest[0][0] < self.now:
-            _, client, request = heapq.heappop(self._latest)
-            owed = self._open.get(client, {}).get(request)
-            if owed is not None:
-                raise BrokenPromise(f"at {self.now} ns {owed[0]} has no answer")
+    def _check_tier(self, tier: int | None) -> None:
+        books = self._machine(tier).books
+        check_sums(books)
+        memory = books.memory
+        coming = 0
+        if memory.shrinking:
+            coming = sum(slot.place.range.granules for slot in books.in_flight.values())
+        pinned = self._operator.pinned if tier is None else ()
+        self.worlds[tier].settled(coming, pinned, shrinking=memory.shrinking)
 
-    def _answered(self, action: Grant | Later | Admit | Refuse) -> Event:
-        mine = self._open.get(action.client, {})
-        owed = mine.pop(action.request, None)
-        if owed is None:
-            raise BrokenPromise(f"{action} answers nothing")
-        if not mine:
-            del self._open[action.client]
-        return owed[0]
+    def _press(self) -> None:
+        """Clients that keep leases give them back within their time after they are pressed to."""
+        for tier, before in self._pressed.items():
+            pressed = self._pressed[tier] = self._machine(tier).pressed
+            if pressed and not before:
+                for client in self.clients.values():
+                    if client.profile.keeps and client.profile.gpu == tier:
+                        self._after(client.profile.answer_ns, client.give_back)
+        for waits in self._owed.plans:
+            if not (self._pressed[self._tier[waits]] or self._pressed[None]):
+                raise BrokenPromise(f"the plan of client {waits} waits, and nobody is pressed")
+
+    def _check_room(self, action: Later | Refuse, owed: Event) -> None:
+        """What was announced is not put off while everything fits."""
+        if isinstance(owed, Acquire) and owed.client in self._admitted:
+            client = self.clients[owed.client]
+            planned = owed.key.layer in client.profile.order
+            if planned and not self._machine(client.profile.gpu).pressed:
+                raise BrokenPromise(f"{action} for {owed}, though everything fits")
 
     def _check_refusal(self, action: Refuse, owed: Event) -> None:
         """Refusals that a promise forbids: of a layer within a reserve, for want of memory."""
         if action.code == "internal":
             raise BrokenPromise(f"{action}, though the arena is large enough")
         client = self.clients[action.client]
+        if action.code == "lease_limit":
+            self._check_room(action, owed)
         if isinstance(owed, Acquire) and not client.profile.planless and not client.leases:
             held = [key for key, _ in client.asked.values()]
             if action.code in ("lease_limit", "budget_too_small") and held == [owed.key]:

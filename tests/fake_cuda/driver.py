@@ -104,8 +104,9 @@ def _call(
                 with self.lock:
                     self.before(function.__name__, needs)
                     values = function(self, *arguments, **named)
-                if isinstance(values, threading.Event):  # to be waited for without the lock
-                    values.wait()
+                if isinstance(values, list):  # of what to wait for, without the lock
+                    for passed in values:
+                        passed.wait()
                     values = ()
                     _check(self.lost is None, self.lost or CUresult.CUDA_SUCCESS)
             except Refused as refused:
@@ -384,8 +385,12 @@ class FakeDriver:
         del self.streams[stream]
 
     @_call()
-    def cuStreamSynchronize(self, stream: int) -> threading.Event:
-        return self._stream(stream).mark()
+    def cuStreamSynchronize(self, stream: int) -> list[threading.Event]:
+        return [self._stream(stream).mark()]
+
+    @_call()
+    def cuCtxSynchronize(self) -> list[threading.Event]:
+        return [stream.mark() for stream in self.streams.values()]
 
     @_call()
     def cuMemcpyHtoDAsync(self, target: int, source: int, nbytes: int, stream: int) -> None:
@@ -428,9 +433,10 @@ class FakeDriver:
         self.events[event].passed = self._stream(stream).mark()
 
     @_call()
-    def cuEventSynchronize(self, event: int) -> threading.Event | None:
+    def cuEventSynchronize(self, event: int) -> list[threading.Event]:
         _check(event in self.events, CUresult.CUDA_ERROR_INVALID_HANDLE)
-        return self.events[event].passed
+        passed = self.events[event].passed
+        return [] if passed is None else [passed]
 
     @_call()
     def cuEventQuery(self, event: int) -> None:

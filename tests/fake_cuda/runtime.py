@@ -42,6 +42,10 @@ class FakeRuntime:
         if device >= self.driver.gpus:
             raise CUDARuntimeError(101, "cudaErrorInvalidDevice: invalid device ordinal")
 
+    def deviceSynchronize(self) -> None:
+        self._fail("deviceSynchronize")
+        self.driver.cuCtxSynchronize()
+
     def malloc(self, nbytes: int) -> int:
         self._fail("malloc")
         skipped = 4096 if self.suballocates else 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Generic
 
 from tierd.gpu.cuda_driver import CudaDriver
 from tierd.gpu.cuda_stream import CudaStream
-from tierd.gpu.errors import DeviceError, DeviceUnavailable, OutOfDeviceMemory
+from tierd.gpu.errors import DeviceError, DeviceFull, DeviceUnavailable, OutOfDeviceMemory
 from tierd.gpu.registration import HostMemory
 from tierd.gpu.span import Backing, Spans
 from tierd.sizes import format_size
@@ -51,7 +51,7 @@ class CudaDevice(Generic[Backing]):
         self._name = info.name
         try:
             if info.free_bytes < self._budget_bytes:
-                raise DeviceUnavailable(
+                raise DeviceFull(
                     f"gpu:{self.number} ({info.name}) was given {format_size(self._budget_bytes)}, "
                     f"but {format_size(info.free_bytes)} of {format_size(info.total_bytes)} are "
                     "free",
@@ -64,8 +64,9 @@ class CudaDevice(Generic[Backing]):
             raise
         except DeviceError as error:
             self.close()
-            full = isinstance(error, OutOfDeviceMemory)
-            raise DeviceUnavailable(str(error), self._less if full else self._advice) from error
+            if isinstance(error, OutOfDeviceMemory):
+                raise DeviceFull(str(error), self._less) from error
+            raise DeviceUnavailable(str(error), self._advice) from error
         return info
 
     @property

@@ -89,7 +89,7 @@ class Device(Protocol):
         """How many addresses an arena of this device should have. Thread-safe."""
 
     def open(self) -> DeviceInfo:
-        """Load what is needed, once. Raises DeviceUnavailable."""
+        """Load what is needed. Raises DeviceUnavailable; then it may be called again."""
 
     def memory(self) -> DeviceMemory:
         """Now. Raises DeviceError."""

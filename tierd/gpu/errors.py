@@ -2,6 +2,7 @@
 
 GpuError  TierdError                code internal
     DeviceUnavailable  OSError          tier_unavailable: this GPU cannot be used, and why
+        DeviceFull         MemoryError      tier_unavailable: others have the memory just now
     DeviceError        OSError          copy_failed: one call was refused; others may go on
         OutOfDeviceMemory  MemoryError      copy_failed
         DeviceLost                          copy_failed: nothing on this GPU will work any more
@@ -27,6 +28,11 @@ class DeviceUnavailable(GpuError, OSError):
         super().__init__(f"{reason}: {advice}")
         self.reason = reason
         self.advice = advice
+
+
+class DeviceFull(DeviceUnavailable, MemoryError):
+    """The budget is not free at present. Who has the memory may give it back, as clients of an
+    earlier daemon do: opening the GPU may be tried again."""
 
 
 class DeviceError(GpuError, OSError):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tierd.gpu.copy_engine import CopyEngine, address_of
 from tierd.gpu.device import DeviceInfo, DeviceMemory, Export
-from tierd.gpu.errors import DeviceError, DeviceUnavailable, OutOfDeviceMemory
+from tierd.gpu.errors import DeviceError, DeviceFull, OutOfDeviceMemory
 from tierd.gpu.registered import Registered
 from tierd.gpu.span import Spans
 from tierd.io.memory_limits import available_bytes
@@ -107,7 +107,7 @@ class MemfdDevice:
     def open(self) -> DeviceInfo:
         memory = self.memory()
         if memory.free_bytes < self._budget_bytes:
-            raise DeviceUnavailable(
+            raise DeviceFull(
                 f"gpu:{self.number} (memfd) was given {format_size(self._budget_bytes)}, but "
                 f"{format_size(memory.free_bytes)} of memory are free",
                 f"lower --gpu {self.number}=SIZE",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fake_cuda.driver import FakeDriver
+from tests.fake_cuda.driver import MEMFD_NAME, FakeDriver
 from tests.fake_cuda.runtime import FakeRuntime
 from tierd.gpu.cuda_driver import CudaDriver
 from tierd.gpu.cuda_ipc import CudaIpcDevice
@@ -87,7 +88,13 @@ def rig(kind: Kind) -> Iterator[Rig]:
 
 
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    """Of memory of a device: how many this process has open. Others may come and go meanwhile."""
+    count = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            name = os.readlink(f"/proc/self/fd/{fd}")
+            count += name.startswith(("/memfd:tierd-gpu", f"/memfd:{MEMFD_NAME}"))
+    return count
 
 
 def claim(host: HostMemory, arena: int, start: int, end: int) -> list[Piece]:

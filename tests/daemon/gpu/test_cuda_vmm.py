@@ -10,6 +10,7 @@ from tests.daemon.gpu.conftest import BUDGET, CHUNK, MEMORY, Rig, descriptors, m
 from tests.fake_cuda.names import CUresult
 from tierd.gpu.errors import (
     DeviceError,
+    DeviceFull,
     DeviceLost,
     DeviceUnavailable,
     GpuError,
@@ -210,7 +211,7 @@ def test_a_gpu_that_is_full_is_refused_with_what_makes_room() -> None:
     """Its driver said before that the budget is free."""
     rig = make_rig("cuda_vmm")
     rig.driver.faults["cuMemCreate"] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
-    with pytest.raises(DeviceUnavailable, match=r"a chunk needs 2.* MiB, 24.* are free") as found:
+    with pytest.raises(DeviceFull, match=r"a chunk needs 2.* MiB, 24.* are free") as found:
         rig.device.open()
     assert "lower --gpu 0=SIZE" in found.value.advice
 

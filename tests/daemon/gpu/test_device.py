@@ -9,7 +9,8 @@ import pytest
 
 from tests.daemon.gpu.conftest import BUDGET, CHUNK, MEMORY, MIB, Rig, make_rig
 from tierd.gpu.device import Export
-from tierd.gpu.errors import DeviceUnavailable
+from tierd.gpu.errors import DeviceFull, DeviceUnavailable
+from tierd.gpu.memfd_device import MemfdDevice
 
 if TYPE_CHECKING:
     from tierd.gpu.device import Device, Kind
@@ -119,6 +120,27 @@ def test_a_budget_that_does_not_fit_is_refused_with_both_numbers(kind: Kind) -> 
     ) as found:
         rig.device.open()
     assert "lower --gpu 0=SIZE" in found.value.advice
+    assert rig.driver.live() == {}
+
+
+def test_a_gpu_that_was_full_can_be_opened_when_there_is_room(kind: Kind) -> None:
+    """As after a daemon whose clients still had its memory."""
+    rig = make_rig(kind)
+    if isinstance(rig.device, MemfdDevice):
+        rig.device._memory_bytes = BUDGET - CHUNK
+    rig.driver.memory_bytes = BUDGET - CHUNK
+    with pytest.raises(DeviceFull) as found:
+        rig.device.open()
+    assert isinstance(found.value, DeviceUnavailable)
+    if isinstance(rig.device, MemfdDevice):
+        rig.device._memory_bytes = BUDGET
+    rig.driver.memory_bytes = BUDGET
+    rig.device.open()
+    rig.device.add_arena(0, BUDGET)
+    rig.device.back(0, 0, 1)
+    copy(rig.device, 0, b"works")
+    assert rig.content(0, 0)[:5] == b"works"
+    rig.device.close()
     assert rig.driver.live() == {}
 
 

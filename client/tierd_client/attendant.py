@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING
 
-from tierd_client.errors import ClientClosed, DaemonGone, TierdError
+from tierd_client.errors import ClientClosed, DaemonGone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +21,8 @@ QUIET_S = 2.0
 #: How long an end waits for the thread, which may be inside a call to the daemon.
 END_S = 1.0
 
+_log = logging.getLogger(__name__)
+
 
 class Attendant:
     """Starts the thread; `stop` ends it. It dies with the process, and is not there in a fork.
@@ -29,9 +32,12 @@ class Attendant:
 
     def __init__(self, leases: LayerLeases, scratch_bytes: Callable[[], int] = int) -> None:
         self._leases = leases
+        self._opened = leases.opened
         self._scratch_bytes = scratch_bytes
-        if leases.opened.arenas is not None:
-            leases.opened.arenas.attended = True
+        self._lost = False
+        self._complaint = ""
+        if self._opened.arenas is not None:
+            self._opened.arenas.attended = True
         self._stopping = threading.Event()
         self._afterwards: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="tierd-attendant", daemon=True)
@@ -60,22 +66,40 @@ class Attendant:
 
     def _run(self) -> None:
         while not self._stopping.wait(PERIOD_S):
-            try:
-                self._tend()
-            except (DaemonGone, ClientClosed):
-                break  # whoever computes is told; there is nobody to give anything back to
-            except TierdError:
-                continue  # no answer in time, for example: again at the next turn
-        self._stopping.wait()
+            duties = (self._wind_up,) if self._lost else (self._look, self._tend, self._attend)
+            for duty in duties:
+                try:
+                    duty()
+                except (DaemonGone, ClientClosed):  # whoever computes is told
+                    self._lost = not self._opened.connection.alive
+                except Exception as error:
+                    # No answer in time; or CUDA and mmap, which raise what they like. Others wait
+                    # for the next turn.
+                    self._complain(error)
         if self._afterwards is not None:
             self._afterwards()
 
+    def _look(self) -> None:
+        self._opened.look()
+
     def _tend(self) -> None:
-        opened = self._leases.opened
-        opened.look()
-        if opened.arenas is None:
-            self._leases.tend(QUIET_S)
-        else:
-            self._leases.tend()
-            opened.connection.departures.send()
-            opened.arenas.attend(opened.table.attention, self._scratch_bytes())
+        self._leases.tend(QUIET_S if self._opened.arenas is None else None)
+        self._opened.connection.departures.send()
+
+    def _attend(self) -> None:
+        if self._opened.arenas is not None:
+            self._opened.arenas.attend(self._opened.table.attention, self._scratch_bytes())
+
+    def _wind_up(self) -> None:
+        """The daemon is gone. What it had on a GPU nobody gets while this process has it mapped."""
+        self._leases.abandon()
+        connection = self._opened.connection
+        connection.departures.send()
+        if self._opened.arenas is not None and not connection.held:
+            self._opened.arenas.let_go()
+
+    def _complain(self, error: Exception) -> None:
+        text = f"{type(error).__name__}: {error}"
+        if text != self._complaint:
+            self._complaint = text
+            _log.warning("%s: a turn of the attendant failed: %s", self._opened.name, text)

@@ -144,9 +144,11 @@ class Client:
         Ends every lease, and raises what their release would: ViewStillAlive, LeaseLost.
         """
         problems = [lease.end() for lease in self._connection.live_leases()]
-        while self._connection.alive and self._connection.departures.wait():
-            pass  # the daemon would take the memory while the GPU still reads it
-        self._connection.close()
+        try:
+            while self._connection.alive and self._connection.departures.wait():
+                pass  # the daemon would take the memory while the GPU still reads it
+        finally:
+            self._connection.close()
         for problem in problems:
             if problem is not None:
                 raise problem

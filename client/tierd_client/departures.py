@@ -38,19 +38,21 @@ class Departures:
             self._release((lease,))
 
     def send(self) -> None:
-        """Give back whose fences have passed. Does not wait."""
-        passed = []
+        """Give back whose fences have passed. Does not wait. A fence that raises, because the GPU
+        is lost, keeps its lease."""
         for _ in range(len(self._queue)):  # one round, which leaves the order as it was
             try:
                 lease, fences = self._queue.popleft()
             except IndexError:  # another thread was faster
-                break
-            if all(fence.passed() for fence in fences):
-                passed.append(lease)
-            else:
-                self._queue.append((lease, fences))
-        if passed:
-            self._release(passed)
+                return
+            through = False
+            try:
+                through = all(fence.passed() for fence in fences)
+            finally:
+                if not through:
+                    self._queue.append((lease, fences))
+            if through:
+                self._release((lease,))
 
     def wait(self) -> bool:
         """Wait until the oldest can be given back, and do so; False when there is none."""
@@ -58,8 +60,12 @@ class Departures:
             lease, fences = self._queue.popleft()
         except IndexError:
             return False
-        for fence in fences:
-            fence.wait()
+        try:
+            for fence in fences:
+                fence.wait()
+        except BaseException:
+            self._queue.appendleft((lease, fences))
+            raise
         self._release((lease,))
         self.send()
         return True

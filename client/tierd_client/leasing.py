@@ -282,16 +282,21 @@ class LayerLeases:
             self._leaving += len(kept)
         self._release_unused(kept)
 
+    def abandon(self) -> None:
+        """Let go of all that nobody is in: the connection is lost, and nobody will enter again."""
+        with self._lock:
+            requests, idle = self._take_idle()
+        for request in requests:
+            request.cancel()
+        self._release_unused(idle)
+
     def close(self) -> None:
         """Give back what nobody is in, refuse new entries; the rest goes back as it is left."""
         if self._life is not fork.current():
             return
         with self._lock:
             self._closed = True
-            requests, idle = self._take_idle()
-        for request in requests:
-            request.cancel()
-        self._release_unused(idle)
+        self.abandon()
 
     def counters(self) -> LeasingCounters:
         """A copy of the sums."""

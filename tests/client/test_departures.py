@@ -3,6 +3,8 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tierd_client.departures import Departures
 
 if TYPE_CHECKING:
@@ -84,3 +86,25 @@ def test_a_connection_is_not_kept_alive_by_what_departs_from_it() -> None:
     finally:
         gc.enable()
     assert not departures
+
+
+def test_a_gpu_that_is_lost_keeps_its_leases_and_others_go() -> None:
+    class Lost(Mark):
+        def passed(self) -> bool:
+            raise RuntimeError("illegal address")
+
+        def wait(self) -> None:
+            raise RuntimeError("illegal address")
+
+    connection = Connection()
+    connection.departures.add(1, [Mark(done=True)])
+    connection.departures.add(2, [Lost()])
+    connection.departures.add(3, [Mark(done=True)])
+    with pytest.raises(RuntimeError):
+        connection.departures.send()
+    assert connection.released == [1]
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            connection.departures.wait()
+        assert connection.released == [1, 3]
+    assert len(connection.departures) == 1

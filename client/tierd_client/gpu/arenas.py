@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from tierd_client.errors import ProtocolBroken
+from tierd_client.errors import DeviceFailed, ProtocolBroken
 from tierd_client.gpu.chunk_map import ChunkMap
 from tierd_client.gpu.kinds import make_memory
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     #: kind, number of bytes, bytes of a chunk, device, what it is called -> the memory
     MakeMemory = Callable[[str, int, int, torch.device, str], ChunkMemory]
+
+#: Chunks that one request says were let go: a frame has room for no more than three times as many.
+MOST_SAID = 4096
 
 
 class GpuArenas:
@@ -36,7 +39,8 @@ class GpuArenas:
         self._maps: dict[int, ChunkMap] = {}
         self._seen: int | None = None  # `attention` when the daemon was last asked
         self._told = 0  # scratch bytes that the daemon knows of
-        self._unmapped: list[list[Any]] = []  # not said yet: [arena, chunks]
+        self._asked: list[tuple[int, int]] = []  # back, and not let go yet: arena, chunk
+        self._unmapped: list[tuple[int, int]] = []  # let go, and not said yet
 
     def arena(self, arena: int, kind: str, span_bytes: int, chunk_bytes: int) -> ChunkMap:
         """The map of an arena, the same for all models in it. Raises ProtocolBroken, DeviceFailed,
@@ -62,27 +66,62 @@ class GpuArenas:
         """Let go of what the daemon takes back, if `attention` of the slot table changed; and tell
         it how much memory of the GPU this client uses for itself, if that did.
 
-        Raises what `Connection.call` raises; what was not said then is said the next time.
+        Raises what `Connection.call` raises, DeviceFailed, OSError. What could not be said or let
+        go is not forgotten: the next call tries again.
         """
         with self._lock:
+            problem = self._let_go_of_asked()
             while attention != self._seen or scratch_bytes != self._told or self._unmapped:
+                said = self._unmapped[:MOST_SAID]
                 reply = self._connection.call(
-                    "attend", unmapped=self._unmapped, scratch_bytes=scratch_bytes
+                    "attend", unmapped=_grouped(said), scratch_bytes=scratch_bytes
                 )
-                self._seen, self._told, self._unmapped = attention, scratch_bytes, []
-                for arena, chunks in self._asked_back(reply.fields):
-                    if arena in self._maps:
-                        self._maps[arena].unmap(chunks)
-                    self._unmapped.append([arena, chunks])
+                del self._unmapped[: len(said)]
+                unsaid = set(self._unmapped)
+                self._asked = [one for one in self._asked_back(reply.fields) if one not in unsaid]
+                self._seen, self._told = attention, scratch_bytes
+                problem = self._let_go_of_asked()
+            if problem is not None:
+                raise problem
 
-    def _asked_back(self, fields: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    def let_go(self) -> None:
+        """Let go of everything. Nothing may be leased or viewed any more: for a connection that was
+        lost, whose GPU's memory nobody else gets as long as this process has it mapped."""
+        with self._lock:
+            for chunks in self._maps.values():
+                chunks.let_go()
+
+    def _let_go_of_asked(self) -> DeviceFailed | OSError | None:
+        """Unmap what was asked back; what fails stays asked. Returns the last problem."""
+        problem: DeviceFailed | OSError | None = None
+        failed = []
+        for arena, chunk in self._asked:
+            try:
+                if arena in self._maps:
+                    self._maps[arena].unmap(chunk)
+                self._unmapped.append((arena, chunk))
+            except (DeviceFailed, OSError) as error:
+                problem = error
+                failed.append((arena, chunk))
+        self._asked = failed
+        return problem
+
+    def _asked_back(self, fields: dict[str, Any]) -> list[tuple[int, int]]:
         found = []
         for item in fields.get("unmap", ()):
             match item:
                 case [int(arena), [*chunks]] if all(type(chunk) is int for chunk in chunks):
-                    found.append((arena, chunks))
+                    found += [(arena, chunk) for chunk in chunks]
                 case _:
                     error = ProtocolBroken(f"attend reply asks back {item!r}")
                     self._connection.fail(error)
                     raise error
         return found
+
+
+def _grouped(chunks: list[tuple[int, int]]) -> list[list[Any]]:
+    """As the wire has them: [[arena, [chunks]]]."""
+    by_arena: dict[int, list[int]] = {}
+    for arena, chunk in chunks:
+        by_arena.setdefault(arena, []).append(chunk)
+    return [[arena, numbers] for arena, numbers in by_arena.items()]

@@ -11,8 +11,6 @@ from tierd_client.memory import ArenaMemory
 from tierd_layouts.wire import MAX_CHUNKS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from tierd_client.connection import Connection
 
 
@@ -28,6 +26,9 @@ class ChunkMemory(ArenaMemory, Protocol):
 
     def unmap(self, chunk: int) -> None:
         """Let go of a chunk. Nothing reads it: no lease is in it. Raises DeviceFailed, OSError."""
+
+    def unmap_all(self) -> None:
+        """Let go of what `map_all` showed; again does nothing. Raises DeviceFailed."""
 
 
 class ChunkMap:
@@ -58,13 +59,22 @@ class ChunkMap:
                 self._fetch(missing[:MAX_CHUNKS])
                 missing = missing[MAX_CHUNKS:]
 
-    def unmap(self, chunks: Iterable[int]) -> None:
-        """Let go of chunks that the daemon takes back; those that are not mapped are nothing."""
+    def unmap(self, chunk: int) -> None:
+        """Let go of a chunk that the daemon takes back; one that is not mapped is nothing.
+        Raises DeviceFailed, OSError: then it is mapped still."""
         with self._lock:
-            for chunk in chunks:
-                if chunk in self._mapped:
-                    self._mapped.remove(chunk)
-                    self.memory.unmap(chunk)
+            if chunk in self._mapped:
+                self.memory.unmap(chunk)
+                self._mapped.remove(chunk)
+
+    def let_go(self) -> None:
+        """Let go of the whole arena. Raises DeviceFailed, OSError."""
+        for chunk in sorted(self._mapped):
+            self.unmap(chunk)
+        with self._lock:
+            if self._whole:
+                self.memory.unmap_all()
+                self._whole = False
 
     def _fetch(self, chunks: list[int]) -> None:
         reply = self._connection.call("chunks", arena=self._arena, chunks=chunks)

@@ -76,6 +76,11 @@ class CudaDriver:
         with self._current():
             self._call("cuMemUnmap", address, nbytes)
 
+    def synchronize(self) -> None:
+        """Wait until the GPU has done all that this process gave it."""
+        with self._current():
+            self._call("cuCtxSynchronize")
+
     def close(self) -> None:
         """Let go of the context. No method may be called afterwards."""
         self._call("cuDevicePrimaryCtxRelease", self._device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,8 @@ from tierd_client.errors import DeviceFailed, ProtocolBroken
 from tierd_client.gpu.cuda_memory import CudaMemory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 HANDLE_BYTES = 64
@@ -23,6 +26,7 @@ class IpcRuntime(Protocol):
     def setDevice(self, device: int) -> None: ...
     def ipcOpenMemHandle(self, handle: bytes, flags: int = ...) -> int: ...
     def ipcCloseMemHandle(self, address: int) -> None: ...
+    def deviceSynchronize(self) -> None: ...
 
 
 def load_runtime() -> Any:
@@ -44,6 +48,7 @@ class IpcMemory(CudaMemory):
         super().__init__(0, nbytes, device, what)
         self._runtime = runtime
         self._lock = threading.Lock()
+        self._close: Callable[[], None] | None = None
 
     def map(self, chunk: int, fd: int) -> None:
         """Refuse: the arena has one handle, no descriptors."""
@@ -67,17 +72,31 @@ class IpcMemory(CudaMemory):
                 raise DeviceFailed(
                     f"opening {self.what} on GPU {ordinal} failed: {error}"
                 ) from error
-            close = weakref.finalize(
+            finalizer = weakref.finalize(
                 self._owner, _close, self._runtime, ordinal, self._address, fork.current()
             )
-            close.atexit = False  # the driver ends the context with the process
+            finalizer.atexit = False  # the driver ends the context with the process
+            self._close = finalizer
 
     def unmap(self, chunk: int) -> None:
         """Refuse: such an arena gives nothing back."""
         raise ProtocolBroken(f"chunk {chunk} of {self.what} was asked back from a cuda_ipc device")
 
+    def unmap_all(self) -> None:
+        """Close the arena; again does nothing. No tensor over it may be read any more."""
+        with self._lock:
+            if self._close is not None:
+                self._close()
+            self._close, self._address = None, 0
+            self._tensors.clear()
+
 
 def _close(runtime: IpcRuntime, ordinal: int, address: int, life: fork.Life) -> None:
-    if life is fork.current():  # a forked child has no CUDA
+    if life is not fork.current():  # a forked child has no CUDA
+        return
+    # After an error that a context does not survive nothing here works: the end of the process
+    # gives the memory back.
+    with suppress(RuntimeError):
         runtime.setDevice(ordinal)
+        runtime.deviceSynchronize()  # what was dropped without a release may still be read
         runtime.ipcCloseMemHandle(address)

@@ -33,5 +33,8 @@ class MemfdMemory(HostMemory):
         """Let go of a chunk. Its addresses fault again."""
         self._hide(chunk * self._chunk_bytes, self._bytes_of(chunk))
 
+    def unmap_all(self) -> None:
+        """Nothing was mapped whole."""
+
     def _bytes_of(self, chunk: int) -> int:
         return min(self._chunk_bytes, self.nbytes - chunk * self._chunk_bytes)

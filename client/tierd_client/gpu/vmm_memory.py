@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tierd_client import fork
-from tierd_client.errors import ProtocolBroken
+from tierd_client.errors import DeviceFailed, ProtocolBroken
 from tierd_client.gpu.cuda_memory import CudaMemory
 
 if TYPE_CHECKING:
@@ -53,8 +54,11 @@ class VmmMemory(CudaMemory):
     def unmap(self, chunk: int) -> None:
         """Let go of a chunk, in which every lease went back behind its fences.
         Raises DeviceFailed."""
-        self._mapped.remove(chunk)
         self._driver.unmap(self._address + chunk * self._chunk_bytes, self._chunk_bytes)
+        self._mapped.remove(chunk)
+
+    def unmap_all(self) -> None:
+        """Nothing was mapped whole."""
 
 
 def _let_go(
@@ -65,7 +69,12 @@ def _let_go(
     mapped: set[int],
     life: fork.Life,
 ) -> None:
-    if life is fork.current():  # a forked child has no CUDA
+    if life is not fork.current():  # a forked child has no CUDA
+        return
+    # After an error that a context does not survive nothing here works: the end of the process
+    # gives the memory back.
+    with suppress(DeviceFailed):
+        driver.synchronize()  # what was dropped without a release may still be read
         while mapped:
             driver.unmap(address + mapped.pop() * chunk_bytes, chunk_bytes)
         driver.free_addresses(address, nbytes)

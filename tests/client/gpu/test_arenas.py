@@ -6,7 +6,9 @@ import pytest
 
 from tests.client.conftest import CHUNK_BYTES, MODEL
 from tierd_client import Client
-from tierd_client.errors import DaemonTimeout, ProtocolBroken
+from tierd_client.errors import DaemonTimeout, DeviceFailed, ProtocolBroken
+from tierd_client.gpu import arenas
+from tierd_client.gpu.memfd_memory import MemfdMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,6 +114,47 @@ def test_what_could_not_be_said_is_said_the_next_time(
     client.attend()
     assert attended(gpu_daemon) == [[], [[3, [0]]], [[3, [0]]]]
     assert gpu_daemon.unmap == []
+
+
+def test_more_chunks_than_a_frame_has_room_for_are_said_in_parts(
+    gpu_daemon: FakeDaemon, client: Client
+) -> None:
+    client.lease(MODEL, "embed").release()
+    others = range(0xF0000000, 0xF0000000 + 3 * arenas.MOST_SAID)
+    gpu_daemon.unmap = [*others, 0]
+    gpu_daemon.table.call_attention()
+    client.attend()
+    assert gpu_daemon.unmap == []
+    assert mapped(client) == set()
+    sizes = [sum(len(chunks) for _, chunks in said) for said in attended(gpu_daemon)]
+    assert sizes == [0, *[arenas.MOST_SAID] * 3, 1]
+
+
+@pytest.mark.parametrize("problem", [OSError(12, "no memory"), DeviceFailed("cuMemUnmap failed")])
+def test_a_chunk_that_cannot_be_let_go_is_tried_again_and_said_only_then(
+    gpu_daemon: FakeDaemon, client: Client, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    for name in ("embed", "blocks.0", "odd"):
+        client.lease(MODEL, name).release()
+    unmap = MemfdMemory.unmap
+
+    def broken(memory: MemfdMemory, chunk: int) -> None:
+        if chunk == 1:
+            raise problem
+        unmap(memory, chunk)
+
+    monkeypatch.setattr(MemfdMemory, "unmap", broken)
+    gpu_daemon.unmap = [0, 1, 3]
+    gpu_daemon.table.call_attention()
+    for _ in range(2):
+        with pytest.raises(type(problem)):
+            client.attend()
+        assert gpu_daemon.unmap == [1]
+        assert mapped(client) == {1, 2}
+    monkeypatch.setattr(MemfdMemory, "unmap", unmap)
+    client.attend()
+    assert gpu_daemon.unmap == []
+    assert mapped(client) == {2}
 
 
 @pytest.mark.parametrize("unmap", [[3], [[3, "x"]], [["3", [1]]], [[3, [1.5]]]])

@@ -224,3 +224,63 @@ def test_a_quiet_model_on_a_gpu_keeps_its_leases(
     finally:
         leases.close()
         attendant.stop(client.close)
+
+
+def test_what_a_dead_daemon_had_on_the_gpu_is_let_go_once_nothing_reads_it(
+    gpu_daemon: FakeDaemon, client: Client, gpu: Gpu
+) -> None:
+    gpu_daemon.table.pressed = False
+    leases = LayerLeases(client.open(MODEL), (0, 1, 2))
+    attendant = Attendant(leases)
+    mapped = client._arenas._maps[3]._mapped if client._arenas else set()
+    try:
+        for layer in (0, 1, 2):
+            leases.enter(layer)
+            leases.leave(layer)
+        lease: Any = leases.enter(0)
+        view = lease["embed.weight"].view()
+        gpu_daemon.stop()
+        gpu_daemon.wait_until(lambda: not client._connection.alive)
+        time.sleep(0.15)
+        assert mapped == {0, 1, 2}  # somebody computes, and the GPU is not through either
+        with pytest.raises(ViewStillAlive):
+            leases.leave(0)
+        gpu.finish()
+        time.sleep(0.15)
+        assert mapped == {0, 1, 2}
+        assert view.isfinite().all()
+        del view, lease
+        gpu.finish()
+        gpu_daemon.wait_until(lambda: mapped == set())
+    finally:
+        leases.close()
+        attendant.stop(client.close)
+
+
+def test_a_turn_that_fails_is_said_once_and_the_next_one_comes(
+    gpu_daemon: FakeDaemon,
+    client: Client,
+    gpu: Gpu,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    leases = LayerLeases(client.open(MODEL), (0,))
+    turns: list[float] = []
+
+    def tend(quiet_s: float | None) -> None:
+        turns.append(time.monotonic())
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(leases, "tend", tend)
+    attendant = Attendant(leases)
+    gpu_daemon.unmap = [3]
+    gpu_daemon.table.call_attention()
+    try:
+        gpu_daemon.wait_until(lambda: gpu_daemon.unmap == [] and len(turns) > 3)
+        assert [record.getMessage() for record in caplog.records] == [
+            "tiny: a turn of the attendant failed: RuntimeError: CUDA error: an illegal memory "
+            "access was encountered"
+        ]
+    finally:
+        leases.close()
+        attendant.stop(client.close)

@@ -34,6 +34,9 @@ class Runtime:
         self.calls.append(("open", handle))
         return self.memory.ctypes.data
 
+    def deviceSynchronize(self) -> None:
+        self.calls.append(("synchronize",))
+
     def ipcCloseMemHandle(self, address: int) -> None:
         assert address == self.memory.ctypes.data
         self.calls.append(("close",))
@@ -62,7 +65,33 @@ def test_it_is_closed_when_the_last_tensor_is_gone() -> None:
     assert ("close",) not in runtime.calls
     del tensor
     gc.collect()
-    assert runtime.calls[-2:] == [("setDevice", 0), ("close",)]
+    assert runtime.calls[-3:] == [("setDevice", 0), ("synchronize",), ("close",)]
+
+
+def test_it_can_be_let_go_and_opened_anew() -> None:
+    runtime = Runtime()
+    memory = memory_of(runtime)
+    memory.map_all(HANDLE, SPAN)
+    memory.tensor(torch.uint8, (3,), (1,), 257)
+    memory.unmap_all()
+    memory.unmap_all()
+    assert runtime.calls.count(("close",)) == 1
+    memory.map_all(HANDLE, SPAN)
+    assert memory.tensor(torch.uint8, (3,), (1,), 257).tolist() == [1, 2, 3]
+
+
+def test_a_context_that_is_lost_is_no_error_at_the_end() -> None:
+    runtime = Runtime()
+    memory = memory_of(runtime)
+    memory.map_all(HANDLE, SPAN)
+
+    def lost() -> None:
+        raise RuntimeError("cudaErrorIllegalAddress")
+
+    runtime.deviceSynchronize = lost  # type: ignore[method-assign]
+    del memory
+    gc.collect()
+    assert ("close",) not in runtime.calls
 
 
 def test_a_forked_child_closes_nothing() -> None:

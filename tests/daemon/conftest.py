@@ -181,6 +181,10 @@ class RawClient:
             os.close(fd)
         return opened
 
+    def keep(self, memory: mmap.mmap) -> None:
+        """Unmap it with the connection, if not before."""
+        self._maps.append((memory, None))
+
     def take_fds(self) -> list[int]:
         """The descriptors that came; the caller closes them."""
         fds, self._fds = self._fds, []
@@ -238,6 +242,7 @@ class OpenedOnGpu(OpenedModel):
         assert len(fds) == len(numbers)
         for number, fd in zip(numbers, fds, strict=True):
             self.chunks[number] = mmap.mmap(fd, self.chunk_bytes, prot=mmap.PROT_READ)
+            self.client.keep(self.chunks[number])
             os.close(fd)
 
     def bytes_of(self, lease: dict[str, Any]) -> bytes:

@@ -1,7 +1,7 @@
 """The thread that registers DRAM arenas with the GPUs' driver, and takes that back in time.
 
 One for all GPUs: memory is registered for every context of the process, and a second time is an
-error. Copies go on meanwhile; one from a piece that is changing waits for that.
+error. Copies go on meanwhile; one from memory that is being changed waits for that.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from tierd.gpu.device import Device
-    from tierd.gpu.ranges import Ranges
-    from tierd.gpu.registration import HostMemory, Piece
+    from tierd.gpu.registration import HostMemory
 
 log = logging.getLogger(__name__)
 
-#: A piece that is not full is registered when nothing was added to it for this long: registering
-#: it after each step of population would cost more than it saves.
+#: A block that is not full is registered when nothing was added to it for this long, while memory
+#: is populated: each step alone would make many small registrations.
 QUIET_S = 1.0
-#: A copy that takes longer than this from a piece is on a GPU that hangs: what waits for the piece
-#: waits on, and lets others pass.
+#: So many registrations more than ranges are made one again.
+MOST_FRAGMENTS = 8
+#: A copy that takes longer than this is on a GPU that hangs: what waits for its source waits on,
+#: and lets others pass.
 PATIENCE_S = 10.0
 RETRY_S = 1.0
 #: Registering does not wait for such a copy, it is tried again after this.
@@ -132,7 +133,7 @@ class Registrar:
 
     def _run(self) -> None:
         late: list[_Discard] = []
-        put_off: deque[tuple[float, int, int]] = deque()  # until when, arena, offset of a piece
+        put_off: deque[tuple[float, int, int]] = deque()  # until when, arena, offset of a block
         while True:
             while put_off and put_off[0][0] <= time.monotonic():
                 self.host.unsettle(*put_off.popleft()[1:])
@@ -155,78 +156,71 @@ class Registrar:
 
     def _end(self) -> None:
         for arena, (_, span_bytes) in self.host.arenas().items():
-            for start in range(0, span_bytes, self.host.piece_bytes):
+            for start, end in self.host.registrations(arena, 0, span_bytes):
                 left_s = self._ends_at_s - time.monotonic()
-                end = start + self.host.piece_bytes
-                if left_s > 0 and self.host.is_registered(arena, start, end):
+                if left_s > 0:
                     try:
-                        self._forget(arena, start, end, left_s)
+                        self._unregister(arena, start, end, left_s)
                     except DeviceError as error:
                         log.warning("memory stays registered to the end: %s", error)
 
     def _discard(self, discard: _Discard, patience_s: float) -> bool:
-        """Whether it was answered."""
+        """Whether it was answered. False when a copy under way forbids that."""
         failure = None
+        arena, start, end = discard.arena, discard.start, discard.end
         try:
-            if not self._forget(discard.arena, discard.start, discard.end, patience_s):
-                return False
+            for first, last in self.host.registrations(arena, start, end):
+                if not self._unregister(arena, first, last, patience_s):
+                    return False
+            self.host.forget(arena, start, end)
         except DeviceError as error:
             failure = error
         self._call_soon(discard.done, failure)
         return True
 
-    def _forget(self, arena: int, start: int, end: int, patience_s: float) -> bool:
-        """Unregister what [start, end) touches; its memory is about to go. False when a copy under
-        way forbids it."""
-        if self.host.is_registered(arena, start, end):
-            pieces = self.host.claim(arena, start, end, patience_s)
-            if pieces is None:
-                return False
-            try:
-                for piece in pieces:
-                    stale = [old for old in piece.registered if old[0] < end and start < old[1]]
-                    self._unregister(piece, arena, stale)
-            finally:
-                self.host.give(pieces)
-        self.host.forget(arena, start, end)
-        return True
-
     def _settle(self, arena: int, offset: int) -> bool:
-        """Make what is registered in a piece what exists there. False when a copy under way
-        forbids it."""
+        """Register what exists in a block. False when a copy under way forbids that."""
         self.host.settled(arena, offset)
-        pieces = self.host.claim(arena, offset, offset + self.host.piece_bytes, self._patience_s)
-        if pieces is None:
-            return False
+        end = offset + self.host.block_bytes
         try:
-            for piece in pieces:
-                stale = [old for old in piece.registered if old not in piece.exists]
-                self._unregister(piece, arena, stale)
-                self._register(piece, arena)
+            if self.host.fragments(arena, offset) > MOST_FRAGMENTS:
+                for first, last in self.host.registrations(arena, offset, end):
+                    if not self._unregister(arena, first, last, self._patience_s):
+                        return False
+            for first, last in self.host.missing(arena, offset):
+                if not self._register(arena, first, last, self._patience_s):
+                    return False
         except DeviceError as error:
             with self._wakes:
                 if self._failure is None:
                     log.warning("host memory is not registered: %s", error)
                 self._failure = str(error)
-        finally:
-            self.host.give(pieces)
         return True
 
-    def _register(self, piece: Piece, arena: int) -> None:
+    def _register(self, arena: int, start: int, end: int, patience_s: float) -> bool:
         address = self.host.arenas()[arena][0]
-        for start, end in piece.exists:
-            if (start, end) not in piece.registered:
-                self._try_each("register", address + start, end - start)
-                piece.registered = sorted([*piece.registered, (start, end)])
+        if not self.host.claim(arena, start, end, patience_s):
+            return False
+        try:
+            self._try_each("register", address + start, end - start)
+            self.host.registered(arena, start, end)
+        finally:
+            self.host.give()
+        return True
 
-    def _unregister(self, piece: Piece, arena: int, stale: Ranges) -> None:
+    def _unregister(self, arena: int, start: int, end: int, patience_s: float) -> bool:
         address = self.host.arenas()[arena][0]
-        for start, end in stale:
+        if not self.host.claim(arena, start, end, patience_s):
+            return False
+        try:
             try:
                 self._try_each("unregister", address + start, end - start)
             except DeviceLost as error:  # no GPU is left that could read it
                 log.warning("memory stays locked until the daemon ends: %s", error)
-            piece.registered = [kept for kept in piece.registered if kept != (start, end)]
+            self.host.unregistered(arena, start, end)
+        finally:
+            self.host.give()
+        return True
 
     def _try_each(self, what: Literal["register", "unregister"], address: int, nbytes: int) -> None:
         """Any GPU's context will do. Raises the last refusal, one that is no DeviceLost first."""

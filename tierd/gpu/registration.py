@@ -1,9 +1,9 @@
 """Which host memory the GPUs reach directly, and who copies from it just now.
 
-DRAM arenas are registered with the driver in pieces on a fixed grid, because one call has a limit
+DRAM arenas are registered with the driver in blocks on a fixed grid, because one call has a limit
 (512 GiB fail on driver 580) and takes 0.1 s for each GB, and only where memory exists: registering
 a page makes it. A copy must not cross from one registration to another, or to memory that has
-none, so it is cut there. A piece changes only while no copy uses it. Memory that is discarded while
+none, so it is cut there. A range changes only while no copy uses it. Memory that is discarded while
 it is registered would go on being read from its old pages: so that comes first, always.
 """
 
@@ -20,7 +20,8 @@ from tierd.gpu.registered import Registered
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PIECE_BYTES = 256 << 20
+#: Memory of which a part is discarded is registered anew: 3 ms for a block.
+BLOCK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +34,29 @@ class Span:
 
 
 @dataclass(slots=True)
-class Piece:
+class _Block:
     """One cell of an arena's grid; ranges are offsets in the arena."""
 
     exists: Ranges = field(default_factory=list)
-    registered: Ranges = field(default_factory=list)  # each of them one call
-    users: int = 0  # copies under way
-    changing: bool = False  # being registered or unregistered; no copy may begin
+    registered: Ranges = field(default_factory=list)  # each of them one call, parts of `exists`
+    restless: bool = False  # memory of it was discarded before
 
 
 @dataclass(slots=True)
 class _Arena:
     address: int
     span_bytes: int
-    pieces: dict[int, Piece] = field(default_factory=dict)
+    blocks: dict[int, _Block] = field(default_factory=dict)
 
 
 class Use:
     """A copy's right to read host memory by `spans`, until `end`."""
 
-    def __init__(self, host: HostMemory, pieces: list[Piece], spans: list[Span]) -> None:
+    def __init__(self, host: HostMemory, first: int, last: int, spans: list[Span]) -> None:
+        """[first, last): of addresses."""
         self._host = host
-        self._pieces = pieces
+        self.first = first
+        self.last = last
         self.spans = spans
 
     @property
@@ -63,19 +65,20 @@ class Use:
 
     def end(self) -> None:
         """Nothing reads the memory any more. Called once."""
-        self._host.end(self._pieces)
-        self._pieces = []
+        self._host.end(self)
 
 
 class HostMemory:
-    """The DRAM arenas as the GPUs see them. Thread-safe."""
+    """The DRAM arenas as the GPUs see them. Thread-safe; one thread claims."""
 
-    def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
-        self.piece_bytes = piece_bytes
+    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
+        self.block_bytes = block_bytes
         #: What `memfd` devices have registered: as with a driver, for all devices of a process.
         self.without_driver = Registered("memfd")
         self._arenas: dict[int, _Arena] = {}
         self._unsettled: dict[tuple[int, int], int] = {}  # (arena, cell): when it changed last
+        self._uses: set[Use] = set()
+        self._claimed: tuple[int, int] | None = None  # addresses that no copy may begin to use
         self._changed = threading.Condition()
 
     def add_arena(self, arena: int, address: int, span_bytes: int) -> None:
@@ -89,10 +92,10 @@ class HostMemory:
         news = False
         with self._changed:
             for number, begin, finish in self._cells(start, end):
-                piece = self._arenas[arena].pieces.setdefault(number, Piece())
-                exists = added(piece.exists, begin, finish)
-                if exists != piece.exists:
-                    piece.exists = exists
+                block = self._arenas[arena].blocks.setdefault(number, _Block())
+                exists = added(block.exists, begin, finish)
+                if exists != block.exists:
+                    block.exists = exists
                     self._unsettled[arena, number] = now_ns
                     news = True
         return news
@@ -100,97 +103,129 @@ class HostMemory:
     # ---------------------------------------------------------------------------------- for copies
 
     def use(self, address: int, nbytes: int) -> Use:
-        """Begin to copy from [address, address + nbytes). Waits while a piece of it changes."""
+        """Begin to copy from [address, address + nbytes). Waits while any of it is claimed."""
+        last = address + nbytes
         with self._changed:
-            found = self._find(address, nbytes)
-            if found is None:
-                return Use(self, [], [Span(address, nbytes, pinned=False)])
-            arena, offset = found
-            cells = [number for number, _, _ in self._cells(offset, offset + nbytes)]
-            pieces = [arena.pieces.setdefault(number, Piece()) for number in cells]
-            self._changed.wait_for(lambda: not any(piece.changing for piece in pieces))
-            for piece in pieces:
-                piece.users += 1
-            return Use(self, pieces, list(_spans(arena.address, pieces, offset, offset + nbytes)))
+            self._changed.wait_for(
+                lambda: (
+                    self._claimed is None or self._claimed[1] <= address or last <= self._claimed[0]
+                )
+            )
+            use = Use(self, address, last, list(self._spans(address, last)))
+            self._uses.add(use)
+            return use
 
-    def end(self, pieces: list[Piece]) -> None:
+    def end(self, use: Use) -> None:
         with self._changed:
-            for piece in pieces:
-                piece.users -= 1
+            self._uses.remove(use)
             self._changed.notify_all()
+
+    @property
+    def uses(self) -> int:
+        """Copies under way."""
+        with self._changed:
+            return len(self._uses)
 
     # ------------------------------------------------------------------------------ for registrars
 
-    def claim(self, arena: int, start: int, end: int, patience_s: float) -> list[Piece] | None:
-        """The pieces of [start, end) when no copy uses them; none begins until `give`. None when
-        copies used them for all of that time."""
+    def claim(self, arena: int, start: int, end: int, patience_s: float) -> bool:
+        """Wait until no copy uses [start, end); none begins to until `give`. False, and nothing
+        claimed, when that took too long."""
         with self._changed:
-            cells = self._arenas[arena].pieces
-            pieces = [cells[number] for number, _, _ in self._cells(start, end) if number in cells]
-            for piece in pieces:
-                piece.changing = True
+            base = self._arenas[arena].address
+            first, last = self._claimed = (base + start, base + end)
             unused = self._changed.wait_for(
-                lambda: not any(piece.users for piece in pieces), patience_s
+                lambda: not any(use.first < last and first < use.last for use in self._uses),
+                patience_s,
             )
-        if unused:
-            return pieces
-        self.give(pieces)
-        return None
+            if not unused:
+                self._claimed = None
+                self._changed.notify_all()
+            return unused
 
-    def give(self, pieces: list[Piece]) -> None:
-        """`claim` is over."""
+    def give(self) -> None:
+        """What was claimed may be used again."""
         with self._changed:
-            for piece in pieces:
-                piece.changing = False
+            self._claimed = None
             self._changed.notify_all()
+
+    def registrations(self, arena: int, start: int, end: int) -> Ranges:
+        """Those of which a part lies in [start, end)."""
+        with self._changed:
+            blocks = self._arenas[arena].blocks
+            return [
+                (first, last)
+                for number, _, _ in self._cells(start, end)
+                if number in blocks
+                for first, last in blocks[number].registered
+                if first < end and start < last
+            ]
+
+    def missing(self, arena: int, offset: int) -> Ranges:
+        """What of the block at `offset` exists and is not registered."""
+        with self._changed:
+            block = self._arenas[arena].blocks[offset // self.block_bytes]
+            missing = block.exists
+            for first, last in block.registered:
+                missing = removed(missing, first, last)
+            return missing
+
+    def fragments(self, arena: int, offset: int) -> int:
+        """By how many registrations the block at `offset` has more than it needs."""
+        with self._changed:
+            block = self._arenas[arena].blocks[offset // self.block_bytes]
+            return len(block.registered) - len(block.exists)
+
+    def registered(self, arena: int, start: int, end: int) -> None:
+        """[start, end), of one block, was registered, in one call."""
+        with self._changed:
+            block = self._arenas[arena].blocks[start // self.block_bytes]
+            block.registered = sorted([*block.registered, (start, end)])
+
+    def unregistered(self, arena: int, start: int, end: int) -> None:
+        """Undoes `registered`."""
+        with self._changed:
+            self._arenas[arena].blocks[start // self.block_bytes].registered.remove((start, end))
 
     def forget(self, arena: int, start: int, end: int) -> None:
         """No memory exists in [start, end), none of which is registered."""
         now_ns = time.monotonic_ns()
         with self._changed:
-            cells = self._arenas[arena].pieces
+            blocks = self._arenas[arena].blocks
             for number, begin, finish in self._cells(start, end):
-                if number in cells:
-                    cells[number].exists = removed(cells[number].exists, begin, finish)
+                if number in blocks:
+                    blocks[number].exists = removed(blocks[number].exists, begin, finish)
+                    blocks[number].restless = True
                     self._unsettled[arena, number] = now_ns
 
     def unsettled(self, quiet_ns: int) -> list[tuple[int, int]]:
-        """(arena, offset) of pieces that should be registered anew: full, or quiet for so long."""
+        """(arena, offset) of blocks that should be registered: full, or quiet for so long, or those
+        of which memory comes and goes: what is read there is copied at once."""
         now_ns = time.monotonic_ns()
         with self._changed:
             return [
-                (arena, cell * self.piece_bytes)
+                (arena, cell * self.block_bytes)
                 for (arena, cell), changed_ns in self._unsettled.items()
-                if now_ns - changed_ns >= quiet_ns or self._is_full(arena, cell)
+                if now_ns - changed_ns >= quiet_ns or self._is_due(arena, cell)
             ]
 
-    def _is_full(self, arena: int, cell: int) -> bool:
-        whole = (cell * self.piece_bytes, (cell + 1) * self.piece_bytes)
-        return self._arenas[arena].pieces[cell].exists == [whole]
+    def _is_due(self, arena: int, cell: int) -> bool:
+        block = self._arenas[arena].blocks[cell]
+        whole = (cell * self.block_bytes, (cell + 1) * self.block_bytes)
+        return block.restless or block.exists == [whole]
 
     def settled(self, arena: int, offset: int) -> None:
-        """What exists in that piece is registered from now on, or was tried to be."""
+        """What exists in that block is registered from now on, or was tried to be."""
         with self._changed:
-            self._unsettled.pop((arena, offset // self.piece_bytes), None)
+            self._unsettled.pop((arena, offset // self.block_bytes), None)
 
     def unsettle(self, arena: int, offset: int) -> None:
-        """What exists in that piece is to be registered, although it was `settled`."""
+        """What exists in that block is to be registered, although it was `settled`."""
         with self._changed:
-            self._unsettled[arena, offset // self.piece_bytes] = time.monotonic_ns()
-
-    def is_registered(self, arena: int, start: int, end: int) -> bool:
-        """Whether any of it is."""
-        with self._changed:
-            cells = self._arenas[arena].pieces
-            return any(
-                first < end and start < last
-                for number, _, _ in self._cells(start, end)
-                if number in cells
-                for first, last in cells[number].registered
-            )
+            self._unsettled[arena, offset // self.block_bytes] = time.monotonic_ns()
 
     def waits(self) -> bool:
-        """Whether any piece changed and was not registered since."""
+        """Whether any block changed and was not registered since."""
         with self._changed:
             return bool(self._unsettled)
 
@@ -205,43 +240,44 @@ class HostMemory:
 
     @property
     def registered_bytes(self) -> int:
-        return self._sum(lambda piece: total(piece.registered))
+        return self._sum(lambda block: total(block.registered))
 
     @property
     def existing_bytes(self) -> int:
-        return self._sum(lambda piece: total(piece.exists))
+        return self._sum(lambda block: total(block.exists))
 
-    def _sum(self, of: Callable[[Piece], int]) -> int:
+    def _sum(self, of: Callable[[_Block], int]) -> int:
         with self._changed:
             return sum(
-                of(piece) for arena in self._arenas.values() for piece in arena.pieces.values()
+                of(block) for arena in self._arenas.values() for block in arena.blocks.values()
             )
-
-    def _find(self, address: int, nbytes: int) -> tuple[_Arena, int] | None:
-        for arena in self._arenas.values():
-            offset = address - arena.address
-            if offset >= 0 and offset + nbytes <= arena.span_bytes:
-                return arena, offset
-        return None
 
     def _cells(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The grid's cells that [start, end) touches: number, and the part of the range in it."""
-        for number in range(start // self.piece_bytes, -(-end // self.piece_bytes)):
-            first = number * self.piece_bytes
-            yield number, max(start, first), min(end, first + self.piece_bytes)
+        for number in range(start // self.block_bytes, -(-end // self.block_bytes)):
+            first = number * self.block_bytes
+            yield number, max(start, first), min(end, first + self.block_bytes)
 
+    def _spans(self, first: int, last: int) -> Iterator[Span]:
+        """Addresses [first, last) cut at the borders of what is registered, in order."""
+        at = first
+        for begin, end in self._registered_at(first, last):
+            if at < begin:
+                yield Span(at, begin - at, pinned=False)
+            yield Span(begin, end - begin, pinned=True)
+            at = end
+        if at < last:
+            yield Span(at, last - at, pinned=False)
 
-def _spans(base: int, pieces: list[Piece], start: int, end: int) -> Iterator[Span]:
-    """[start, end) cut at the borders of what is registered in `pieces`, in order."""
-    at = start
-    for piece in pieces:
-        for first, last in piece.registered:
-            first, last = max(first, start), min(last, end)
-            if first >= last:
-                continue
-            if at < first:
-                yield Span(base + at, first - at, pinned=False)
-            yield Span(base + first, last - first, pinned=True)
-            at = last
-    if at < end:
-        yield Span(base + at, end - at, pinned=False)
+    def _registered_at(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The parts of registrations in addresses [first, last)."""
+        for arena in self._arenas.values():
+            base = arena.address
+            if base <= first and last <= base + arena.span_bytes:
+                for number, _, _ in self._cells(first - base, last - base):
+                    for begin, end in (
+                        arena.blocks[number].registered if number in arena.blocks else ()
+                    ):
+                        begin, end = max(base + begin, first), min(base + end, last)
+                        if begin < end:
+                            yield begin, end

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tierd.gpu.device import Device, Kind
-    from tierd.gpu.registration import HostMemory, Piece
+    from tierd.gpu.registration import HostMemory
 
 MIB = 1 << 20
 CHUNK = 2 * MIB
@@ -95,10 +95,3 @@ def descriptors() -> int:
             name = os.readlink(f"/proc/self/fd/{fd}")
             count += name.startswith(("/memfd:tierd-gpu", f"/memfd:{MEMFD_NAME}"))
     return count
-
-
-def claim(host: HostMemory, arena: int, start: int, end: int) -> list[Piece]:
-    """For tests that stand in for a registrar."""
-    pieces = host.claim(arena, start, end, 20.0)
-    assert pieces is not None
-    return pieces

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.daemon.gpu.conftest import BUDGET, CHUNK, MEMORY, Rig, claim, descriptors, make_rig
+from tests.daemon.gpu.conftest import BUDGET, CHUNK, MEMORY, Rig, descriptors, make_rig
 from tierd.gpu.copy_engine import address_of
 from tierd.gpu.errors import DeviceError, DeviceUnavailable, OutOfDeviceMemory
 from tierd.gpu.memfd_device import MemfdDevice
@@ -142,10 +142,8 @@ def test_what_one_of_them_registered_is_registered_for_all_of_a_process() -> Non
     host.add_arena(0, address, CHUNK)
     host.populated(0, 0, CHUNK)
     first, second = make_rig("memfd", host=host).device, make_rig("memfd", host=host).device
-    (piece,) = claim(host, 0, 0, CHUNK)
     first.register(address, CHUNK)
-    piece.registered = [(0, CHUNK)]
-    host.give([piece])
+    host.registered(0, 0, CHUNK)
     second.open()
     second.add_arena(0, BUDGET)
     second.back(0, 0, 1)

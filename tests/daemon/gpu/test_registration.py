@@ -6,60 +6,51 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.daemon.gpu.conftest import claim
-from tierd.gpu.registration import PIECE_BYTES, HostMemory, Span
+from tierd.gpu.registration import BLOCK_BYTES, HostMemory, Span
 
-PIECE = 0x10000
+BLOCK = 0x10000
 BASE = 0x7F0000000000
 PATIENCE_S = 20.0
 
 
 @pytest.fixture
 def host() -> HostMemory:
-    host = HostMemory(PIECE)
-    host.add_arena(0, BASE, 16 * PIECE)
+    host = HostMemory(BLOCK)
+    host.add_arena(0, BASE, 16 * BLOCK)
     return host
 
 
-def register(host: HostMemory, start: int, end: int) -> None:
-    """As if a driver had registered [start, end), which lies in one piece."""
-    pieces = claim(host, 0, start, end)
-    (piece,) = pieces
-    piece.registered = sorted([*piece.registered, (start, end)])
-    host.give(pieces)
-
-
-def test_pieces_are_far_below_what_one_call_of_the_driver_can_register() -> None:
-    assert PIECE_BYTES == 256 << 20
+def test_blocks_are_far_below_what_one_call_of_the_driver_can_register() -> None:
+    assert BLOCK_BYTES == 32 << 20
 
 
 def test_memory_that_is_not_registered_is_copied_in_one_call(host: HostMemory) -> None:
-    host.populated(0, 0, 4 * PIECE)
-    use = host.use(BASE + 100, 3 * PIECE)
-    assert use.spans == [Span(BASE + 100, 3 * PIECE, pinned=False)]
-    assert use.unpinned_bytes == 3 * PIECE
+    host.populated(0, 0, 4 * BLOCK)
+    use = host.use(BASE + 100, 3 * BLOCK)
+    assert use.spans == [Span(BASE + 100, 3 * BLOCK, pinned=False)]
+    assert use.unpinned_bytes == 3 * BLOCK
     use.end()
 
 
 def test_memory_of_no_arena_is_copied_too(host: HostMemory) -> None:
-    for address in (5, BASE - 1, BASE + 16 * PIECE):
+    for address in (5, BASE - 1, BASE + 16 * BLOCK):
         use = host.use(address, 10)
         assert use.spans == [Span(address, 10, pinned=False)]
         use.end()
 
 
 def test_a_copy_is_cut_where_registrations_end(host: HostMemory) -> None:
-    host.populated(0, 0, 3 * PIECE)
-    register(host, 0, PIECE)
-    register(host, PIECE, PIECE + 0x3000)
-    register(host, PIECE + 0x8000, 2 * PIECE)
-    use = host.use(BASE + PIECE - 0x1000, PIECE + 0x2000)
+    host.populated(0, 0, 3 * BLOCK)
+    host.registered(0, 0, BLOCK)
+    host.registered(0, BLOCK, BLOCK + 0x3000)
+    host.registered(0, BLOCK + 0x8000, 2 * BLOCK)
+    use = host.use(BASE + BLOCK - 0x1000, BLOCK + 0x2000)
     assert use.spans == [
-        Span(BASE + PIECE - 0x1000, 0x1000, pinned=True),
-        Span(BASE + PIECE, 0x3000, pinned=True),
-        Span(BASE + PIECE + 0x3000, 0x5000, pinned=False),
-        Span(BASE + PIECE + 0x8000, 0x8000, pinned=True),
-        Span(BASE + 2 * PIECE, 0x1000, pinned=False),
+        Span(BASE + BLOCK - 0x1000, 0x1000, pinned=True),
+        Span(BASE + BLOCK, 0x3000, pinned=True),
+        Span(BASE + BLOCK + 0x3000, 0x5000, pinned=False),
+        Span(BASE + BLOCK + 0x8000, 0x8000, pinned=True),
+        Span(BASE + 2 * BLOCK, 0x1000, pinned=False),
     ]
     assert use.unpinned_bytes == 0x6000
     use.end()
@@ -79,11 +70,9 @@ def test_the_parts_of_a_copy_make_it_up_and_are_all_in_one_registration_or_in_no
     registered: list[tuple[int, int]] = []
     borders.sort()
     for first, last in zip(borders[::2], borders[1::2], strict=False):
-        while first < last:  # no registration lies in two pieces
+        while first < last:  # no registration lies in two blocks
             end = min(last, (first // 16 + 1) * 16)
-            pieces = claim(host, 0, first, end)
-            pieces[0].registered = sorted([*pieces[0].registered, (first, end)])
-            host.give(pieces)
+            host.registered(0, first, end)
             registered.append((first, end))
             first = end
     nbytes = min(nbytes, 64 - start)
@@ -104,43 +93,44 @@ def test_the_parts_of_a_copy_make_it_up_and_are_all_in_one_registration_or_in_no
     use.end()
 
 
-def test_a_piece_changes_when_no_copy_uses_it(host: HostMemory) -> None:
-    host.populated(0, 0, 2 * PIECE)
+def test_a_range_is_claimed_when_no_copy_uses_it(host: HostMemory) -> None:
     use = host.use(BASE, 10)
     claimed = threading.Event()
 
     def change() -> None:
-        pieces = claim(host, 0, 0, PIECE)
+        assert host.claim(0, 5, 20, PATIENCE_S)
         claimed.set()
-        host.give(pieces)
+        host.give()
 
     thread = threading.Thread(target=change)
     thread.start()
-    host.use(BASE + PIECE, 10).end()  # another piece: at once
     assert not claimed.wait(0.05)
+    host.use(BASE + 20, 10).end()  # another range: at once
     use.end()
     assert claimed.wait(PATIENCE_S)
     thread.join()
+    assert host.uses == 0
 
 
-def test_a_piece_that_is_used_for_too_long_is_left_as_it_is(host: HostMemory) -> None:
-    host.populated(0, 0, 2 * PIECE)
-    use = host.use(BASE + PIECE, 10)
-    assert host.claim(0, 0, 2 * PIECE, 0.01) is None
-    host.use(BASE, 2 * PIECE).end()  # and others may use it again
+def test_a_range_that_is_used_for_too_long_is_left_as_it_is(host: HostMemory) -> None:
+    use = host.use(BASE + BLOCK, 10)
+    assert not host.claim(0, 0, 2 * BLOCK, 0.01)
+    host.use(BASE, 2 * BLOCK).end()  # and others may use it again
+    assert host.claim(0, 0, BLOCK, 0)
+    host.give()
     use.end()
-    assert host.claim(0, 0, 2 * PIECE, 0) is not None
+    assert host.claim(0, 0, 2 * BLOCK, 0)
 
 
-def test_a_copy_waits_while_a_piece_of_it_changes_and_finds_what_it_became(
+def test_a_copy_waits_while_a_part_of_it_changes_and_finds_what_it_became(
     host: HostMemory,
 ) -> None:
-    host.populated(0, 0, 2 * PIECE)
-    pieces = claim(host, 0, PIECE, 2 * PIECE)
+    host.populated(0, 0, 2 * BLOCK)
+    assert host.claim(0, BLOCK, 2 * BLOCK, 0)
     found: list[Span] = []
 
     def copy() -> None:
-        use = host.use(BASE, 2 * PIECE)
+        use = host.use(BASE, 2 * BLOCK)
         found.extend(use.spans)
         use.end()
 
@@ -148,35 +138,56 @@ def test_a_copy_waits_while_a_piece_of_it_changes_and_finds_what_it_became(
     thread.start()
     thread.join(0.05)
     assert found == []
-    pieces[0].registered = [(PIECE, 2 * PIECE)]
-    host.give(pieces)
+    host.registered(0, BLOCK, 2 * BLOCK)
+    host.give()
     thread.join(PATIENCE_S)
     assert found == [
-        Span(BASE, PIECE, pinned=False), Span(BASE + PIECE, PIECE, pinned=True),
+        Span(BASE, BLOCK, pinned=False), Span(BASE + BLOCK, BLOCK, pinned=True),
     ]  # fmt: skip
 
 
-def test_a_full_piece_is_due_at_once_and_others_when_nothing_was_added_for_a_while(
+def test_what_is_missing_is_what_exists_and_is_not_registered(host: HostMemory) -> None:
+    host.populated(0, 0, BLOCK)
+    host.registered(0, 4096, 8192)
+    assert host.missing(0, 0) == [(0, 4096), (8192, BLOCK)]
+    assert host.registrations(0, 8191, 3 * BLOCK) == [(4096, 8192)]
+    assert host.registrations(0, 8192, 3 * BLOCK) == []
+    host.unregistered(0, 4096, 8192)
+    assert host.missing(0, 0) == [(0, BLOCK)]
+
+
+def test_a_block_of_which_memory_was_discarded_is_due_at_once(host: HostMemory) -> None:
+    """What is read there is copied at once, and what is left of it too."""
+    host.populated(0, 0, BLOCK)
+    host.settled(0, 0)
+    host.forget(0, 4096, 8192)
+    assert host.unsettled(10**12) == [(0, 0)]
+    host.settled(0, 0)
+    host.populated(0, 4096, 8192)
+    assert host.unsettled(10**12) == [(0, 0)]
+
+
+def test_a_full_block_is_due_at_once_and_others_when_nothing_was_added_for_a_while(
     host: HostMemory,
 ) -> None:
     assert not host.waits()
-    host.populated(0, 0, PIECE + 0x1000)
+    host.populated(0, 0, BLOCK + 0x1000)
     assert host.waits()
     assert host.unsettled(10**12) == [(0, 0)]
-    assert host.unsettled(0) == [(0, 0), (0, PIECE)]
+    assert host.unsettled(0) == [(0, 0), (0, BLOCK)]
 
 
 def test_memory_that_exists_already_changes_nothing(host: HostMemory) -> None:
-    host.populated(0, 0, PIECE)
+    host.populated(0, 0, BLOCK)
     host.settled(0, 0)
     assert not host.populated(0, 0x1000, 0x2000)
     assert not host.waits()
-    assert host.populated(0, 0, PIECE + 1)
+    assert host.populated(0, 0, BLOCK + 1)
     assert host.waits()
 
 
 def test_what_was_discarded_does_not_exist(host: HostMemory) -> None:
-    host.populated(0, 0, 3 * PIECE)
-    host.forget(0, PIECE - 0x1000, 2 * PIECE)
-    assert host.existing_bytes == 2 * PIECE - 0x1000
-    assert host.unsettled(10**12) == [(0, 2 * PIECE)]
+    host.populated(0, 0, 3 * BLOCK)
+    host.forget(0, BLOCK - 0x1000, 2 * BLOCK)
+    assert host.existing_bytes == 2 * BLOCK - 0x1000
+    assert host.missing(0, BLOCK) == []

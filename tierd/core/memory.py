@@ -69,8 +69,12 @@ class Memory:
 
     @property
     def most_warm(self) -> int:
-        """Granules that may hold memory: the budget, or where slots occupy more, theirs."""
-        return max(self.budget, self.occupied)
+        """Granules that may hold memory: the budget, or what is still promised, or occupied.
+
+        Above a lowered budget, what is promised stays warm: a client on a GPU that does not let go
+        of memory must not hold up another one, who asks for no more than its reserve.
+        """
+        return max(self.ceiling, self.occupied)
 
     def charge(self, nbytes: int) -> int:
         """Granules that a slot of `nbytes` keeps from others, wherever it lies."""
@@ -124,8 +128,8 @@ class Memory:
     # ------------------------------------------------------------------------------------ changes
 
     def set_budget(self, budget: int) -> None:
-        """Another budget from now on. Above a lower one, what slots occupied may stay until they
-        are released, and nothing else (`shed`)."""
+        """Another budget from now on. Above a lower one stays what was promised, and what slots
+        occupy until they are released (`shed`)."""
         self.ceiling = max(budget, self.ceiling)
         self.budget = budget
         self.shrinking = True

@@ -202,6 +202,8 @@ class FleetSimulation:
                 or memory.quarantined_bytes
             ):
                 raise BrokenPromise(f"all clients are gone, but tier {tier} has {memory}")
+            if self.worlds[tier].warm > self.worlds[tier].budget:
+                raise BrokenPromise(f"tier {tier} is above its budget, though nobody is there")
         for model in self._served:
             self._feed(ModelRemoved(self.now, model))
         self._rest()
@@ -516,11 +518,13 @@ class FleetSimulation:
         books = self._machine(tier).books
         check_sums(books)
         memory = books.memory
-        coming = 0
+        coming = promised = 0
         if memory.shrinking:
             coming = sum(slot.place.range.granules for slot in books.in_flight.values())
+            ledger = books.ledger
+            promised = ledger.committed + ledger.quarantined + ledger.pinned
         pinned = self._operator.pinned if tier is None else ()
-        self.worlds[tier].settled(coming, pinned, shrinking=memory.shrinking)
+        self.worlds[tier].settled(coming, promised, pinned, shrinking=memory.shrinking)
 
     def _press(self) -> None:
         """Clients that keep leases give them back within their time after they are pressed to."""

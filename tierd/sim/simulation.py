@@ -148,6 +148,8 @@ class Simulation:
         memory = self.machine.snapshot().memory
         if memory.leased_bytes or memory.reserved_bytes or memory.in_flight_bytes:
             raise BrokenPromise(f"all clients are gone, but {memory}")
+        if self.world.warm > self.world.budget:
+            raise BrokenPromise(f"all clients are gone, but {memory} is above the budget")
         for model in self.machine.snapshot().models:
             self.after(0, self._feeder(ModelRemoved(self.now, model)))
         self._drain()
@@ -299,7 +301,7 @@ class Simulation:
         self._press()
         memory = self.machine.books.memory
         coming = sum(slot.place.range.granules for slot in self.machine.books.in_flight.values())
-        world.settled(coming, (), shrinking=memory.shrinking)
+        world.settled(coming, self._promised(), (), shrinking=memory.shrinking)
         if self._check:
             self.machine.check()
             late = [event for event, latest in self._open.values() if latest < self.now]
@@ -365,6 +367,16 @@ class Simulation:
                 owed, _ = self._answered(action)
                 self._check_refusal(action, owed)
                 self.clients[action.client].refused(action)
+
+    def _promised(self) -> int:
+        """Granules of all reserves, or of leases where a client has more: from its answers."""
+        books = self.machine.books
+        if not books.memory.shrinking:
+            return 0
+        granule = self.scenario.granule_bytes
+        clients = self.machine.snapshot().clients
+        most = sum(max(client.reserved_bytes, client.leased_bytes) for client in clients)
+        return most // granule + books.ledger.quarantined
 
     def _press(self) -> None:
         """Clients that keep leases give them back within their time after they are pressed to."""

@@ -82,9 +82,11 @@ class World:
         self.budget = budget_bytes // self.granule_bytes
         self.allowed = max(self.budget, self.allowed)
 
-    def settled(self, coming: int, pinned: Container[LayerKey], *, shrinking: bool) -> None:
-        """An event is over. Above the budget there is only what cannot go: slots that somebody
-        uses, or that are pinned, and `coming` granules of slots that are being filled."""
+    def settled(
+        self, coming: int, promised: int, pinned: Container[LayerKey], *, shrinking: bool
+    ) -> None:
+        """An event is over. Above the budget there is only what is `promised`, or cannot go: slots
+        that somebody uses, or that are pinned, and `coming` granules of those being filled."""
         if not shrinking:
             self.allowed = self.budget
             self._check_budget()
@@ -95,7 +97,7 @@ class World:
                 if slot.in_use or not slot.filled or slot.key in pinned
                 for granule in self._granules(slot.arena, slot.offset, slot.nbytes)
             }
-            if self.warm > max(self.budget, len(stay) + coming):
+            if self.warm > max(self.budget, promised, len(stay) + coming):
                 raise BrokenPromise(
                     f"{self.warm} granules hold memory, the budget is {self.budget}, but only "
                     f"{len(stay)} are in use and {coming} are being filled"

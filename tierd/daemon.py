@@ -291,7 +291,14 @@ class Daemon:
         self.orphans.close()
         self.models.stop()
         await loop.run_in_executor(None, self.pool.close)
-        await loop.run_in_executor(None, self.tiers.close)
+        try:
+            await loop.run_in_executor(None, self.tiers.close)
+        except TimeoutError as error:
+            # A thread of a GPU may read the arenas for ever: they cannot be unmapped under it.
+            log.error("stopped all the same: %s", error)
+            self._listener.close()
+            logging.shutdown()
+            os._exit(1)
         await asyncio.sleep(0)  # the outcomes of the last reads release their targets
         await self.arenas.close()
         self.tiers.close_slots()
@@ -354,7 +361,7 @@ class Daemon:
         weight = self.config.weight_of(session.connection.peer.uid)
         if gpu is not None:
             log.info("%s joined on %s", session, gpu.name)
-            gpu.joined(session.client, weight)
+            gpu.joined(session, weight)
             return
         kept = self.orphans.hello(session.client, session.process, held)
         log.info("%s joined%s", session, f", holding {len(kept)} old leases" if kept else "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ PAGE_ITEMS = 250  #: a page is made between two events: it must not hold the oth
 PAGE_BYTES = 1 << 20  #: after which a page ends; the item that exceeds it is still in it
 HISTORY = 200  #: decisions about a layer that `why` tells, the newest
 LAST_ITEM = 1 << 62
+_FEED = re.compile(r"client (-[0-9]+)")  # the core's own clients have no name there
 PARTS = ("opening", "models", "entries")
 
 
@@ -137,7 +139,10 @@ class Diagnosis:
             self._layer_name(value, peer) if isinstance(value, LayerKey) else value
             for value in decision.values
         ]
-        return decision.reason.format(*values)
+        return _FEED.sub(self._feed_name, decision.reason.format(*values))
+
+    def _feed_name(self, found: re.Match[str]) -> str:
+        return str(self._client(int(found[1]))["name"]) or found[0]
 
     def _layer_name(self, key: LayerKey, peer: PeerCredentials) -> str:
         readers = self._daemon.registry.readers.get(key.model)

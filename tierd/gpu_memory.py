@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0  # until memory that the driver did not take back is offered again
-LATE_NS = 5_000_000_000  # a client that was asked for so long ago does not answer
+LATE_NS = 5_000_000_000  # a client that was asked so long ago is said not to answer ...
+PATIENCE_SECONDS = 30.0  # ... and is disconnected after this long
 
 
 class GpuMemory:
@@ -47,8 +48,10 @@ class GpuMemory:
         loop: asyncio.AbstractEventLoop,
         submit: Callable[[StackEvent], None],
         lost: Callable[[str], None],
+        unanswered: Callable[[int], None],
     ) -> None:
-        """lost: called when nothing on the GPU will work any more, with the reason."""
+        """lost: called when nothing on the GPU will work any more, with the reason. unanswered:
+        called with a client that was asked in vain, to be disconnected."""
         self.mappings = Mappings()
         self.note: str | None = None  #: what went wrong, if that was the last thing tried
         self._index = index
@@ -58,6 +61,7 @@ class GpuMemory:
         self._loop = loop
         self._submit = submit
         self._lost = lost
+        self._unanswered = unanswered
         self._stopped = False
 
     @property
@@ -143,6 +147,16 @@ class GpuMemory:
             self._free(discarding)
         else:
             self._slots.table.call_attention()
+            self._loop.call_later(PATIENCE_SECONDS, self._lose_patience)
+
+    def _lose_patience(self) -> None:
+        """One bad client must not hold up the others for ever. What it still has mapped is its own
+        from then on: no chunk takes that memory again."""
+        if self._stopped:
+            return
+        since_ns = time.monotonic_ns() - int(PATIENCE_SECONDS * 1e9) + 1
+        for client in sorted(self.mappings.late(since_ns)):
+            self._unanswered(client)
 
     def _free(self, gone: Discarding) -> None:
         if self._stopped:

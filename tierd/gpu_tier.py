@@ -10,10 +10,10 @@ from tierd.core.model import ClientGone, CoreConfig
 from tierd.core.stack_model import Fenced, GpuArenaAdded, JoinedGpu, ModelPlaced
 from tierd.errors import TierUnavailable
 from tierd.fences import Fences
-from tierd.gpu.errors import GpuError
+from tierd.gpu.errors import DeviceFull, GpuError
 from tierd.gpu.kinds import make_device
 from tierd.gpu.worker import GpuWorker
-from tierd.gpu_memory import GpuMemory
+from tierd.gpu_memory import PATIENCE_SECONDS, GpuMemory
 from tierd.gpu_settings import chunk_bytes
 from tierd.holders import Holders
 from tierd.sizes import format_size
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RETRY_SECONDS = 3.0  # until a GPU is opened again on which the budget was not free
 #: Arenas of DRAM count from 0, those of the GPUs from multiples of this.
 ARENA_NUMBERS = 1 << 20
 
@@ -84,11 +85,21 @@ class GpuTier:
             host=registrar.host,
         )  # fmt: skip
         self._registrar = registrar
+        self._loop = loop
+        self._stopped = False
         self.worker = GpuWorker(self.device, config.gpu_copies_in_flight, loop.call_soon_threadsafe)
         self.memory = GpuMemory(
-            index, self.name, self.worker, self.slots, loop, self._submit, self._lost
+            index,
+            self.name,
+            self.worker,
+            self.slots,
+            loop,
+            self._submit,
+            self._lost,
+            self._unanswered,
         )
         self.fences = Fences(loop, self._fenced)
+        self.sessions: dict[int, Session] = {}  #: of its clients
         self.scratch: dict[int, int] = {}  #: by client: what it uses beside its leases, in bytes
         self._pressed = self.slots.table.pressed = True  # until the core was heard
         self._engine: Engine
@@ -102,14 +113,22 @@ class GpuTier:
     def open(self, engine: Engine, registry: Registry) -> None:
         """Begin to open the device; its clients wait until it is open or has failed."""
         self._engine, self._registry = engine, registry
+        self._open()
+
+    def _open(self) -> None:
         self.worker.submit(lambda device: device.open(), self._opened)
 
     def _opened(self, outcome: DeviceInfo | GpuError) -> None:
+        if self._stopped:
+            return
         if isinstance(outcome, GpuError):
+            if self.reason != outcome.text:
+                log.error("tier %s is not served: %s", self.name, outcome.text)
             self.state, self.reason = "failed", outcome.text
-            log.error("tier %s is not served: %s", self.name, self.reason)
+            if isinstance(outcome, DeviceFull):  # clients of an earlier daemon may have the memory
+                self._loop.call_later(RETRY_SECONDS, self._open)
         else:
-            self.state, self.info = "ready", outcome
+            self.state, self.reason, self.info = "ready", "", outcome
             log.info(
                 "tier %s is ready: %s (%s), %s of %s free, budget %s in chunks of %s",
                 self.name, outcome.name, self.device.kind, format_size(outcome.free_bytes),
@@ -133,6 +152,7 @@ class GpuTier:
 
     def stop(self) -> None:
         """Decide nothing more."""
+        self._stopped = True
         self.memory.stop()
         self.fences.close()
         self.holders.stop()
@@ -215,14 +235,28 @@ class GpuTier:
         for session in waiting:
             session.go_on()
 
-    def joined(self, client: int, weight: int) -> None:
+    def joined(self, session: Session, weight: int) -> None:
+        client = session.client
+        self.sessions[client] = session
         self._engine.submit(JoinedGpu(self._engine.now(), client, self.index, weight))
 
     def left(self, client: int, pid: int, pidfd: int) -> None:
         """The connection is over: what it leased stays as it is until nothing can read it."""
+        del self.sessions[client]
         self.scratch.pop(client, None)
         self.fences.begin(client, pid, pidfd)
         self._engine.submit(ClientGone(self._engine.now(), client))
+
+    def _unanswered(self, client: int) -> None:
+        """Others wait for memory that this client does not let go of: it is none any more."""
+        session = self.sessions.get(client)
+        if session is not None:
+            text = (
+                f"was asked to unmap memory of {self.name} and did not answer for "
+                f"{PATIENCE_SECONDS:.0f} s"
+            )
+            log.error("%s is disconnected: it %s", session, text)
+            session.connection.close(text)
 
     def _fenced(self, client: int) -> None:
         self.memory.fenced(client)

@@ -283,6 +283,76 @@ Device.back = back
     assert opened.bytes_of(opened.client.receive(request)) == pack.content[0]
 
 
+def test_a_gpu_that_is_full_is_opened_when_its_memory_is_free(
+    start_faulty: Start, connect: Connect, pack: PackOnDisk, tmp_path: Path
+) -> None:
+    daemon = start_faulty(
+        """
+from tierd import gpu_tier
+from tierd.gpu.errors import DeviceFull
+gpu_tier.RETRY_SECONDS = 0.1
+def open(self):
+    if flag.exists():
+        raise DeviceFull("1 GiB of 20 are free", "wait")
+    return really["open"](self)
+Device.open = open
+"""
+    )
+    wait_until(lambda: gpu_status(daemon)["state"] == "failed", "it failed")
+    refusal = connect(daemon, greet=False).refusal("hello", version=1, client="x", tier="gpu:0")
+    assert "1 GiB of 20 are free" in refusal.text
+    time.sleep(0.5)
+    assert daemon.log_text().count("1 GiB of 20 are free") == 1, "it is said once"
+    (tmp_path / "fault").unlink()
+    wait_until(lambda: gpu_status(daemon)["state"] == "ready", "it was tried again")
+    assert gpu_status(daemon)["reason"] == ""
+    opened = on_gpu(connect, daemon)
+    assert opened.bytes_of(opened.acquire(0)) == pack.content[0]
+
+
+def test_a_client_that_never_answers_is_disconnected_and_the_others_go_on(
+    start_faulty: Start, connect: Connect, pack: PackOnDisk
+) -> None:
+    daemon = start_faulty("from tierd import gpu_memory\ngpu_memory.PATIENCE_SECONDS = 0.5")
+    stopped, other = on_gpu(connect, daemon), on_gpu(connect, daemon)
+    for layer in range(3):
+        lease = stopped.acquire(layer)
+        stopped.bytes_of(lease)
+        stopped.release(lease)
+    daemon.ask("budget", tier="gpu:0", bytes=3 * LAYER_MEMORY - CHUNK)
+    for layer in (3, 4, 5, 0):
+        lease = other.acquire(layer)
+        assert other.bytes_of(lease) == pack.content[layer]
+        other.release(lease)
+        other.obey()
+    wait_until(lambda: "and did not answer for" in daemon.log_text(), "it is disconnected", 5.0)
+    with pytest.raises((EOFError, ConnectionResetError, BrokenPipeError)):
+        stopped.client.call("status")
+    wait_until(lambda: gpu_status(daemon)["above_budget_bytes"] == 0, "the budget is kept")
+
+
+def test_a_daemon_whose_copy_never_ends_stops_all_the_same(
+    start_faulty: Start, connect: Connect
+) -> None:
+    daemon = start_faulty(
+        """
+from tierd.gpu.worker import GpuWorker
+GpuWorker.close.__defaults__ = (0.3,)
+def back(self, arena, first, count):
+    time.sleep(60)
+Device.back = back
+"""
+    )
+    opened = on_gpu(connect, daemon)
+    opened.client.send("acquire", model_id=opened.model_id, layer=0)
+    wait_until(lambda: gpu_status(daemon)["in_flight_bytes"], "the copy is under way")
+    begin = time.monotonic()
+    assert daemon.stop() == 1
+    assert time.monotonic() - begin < 15
+    assert "stopped all the same" in daemon.log_text()
+    assert "Traceback" not in daemon.log_text()
+
+
 # A client in a process of its own that stops at a step and waits to be killed there.
 STEPS = ("hello", "open", "plan", "asked", "granted", "chunks", "mapped", "released", "told")
 VICTIM = r"""

@@ -171,3 +171,36 @@ def test_matrices_of_other_modules_are_refused_by_name(
     with pytest.raises(UnsupportedModel) as caught:
         placed(net(x=module), {"x": 0}, {"x.weight": codec})
     assert text in str(caught.value)
+
+
+def test_buffers_that_a_model_made_itself_go_where_it_computes_and_stored_ones_do_not() -> None:
+    # "meta" stands for a GPU: what is copied from a lease comes from there anyway.
+    block = Block()
+    block.register_buffer("frequencies", torch.ones(3), persistent=False)
+    block.register_buffer("table", torch.ones(5))
+    model, elsewhere = net(block=block), torch.device("meta")
+    names = ("block.norm.weight", "block.norm.bias", "block.up.weight", "block.up.bias")
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    mapping = {
+        name: Stored(0, _record(name, tensors[name]))
+        for name in (*names, "block.down.weight", "block.table")
+    }
+    placement = Placement(model, mapping, elsewhere)
+    sites = placement.install(LEASES, ARITHMETIC)
+    assert block.frequencies.device == elsewhere
+    copied = [*placement.copied_now, *(copied for site in sites for copied in site.copied)]
+    assert "block.table" in [one.stored.name for one in copied]
+    assert "block.frequencies" not in [one.stored.name for one in copied]
+
+
+def test_on_the_cpu_a_models_own_buffers_stay_the_same_objects() -> None:
+    block = Block()
+    block.register_buffer("frequencies", torch.ones(3), persistent=False)
+    before = block.frequencies
+    placed(net(block=block), {"block.norm": 0, "block.up": 0, "block.down": 0})
+    assert block.frequencies is before
+
+
+def _record(name: str, tensor: torch.Tensor) -> Any:
+    nbytes = tensor.numel() * tensor.itemsize
+    return SimpleNamespace(name=name, codec="dense", dense_bytes=nbytes)

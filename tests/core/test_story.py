@@ -11,6 +11,7 @@ from tierd.core.model import (
     Action,
     Admit,
     ArenaAdded,
+    BudgetChanged,
     ClientGone,
     ClientJoined,
     CoreConfig,
@@ -22,6 +23,7 @@ from tierd.core.model import (
     ModelAdded,
     ModelRemoved,
     Plan,
+    PlanOver,
     Read,
     ReadDone,
     Release,
@@ -134,6 +136,19 @@ def test_a_plan_that_was_refused_is_not_one_that_a_replay_needs() -> None:
     assert [event for event in machine.record.opening() if isinstance(event, Plan)] == [
         Plan(5, 5, 1, 7, (0, 1))
     ]
+
+
+def test_the_budget_and_the_end_of_a_plan_are_remembered_where_they_were_in_effect() -> None:
+    machine = machine_with(30)
+    settle(machine, BudgetChanged(5, 1, 5 * LAYER))
+    settle(machine, BudgetChanged(6, 2, LAYER // 2))  # refused
+    settle(machine, Plan(7, 5, 1, 7, (0, 1)))
+    settle(machine, PlanOver(8, 5, 7))
+    for turn in range(30):
+        use(machine, 10 + turn, turn + 3, turn % 3)
+    opening = machine.record.opening()
+    assert opening[0] == BudgetChanged(5, 1, 5 * LAYER)
+    assert [type(event) for event in opening[1:]] == [ArenaAdded, ModelAdded, ClientJoined]
 
 
 def test_an_illegal_event_leaves_no_entry_and_no_reason_behind() -> None:

@@ -199,6 +199,26 @@ def test_unruly_days_can_be_replayed_too(seed: int) -> None:
         assert row.read_bytes >= 0
 
 
+def test_a_day_whose_budget_changed_is_run_again_under_the_last_one() -> None:
+    scenario = dataclasses.replace(day(), budgets=((20 * MS, 8 * LAYER), (30 * MS, LAYER // 2)))
+    simulation, recording = recorded(scenario)
+    assert recording.budget_bytes == simulation.machine.budget_bytes == 8 * LAYER
+    assert recording.config.budget_bytes == 12 * LAYER
+    [figures] = replay(recording, ["next-use"])
+    assert figures.budget_bytes == 8 * LAYER
+    [other] = replay(dataclasses.replace(recording, moments=recording.moments), ["lru"])
+    assert other.budget_bytes == 8 * LAYER
+
+
+def test_a_day_of_clients_that_kept_their_leases_takes_as_long_again() -> None:
+    scenario = day(capacity=26, keeps=True)
+    simulation, recording = recorded(scenario)
+    [figures] = replay(recording, ["next-use"])
+    assert figures.uses == 24, "what was kept is one use"
+    assert figures.read_bytes == 24 * LAYER
+    assert abs(figures.elapsed_ns - simulation.now) < 60 * MS
+
+
 def test_the_same_recording_gives_the_same_rows() -> None:
     _, recording = recorded(day())
     assert replay(recording, POLICIES) == replay(recording, POLICIES)

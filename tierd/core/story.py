@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from tierd.core.model import (
     ArenaAdded,
+    BudgetChanged,
     ClientGone,
     ClientJoined,
     ModelAdded,
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
     Told = tuple[str, LayerKey | None, str, *tuple[object, ...]]
 
 _REMEMBERED = frozenset(
-    (ArenaAdded, ModelAdded, ModelRemoved, ClientJoined, ClientGone, Plan, PlanOver, Pin, Unpin)
+    (
+        *(ArenaAdded, BudgetChanged, ModelAdded, ModelRemoved, ClientJoined, ClientGone),
+        *(Plan, PlanOver, Pin, Unpin),
+    )
 )
 
 
@@ -89,6 +93,7 @@ class Story:
         self._ring: deque[tuple[int, Event, tuple[Action, ...], list[Told]]] = deque()
         self._first = 0
         self._forgotten_decisions = 0
+        self._budget: BudgetChanged | None = None
         self._arenas: dict[int, ArenaAdded] = {}
         self._models: dict[int, ModelAdded] = {}
         self._clients: dict[int, ClientJoined] = {}
@@ -132,6 +137,8 @@ class Story:
                     self._pins.pop(key, None)
             case Plan() if not any(isinstance(action, Refuse) for action in actions):
                 self._plans[event.client] = event
+            case BudgetChanged() if not any(isinstance(action, Refuse) for action in actions):
+                self._budget = event
             case PlanOver() if event.client in self._plans:
                 if self._plans[event.client].model == event.model:
                     del self._plans[event.client]
@@ -148,14 +155,16 @@ class Story:
         )
 
     def opening(self) -> list[Event]:
-        """What was there when the first entry that is kept began: arenas, models, pins, clients,
-        plans, with the times at which they came."""
+        """What was there when the first entry that is kept began: the budget if it was changed,
+        arenas, models, pins, clients, plans, with the times at which they came."""
         pins = [
             Pin(at_ns, 0, (key,)) for key, at_ns in self._pins.items() if key.model in self._models
         ]
         plans = [plan for plan in self._plans.values() if plan.model in self._models]
+        changed = [] if self._budget is None else [self._budget]
         return [
-            *self._arenas.values(), *self._models.values(), *pins, *self._clients.values(), *plans,
+            *changed, *self._arenas.values(), *self._models.values(), *pins,
+            *self._clients.values(), *plans,
         ]  # fmt: skip
 
     def entries(self, first: int = 0, limit: int | None = None) -> Iterator[Entry]:

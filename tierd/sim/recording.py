@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tierd.core.errors import UnknownRecord
-from tierd.core.model import CoreConfig, Read, ReadDone, ReadFailed
+from tierd.core.model import BudgetChanged, CoreConfig, Done, Read, ReadDone, ReadFailed
 from tierd.core.transcript import restored
 from tierd.sim.errors import BadRecording
 
@@ -92,6 +92,20 @@ class Recording:
     @property
     def end_ns(self) -> int:
         return self.moments[-1].at_ns if self.moments else 0
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget at the end of the day."""
+        last = self.config.budget_bytes
+        for event in self.opening:
+            if isinstance(event, BudgetChanged):
+                last = event.budget_bytes
+        for moment in self.moments:
+            if isinstance(moment.event, BudgetChanged) and any(
+                isinstance(action, Done) for action in moment.actions
+            ):
+                last = moment.event.budget_bytes
+        return last
 
     def bandwidth(self) -> int | None:
         """Bytes a second of the recorded reads while any was in flight; None if none ended."""

@@ -19,6 +19,7 @@ from tierd.core.model import (
     Acquire,
     Adopted,
     ArenaAdded,
+    BudgetChanged,
     ClientGone,
     ClientJoined,
     Discard,
@@ -51,10 +52,11 @@ POLICIES = ("next-use", *DEMAND_POLICIES, "min")
 SPAN_BUDGETS = 64  #: address space of every arena, in budgets
 TICK_NS = 1_000_000_000
 DISCARD_NS = 200_000
-#: Made again by the run, or left out: what an earlier daemon left behind is not there.
+#: Made again by the run, or left out: what an earlier daemon left behind is not there, and a run
+#: has one budget.
 _REMADE = (
     *(Acquire, Release, Plan, PlanOver, Hint, ClientJoined, ClientGone),
-    *(ReadDone, ReadFailed, DiscardDone, Adopted, HolderGone, Tick),
+    *(ReadDone, ReadFailed, DiscardDone, Adopted, HolderGone, Tick, BudgetChanged),
 )
 
 
@@ -99,11 +101,12 @@ def replay(
     budget_bytes: int | None = None,
     bandwidth: int | None = None,
 ) -> list[Figures]:
-    """A row for each policy. Defaults: the recorded budget, the bandwidth of the recorded reads.
+    """A row for each policy. Defaults: the last recorded budget, the bandwidth of the recorded
+    reads.
 
     Raises BadRecording without a use of a layer, or without reads and no bandwidth given.
     """
-    budget = recording.config.budget_bytes if budget_bytes is None else budget_bytes
+    budget = recording.budget_bytes if budget_bytes is None else budget_bytes
     rate = recording.bandwidth() if bandwidth is None else bandwidth
     if rate is None:
         raise BadRecording("the recording has no finished read: its bandwidth must be given")

@@ -55,7 +55,7 @@ def run(
         "trace": str(path),
         "seconds": (recording.end_ns - recording.begin_ns) / 1e9,
         "events": len(recording.moments),
-        "recorded_budget_bytes": recording.config.budget_bytes,
+        "recorded_budget_bytes": recording.budget_bytes,
         "recorded_bandwidth": recording.bandwidth(),
         "rows": [{**dataclasses.asdict(row), "hit_ratio": row.hit_ratio} for row in rows],
     }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PROMPT: Final = (1, 17, 42, 99, 7, 23, 5, 61)
 ANSWER_SECONDS: Final = 120.0
+HOLD_SECONDS: Final = 1.0
 
 
 class ModelProcess:
@@ -125,8 +126,9 @@ class _Commands:
             found.add(hashlib.sha256(values.tobytes()).hexdigest())
         return sorted(found)
 
-    def hold(self, name: str, socket: str, where: dict[str, str]) -> int:
-        """Lease layer after layer of a model until the daemon refuses; returns how many. `compute`
+    def hold(self, name: str, socket: str, where: dict[str, str]) -> list[int]:
+        """Lease layer after layer of a model until the daemon has refused for HOLD_SECONDS: others
+        give back meanwhile what they only keep. Returns where they are in the arena; `compute`
         goes on with them."""
         import tierd_client
 
@@ -134,12 +136,18 @@ class _Commands:
         self.client = tierd_client.Client(socket, tier="gpu:0", name="holding")
         opened = self.client.open(name)
         self.leases = []
-        for layer in range(len(opened.index.layers)):
+        refused_s: float | None = None
+        while len(self.leases) < len(opened.index.layers):
             try:
-                self.leases.append(opened.acquire(layer))
+                self.leases.append(opened.acquire(len(self.leases)))
+                refused_s = None
             except (tierd_client.LeaseLimit, tierd_client.BudgetTooSmall):
-                break
-        return len(self.leases)
+                now_s = time.monotonic()
+                refused_s = refused_s or now_s
+                if now_s - refused_s > HOLD_SECONDS:
+                    break
+                time.sleep(0.05)
+        return [lease.offset for lease in self.leases]
 
     def compute(self) -> None:
         """Read what is held, for ever. The layers are those of `random_pack`: one tensor each."""

@@ -50,7 +50,8 @@ def _measure(here: Ground, killed: ModelProcess, other: ModelProcess) -> list[Ro
     with here.serve(large, str(dram), str(size + ROOM_BYTES), *packs) as daemon:
         other.call("load", "large", daemon.socket, here.where)
         expected = other.call("logits", 3)
-        if not killed.call("hold", "held", daemon.socket, here.where):
+        slots = killed.call("hold", "held", daemon.socket, here.where)
+        if not slots:
             raise RuntimeError("the process that is to be killed got no lease")
         with (
             tierd_client.Client(daemon.socket, tier=TIER, name="waiting") as client,
@@ -59,14 +60,14 @@ def _measure(here: Ground, killed: ModelProcess, other: ModelProcess) -> list[Ro
             opened = client.open("wanted")  # imports torch
             killed.begin("compute")
             other.begin("logits", PASSES)
-            granted = pool.submit(_wait_granted, opened)
+            granted = pool.submit(_wait_granted, opened, slots)
             time.sleep(COMPUTING_S)
             if granted.done():
                 raise RuntimeError("there is room on the GPU beside the process to be killed")
             if killed.answered:
                 raise RuntimeError(f"the process to be killed did not compute: {killed.end()}")
-            killed.kill()
             begin = time.perf_counter()
+            killed.kill()
             seconds = granted.result() - begin
         found = set(other.end()) | set(other.call("logits", 3))
         other.call("close")
@@ -77,17 +78,22 @@ def _measure(here: Ground, killed: ModelProcess, other: ModelProcess) -> list[Ro
     ]
 
 
-def _wait_granted(opened: tierd_client.OpenedModel) -> float:
-    """When a layer was granted, by the clock of `time.perf_counter`. The request waits in the
-    daemon, and is made again when the daemon does not let it wait any longer."""
+def _wait_granted(opened: tierd_client.OpenedModel, slots: list[int]) -> float:
+    """When a layer was granted in one of these slots, by the clock of `time.perf_counter`. Requests
+    wait in the daemon, and are made again when the daemon does not let them wait any longer.
+
+    slots: where they begin in the arena; all of them, and all layers here, have LAYER_BYTES.
+    """
     deadline = time.perf_counter() + PATIENCE_S
-    while True:
+    leases: list[tierd_client.Lease] = []
+    while not any(abs(lease.offset - slot) < LAYER_BYTES for lease in leases for slot in slots):
         try:
-            lease = opened.acquire(0)
+            leases.append(opened.acquire(len(leases)))
         except (tierd_client.LeaseLimit, tierd_client.BudgetTooSmall):
             if time.perf_counter() > deadline:
                 raise
-            continue
-        at = time.perf_counter()
+            time.sleep(0.005)
+    at = time.perf_counter()
+    for lease in leases:
         lease.release()
-        return at
+    return at

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 SECONDS: Final = 480.0
 #: What each part may take; what one leaves over, the next may use. Nothing can run without the
-#: build: it may take what the last parts would need (25 s with 2 cores that are free, 100 s and more
-#: with cores that are not).
+#: build: it may take what the last parts would need (25 s with 2 cores that are free, 100 s and
+#: more with cores that are not).
 BUDGETS: Final = {
     "build": 220.0, "look": 15.0, "tests": 95.0, "doctor": 45.0, "models": 40.0,
     "gpu_copy": 30.0, "gpu_acquire": 30.0, "gpu_killed": 30.0, "gpu_token": 35.0,

@@ -7,7 +7,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
-from tierd_client.connection import Connection, leases_of_the_dead
+from tierd_client import orphans
+from tierd_client.connection import Connection
 from tierd_client.device import GpuDevice, check_tier, place
 from tierd_client.errors import (
     LeaseLost,
@@ -179,7 +180,7 @@ class Client:
     def _hello(self, name: str) -> None:
         asked: dict[str, Any] = {"version": PROTOCOL_VERSION, "client": name, "capabilities": []}
         if self.tier == DRAM_TIER:
-            asked["held"] = leases_of_the_dead(self._connection.path)
+            asked["held"] = orphans.leases(self._connection.path)
             self._connection.orphans.update(asked["held"])
         else:
             asked |= {"held": [], "tier": self.tier}

@@ -16,7 +16,7 @@ from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from tierd_client import fork
+from tierd_client import fork, orphans
 from tierd_client.departures import Departures
 from tierd_client.errors import (
     ClientClosed,
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 #: Longest sleep in one system call; deadlines are checked at least this often.
 SLICE_S = 0.5
-
-_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 class Connection:
@@ -84,7 +82,7 @@ class Connection:
         self._to_abandon: deque[int] = deque()
         fork.in_child(self, Connection._close_in_child)
         weakref.finalize(self, sock.close)
-        _connections.add(self)
+        orphans.connections.add(self)
 
     @classmethod
     def connect(cls, path: str, timeout: float, tier: str = DRAM_TIER) -> Connection:
@@ -239,7 +237,7 @@ class Connection:
                 leases.append(lease)
         if self._shut:
             if self.tier == DRAM_TIER:
-                _release_orphans(self.path, leases)
+                orphans.release(self.path, leases)
         elif leases:
             frame = encode({"id": NO_REPLY, "op": "release", "leases": leases}, MAX_REQUEST_BYTES)
             try:
@@ -369,25 +367,3 @@ class Connection:
         close_all(self._protocol.drop_fds())
         for reply in self._replies.values():
             close_all(reply.fds)
-
-
-def leases_of_the_dead(path: str) -> list[int]:
-    """Leases of earlier daemons at `path` that this process still reads: for the handshake."""
-    return [
-        lease
-        for connection in list(_connections)
-        if connection.path == path and connection.lost and connection.tier == DRAM_TIER
-        for lease in connection.held
-    ]
-
-
-def _release_orphans(path: str, leases: list[int]) -> None:
-    """Tell a successor of a dead daemon that this process stopped reading an old slot."""
-    for successor in list(_connections):
-        if successor.path == path and successor.alive and successor.tier == DRAM_TIER:
-            # One that started with an empty table counts from 1 again: its leases are its own.
-            successor.release(
-                lease
-                for lease in leases
-                if lease in successor.orphans and lease not in successor.held
-            )

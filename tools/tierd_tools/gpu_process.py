@@ -135,7 +135,7 @@ class _Commands:
         self.device = where["device"]
         self.client = tierd_client.Client(socket, tier="gpu:0", name="holding")
         opened = self.client.open(name)
-        self.leases = []
+        self.leases: list[tierd_client.Lease] = []
         refused_s: float | None = None
         while len(self.leases) < len(opened.index.layers):
             try:

@@ -129,17 +129,19 @@ def test_a_part_that_fails_shows_the_end_of_what_it_said(tmp_path: Path) -> None
 def test_wheels_are_taken_for_what_the_node_lacks_and_for_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for wheel in ("pytest_asyncio-1.5.0-py3-none-any.whl", "numpy-2.5.0-cp312-cp312-linux.whl"):
+    taken = ["nanobind-3.1.0-py3-none-any.whl", "pytest_asyncio-1.5.0-py3-none-any.whl"]
+    for wheel in (*taken, "numpy-2.5.0-cp312-cp312-linux.whl"):
         (tmp_path / wheel).touch()
 
     def version(name: str) -> str:
         if name in ("pytest-asyncio", "xxhash"):
             raise PackageNotFoundError(name)
-        return "1.0"
+        return "2.9.2"
 
     monkeypatch.setattr(environment, "version", version)
     found = environment.prepare(tmp_path / "site", tmp_path)
-    assert [path.name for path in found.wheels] == ["pytest_asyncio-1.5.0-py3-none-any.whl"]
+    assert [path.name for path in found.wheels] == taken  # what builds is too old
+    assert found.take_wheels()[-2:] == [str(tmp_path / name) for name in taken]
     assert found.missing == ("xxhash",)
     assert found.problem is not None
     assert "xxhash" in found.problem

@@ -29,7 +29,7 @@ SECONDS: Final = 480.0
 #: build: it may take what the last parts would need (25 s with 2 cores that are free, 100 s and
 #: more with cores that are not).
 BUDGETS: Final = {
-    "build": 220.0, "look": 15.0, "tests": 95.0, "doctor": 45.0, "models": 40.0,
+    "wheels": 15.0, "build": 205.0, "look": 15.0, "tests": 95.0, "doctor": 45.0, "models": 40.0,
     "gpu_copy": 30.0, "gpu_acquire": 30.0, "gpu_killed": 30.0, "gpu_token": 35.0,
     "gpu_shared": 30.0, "gpu_memory": 15.0,
 }  # fmt: skip
@@ -75,6 +75,11 @@ class Acceptance:
         """Why nothing that needs tierd can run, None when it was built."""
         if problem := self._environment.problem:
             return self._parts.skip("build", BUDGETS["build"], problem).reason
+        if self._environment.wheels:
+            command = self._environment.take_wheels()
+            outcome = self._parts.run("wheels", BUDGETS["wheels"], command)
+            if outcome.reason:
+                return f"not built: {outcome.reason}"
         command = self._environment.install((self.out / "cmake").absolute())
         outcome = self._parts.run("build", BUDGETS["build"], command)
         return f"not built: {outcome.reason}" if outcome.reason else None

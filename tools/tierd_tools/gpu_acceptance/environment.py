@@ -25,23 +25,34 @@ NEEDED: Final = (
 )
 
 
+#: The least versions that pyproject.toml asks for. An older one is tried, unless WHEELS has one.
+BUILT_WITH: Final = {"nanobind": 3, "scikit-build-core": 1}
+
+
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """wheels: those of WHEELS= that the node lacks. missing: what is in neither."""
+    """wheels: those of WHEELS= that the node lacks, or has too old. missing: what is in neither."""
 
     site: Path
     wheels: tuple[Path, ...]
     missing: tuple[str, ...]
     variables: Mapping[str, str]
 
+    def take_wheels(self) -> list[str]:
+        """The command that puts `wheels` into `site`; they may be what builds the rest."""
+        return [*self._pip, *map(str, self.wheels)]
+
     def install(self, build: Path) -> list[str]:
         """The command that builds the native modules and fills `site`, without a network."""
+        return [*self._pip, "-C", f"build-dir={build}", "."]
+
+    @property
+    def _pip(self) -> list[str]:
         return [
             sys.executable, "-m", "pip", "install", "--no-index", "--no-deps",
             "--no-build-isolation", "--no-compile", "--disable-pip-version-check",
             "--no-warn-script-location", "--root-user-action=ignore", "--upgrade",
-            "--target", str(self.site), "-C", f"build-dir={build}",
-            *map(str, self.wheels), ".",
+            "--target", str(self.site),
         ]  # fmt: skip
 
     @property
@@ -57,7 +68,8 @@ def prepare(site: Path, wheels: Path | None) -> Environment:
     by_name = {_name(path): path for path in sorted(wheels.glob("*.whl"))} if wheels else {}
     if wheels is not None and not by_name:
         raise FileNotFoundError(f"WHEELS={wheels} holds no wheel")
-    absent = {name for name in (*NEEDED, *by_name) if not _installed(name)}
+    absent = {name for name in (*NEEDED, *by_name) if _version(name) is None}
+    old = {name for name, least in BUILT_WITH.items() if _major(name) < least}
     variables = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH")))),
@@ -69,7 +81,7 @@ def prepare(site: Path, wheels: Path | None) -> Environment:
     }
     return Environment(
         site,
-        tuple(path for name, path in by_name.items() if name in absent),
+        tuple(path for name, path in by_name.items() if name in absent | old),
         tuple(sorted(name for name in absent if name in NEEDED and name not in by_name)),
         variables,
     )
@@ -80,9 +92,12 @@ def _name(wheel: Path) -> str:
     return re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower()
 
 
-def _installed(name: str) -> bool:
+def _version(name: str) -> str | None:
     try:
-        version(name)
+        return version(name)
     except PackageNotFoundError:
-        return False
-    return True
+        return None
+
+
+def _major(name: str) -> int:
+    return int((_version(name) or "0").split(".")[0])

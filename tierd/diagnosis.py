@@ -123,15 +123,16 @@ class Diagnosis:
         return {name: layers[layer].state for name, layers in found.items()}
 
     def _client(self, client: int) -> Reply:
-        stack = self._daemon.engine.stack
-        if client < 0 and stack is not None:
-            # What a GPU takes out of DRAM: the core's own client.
-            for feed in stack.feeds.feeds.values():
-                if feed.id == client:
-                    name = self._daemon.tiers.gpus[feed.gpu].name
-                    return {"client": client, "name": f"copies to {name}"}
+        if client in (feeds := self._feeds() if client < 0 else {}):
+            name = self._daemon.tiers.gpus[feeds[client]].name
+            return {"client": client, "name": f"copies to {name}"}
         session = self._daemon.sessions.get(client)
         return {"client": client, "name": "" if session is None else session.name}
+
+    def _feeds(self) -> dict[int, int]:
+        """What GPUs take out of DRAM: the core's own clients, and the number of their GPU."""
+        stack = self._daemon.engine.stack
+        return {} if stack is None else {feed.id: feed.gpu for feed in stack.feeds.feeds.values()}
 
     def _text(self, decision: Decision, peer: PeerCredentials) -> str:
         """The reason, with layers by name; of another model only if the peer may know."""
@@ -157,7 +158,8 @@ class Diagnosis:
 
     def trace(self, peer: PeerCredentials, message: dict[str, Any]) -> Reply:
         """A page of the record. `part` is one of PARTS, `first` the number of its first item; a
-        page is empty at the end. Each item is one msgpack text of its own."""
+        page is empty at the end. `tier`: whose record, DRAM's by default. Each item is one
+        msgpack text of its own."""
         for readers in self._daemon.registry.readers.values():
             if not _may_see(peer, readers):
                 raise AccessDenied(
@@ -171,7 +173,8 @@ class Diagnosis:
             raise BadRequest(
                 f"trace: first is {first!r:.40}, expected a number from 0 to {LAST_ITEM}"
             )
-        record = self._daemon.engine.machine.record
+        machine = self._machine(fields.text({"tier": DRAM_TIER, **message}, "tier"))
+        record = machine.record
         extent = record.extent
         reply: Reply = {
             "now_ns": self._daemon.engine.now(),
@@ -182,7 +185,7 @@ class Diagnosis:
         }
         if part == "opening":
             reply["items"] = _page(plain(event) for event in record.opening()[first:])
-            reply |= self._about()
+            reply |= self._about(machine)
         elif part == "models":
             packs = list(self._daemon.registry.by_model.values())[first:]
             reply["items"] = _page(_model(pack) for pack in packs)
@@ -191,26 +194,28 @@ class Diagnosis:
             reply["items"] = _page(_entry(entry) for entry in record.entries(first, PAGE_ITEMS))
         reply["next"] = first + len(reply["items"])
         if part == "entries" and reply["next"] >= extent.end:
-            memory = self._daemon.engine.machine.snapshot().memory
+            memory = machine.snapshot().memory
             reply["memory"] = {  # at the end of the record: counters can be led back from here
                 "resident_bytes": memory.resident_bytes,
                 "leased_bytes": memory.leased_bytes,
             }
         return reply
 
-    def _about(self) -> Reply:
-        """What the whole trace is about."""
+    def _about(self, machine: TierMachine) -> Reply:
+        """What the whole trace of a tier is about."""
         daemon = self._daemon
         return {
             "version": tierd.__version__,
             "unix_ns": time.time_ns(),
             "schema": {name: list(names) for name, names in SCHEMA.items()},
-            "config": dataclasses.asdict(daemon.engine.config),
+            "config": dataclasses.asdict(machine.config),
             "ssd_bandwidth_limit": daemon.config.ssd_bandwidth,
             "clients": [
                 {"client": client, "name": session.name, "pid": session.connection.peer.pid}
                 for client, session in daemon.sessions.items()
-            ],
+            ]
+            + [{**self._client(feed), "pid": daemon.pid} for feed in self._feeds()],
+            "tiers": [DRAM_TIER, *(gpu.name for gpu in daemon.tiers.gpus)],
         }
 
 

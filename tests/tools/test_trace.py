@@ -114,8 +114,8 @@ def test_what_the_ring_forgot_between_two_pages_is_counted(tmp_path: Path) -> No
 
     entries = [page(10, 20, 10, [10, 11]), page(15, 17, 15, [15, 16]), page(17, 17, 15, [])]
 
-    def ask(op: str, part: str, first: int = 0) -> dict[str, Any]:
-        assert op == "trace"
+    def ask(op: str, part: str, tier: str, first: int = 0) -> dict[str, Any]:
+        assert (op, tier) == ("trace", "dram")
         if part == "entries":
             return entries.pop(0)
         return {"items": [], "next": 0, "end": 20, "first": 10, "clients": []}
@@ -194,3 +194,35 @@ def test_what_cannot_be_answered_is_one_line_and_a_code(
         errors = capsys.readouterr().err
         assert text in errors
         assert errors.count("\n") == 1
+
+
+def test_a_trace_has_tracks_of_its_own_for_each_gpu(tmp_path: Path, capsys: Capture) -> None:
+    random_model.write_pack(tmp_path / "packs" / "tiny", random_model.TINY)
+    arguments = ["--models", str(tmp_path / "packs"), "--dram", "64MiB"]
+    arguments += ["--gpu", "0=64MiB", "--gpu", "1=64MiB", "--gpu-device", "memfd"]
+    path = tmp_path / "day.json"
+    with serve(arguments, tmp_path / "log") as daemon:
+        with tierd_client.Client(daemon.socket, tier="gpu:1", name="walker") as client:
+            opened = client.open("tiny")
+            layers = range(len(opened.index.layers))
+            opened.plan(layers)
+            for layer in layers:
+                opened.acquire(layer).release()
+        assert tierctl.main(["trace", "-o", str(path), "--socket", daemon.socket]) == 0
+    document = json.loads(path.read_text())
+    check_format(document["traceEvents"])
+    names = {
+        event["args"]["name"]: event["pid"]
+        for event in document["traceEvents"]
+        if event["name"] == "process_name"
+    }
+    assert {"tier dram", "ssd", "clients"} <= names.keys()
+    assert {"tier gpu:1", "copies to gpu:1", "clients of gpu:1"} <= names.keys()
+    assert len(set(names.values())) == len(names)
+    drawn = document["traceEvents"]
+    copies = [e for e in drawn if e["pid"] == names["copies to gpu:1"] and e["ph"] == "X"]
+    assert len(copies) == len(layers)
+    used = [e for e in drawn if e["pid"] == names["clients of gpu:1"] and e.get("cat") == "compute"]
+    assert len(used) == len(layers)
+    assert min(e["ts"] for e in drawn if "ts" in e) == 0
+    assert Recording.read(path).moments, "the day of DRAM can be replayed"

@@ -61,19 +61,22 @@ class Fetched:
     gaps: list[list[int]] = field(default_factory=list)  #: [first missing, next]
     memory: dict[str, int] = field(default_factory=dict)  #: at the end
     forgotten: int = 0
+    gpus: dict[str, Fetched] = field(default_factory=dict)  #: by tier: what its own record holds
 
 
 def trace(socket_path: str | None, path: Path, seconds: float = 0.0) -> Written:
     """Writes what the record holds, and what happens in the next `seconds`."""
     with asking(socket_path) as ask, _output(path) as file:
         fetched = fetch(ask, seconds)
+        for tier in fetched.about["tiers"][1:]:
+            fetched.gpus[tier] = fetch(ask, 0.0, tier=tier)
         fetched.about["status"] = ask("status")
         document = compose(fetched)
         json.dump(document, file, separators=(",", ":"), allow_nan=False)
     times = [entry[1] for entry in fetched.entries] or [0]
     return Written(
         str(path),
-        len(fetched.entries),
+        sum(len(one.entries) for one in (fetched, *fetched.gpus.values())),
         len(document["traceEvents"]),
         times[-1] - times[0],
         fetched.forgotten,
@@ -104,16 +107,18 @@ def _output(path: Path) -> Iterator[TextIO]:
         scratch.unlink(missing_ok=True)
 
 
-def fetch(ask: Ask, seconds: float, poll_seconds: float = POLL_SECONDS) -> Fetched:
-    """All pages, and more of them until `seconds` are over."""
+def fetch(
+    ask: Ask, seconds: float, poll_seconds: float = POLL_SECONDS, tier: str = "dram"
+) -> Fetched:
+    """All pages of a tier, and more of them until `seconds` are over."""
     deadline = time.monotonic() + seconds
-    first = ask("trace", part="opening")
+    first = ask("trace", part="opening", tier=tier)
     about = {key: value for key, value in first.items() if key not in PAGE_FIELDS}
-    opening = _rest(ask, "opening", first)
+    opening = _rest(ask, "opening", first, tier)
     found = Fetched(about, [], opening, forgotten=first["first"])
     wanted = first["first"]
     while True:
-        reply = ask("trace", part="entries", first=wanted)
+        reply = ask("trace", part="entries", first=wanted, tier=tier)
         entries = [msgpack.unpackb(item) for item in reply["items"]]
         if entries and entries[0][0] > wanted:
             found.gaps.append([wanted, entries[0][0]])
@@ -126,21 +131,35 @@ def fetch(ask: Ask, seconds: float, poll_seconds: float = POLL_SECONDS) -> Fetch
                 break
             time.sleep(min(left, poll_seconds))
     # Last: a model that came meanwhile has its names here too.
-    found.models = _rest(ask, "models", ask("trace", part="models"))
+    found.models = _rest(ask, "models", ask("trace", part="models", tier=tier), tier)
     return found
 
 
-def _rest(ask: Ask, part: str, reply: dict[str, Any]) -> list[Any]:
+def _rest(ask: Ask, part: str, reply: dict[str, Any], tier: str) -> list[Any]:
     items: list[Any] = []
     while reply["items"]:
         items += [msgpack.unpackb(item) for item in reply["items"]]
-        reply = ask("trace", part=part, first=reply["next"])
+        reply = ask("trace", part=part, first=reply["next"], tier=tier)
     return items
 
 
 def compose(fetched: Fetched) -> dict[str, Any]:
     """The document."""
-    data = {
+    data = _data(fetched)
+    data["gpus"] = {tier: _data(one) for tier, one in fetched.gpus.items()}
+    begins = [one.entries[0][1] for one in (fetched, *fetched.gpus.values()) if one.entries]
+    zero_ns = min(begins, default=0)
+    events = _drawn(fetched, data, "dram", 0, zero_ns)
+    for number, (tier, one) in enumerate(fetched.gpus.items(), start=1):
+        if one.entries:
+            events += _drawn(one, data["gpus"][tier], tier, number, zero_ns)
+    events.sort(key=lambda event: float(event.get("ts", -1)))  # names first
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": data}
+
+
+def _data(fetched: Fetched) -> dict[str, Any]:
+    """What a replay needs of one tier."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         **{("tierd_version" if key == "version" else key): v for key, v in fetched.about.items()},
@@ -151,6 +170,12 @@ def compose(fetched: Fetched) -> dict[str, Any]:
         "gaps": fetched.gaps,
         "entries": [entry[:4] for entry in fetched.entries],
     }
+
+
+def _drawn(
+    fetched: Fetched, data: dict[str, Any], tier: str, number: int, zero_ns: int
+) -> list[dict[str, Any]]:
+    """What a viewer draws of one tier."""
     decided = [
         Decided(at_ns, what, None if key is None else (key[0], key[1]), text)
         for _, at_ns, _, _, decisions in fetched.entries
@@ -158,5 +183,8 @@ def compose(fetched: Fetched) -> dict[str, Any]:
     ]
     layers = {model: (name, names) for model, name, names in fetched.models}
     clients = {client["client"]: client["name"] for client in fetched.about["clients"]}
-    events = tracks(Recording.restored(data), decided, layers, clients, fetched.memory)
-    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": data}
+    recording = Recording.restored(data)
+    return tracks(
+        recording, decided, layers, clients, fetched.memory, tier, number,
+        zero_ns if recording.moments else None,
+    )  # fmt: skip

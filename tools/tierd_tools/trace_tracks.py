@@ -8,6 +8,9 @@ track               one line each
 tier dram           decisions; residency of each layer; counters of bytes resident and leased
 ssd                 a line per read that runs beside others; a counter of bytes a second
 clients             a line per client: waiting for a layer, computing with it
+
+A GPU has the same tracks: `tier gpu:0`, `copies to gpu:0` (each from when the GPU has room for the
+layer: it waits for DRAM first) and `clients of gpu:0`. What copies take is a client of DRAM.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     #: by model: its name, the names of its layers
     Names = Mapping[int, tuple[str, Sequence[str]]]
 
-TIER, SSD, CLIENTS = 1, 2, 3  #: process ids of the tracks
+TIER, SSD, CLIENTS = 1, 2, 3  #: process ids of the tracks; those of each further tier follow
 RATE_STEP_NS, RATE_STEPS = 10_000_000, 5_000  #: resolution of the bandwidth: at most so many
 DRAWN = ("read", "resident", "grant", "wait")  #: decisions that other events show
 
@@ -72,10 +75,14 @@ def tracks(
     layers: Names,
     clients: Mapping[int, str],
     memory: Mapping[str, int],
+    tier: str = "dram",
+    number: int = 0,
+    zero_ns: int | None = None,
 ) -> list[TraceEvent]:
     """All trace events, names first, then by time. `memory`: bytes at the end, from which the
-    counters are led back."""
-    drawing = _Drawing(recording, layers)
+    counters are led back. `number` of the tier: its tracks and ids are its own. `zero_ns`: when
+    time begins, default with the recording."""
+    drawing = _Drawing(recording, layers, tier, number, zero_ns)
     drawing.reads()
     drawing.clients()
     drawing.decisions(decided)
@@ -87,17 +94,25 @@ def tracks(
 
 
 class _Drawing:
-    def __init__(self, recording: Recording, layers: Names) -> None:
+    def __init__(
+        self, recording: Recording, layers: Names, tier: str, number: int, zero_ns: int | None
+    ) -> None:
+        self._tier = tier
+        self._number = number
         self.events: list[TraceEvent] = []
         self._recording = recording
         self._layers = layers
         self._begin_ns = recording.begin_ns
+        self._zero_ns = self._begin_ns if zero_ns is None else zero_ns
         self._readings = _readings(recording)
         self._lanes = 0
         self._clients: dict[int, None] = {}
 
     def _us(self, at_ns: int) -> float:
-        return (at_ns - self._begin_ns) / 1000
+        return (at_ns - self._zero_ns) / 1000
+
+    def _pid(self, track: int) -> int:
+        return track + CLIENTS * self._number
 
     def _name(self, key: LayerKey) -> str:
         name, layers = self._layers.get(key.model, (f"model {key.model}", ()))
@@ -105,22 +120,31 @@ class _Drawing:
         return f"{name} {layer}"
 
     def _add(self, ph: str, name: str, at_ns: int, pid: int, tid: int, **more: Any) -> None:
+        if "id" in more and self._number:
+            more["id"] = f"{self._tier}/{more['id']}"
+        pid = self._pid(pid)
         self.events.append(
             {"ph": ph, "name": name, "ts": self._us(at_ns), "pid": pid, "tid": tid, **more}
         )
 
     def names(self, clients: Mapping[int, str]) -> list[TraceEvent]:
         known = {(TIER, 1): "decisions"}
-        known |= {(SSD, lane): f"reader {lane}" for lane in range(1, self._lanes + 1)}
+        reader = "copy" if self._number else "reader"
+        known |= {(SSD, lane): f"{reader} {lane}" for lane in range(1, self._lanes + 1)}
         for client in self._clients:
             name = clients.get(client, "")
             known[CLIENTS, client] = f"client {client}" + (f" ({name})" if name else "")
         result = [
-            {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}}
-            for pid, name in ((TIER, "tier dram"), (SSD, "ssd"), (CLIENTS, "clients"))
-        ]
-        for (pid, tid), name in known.items():
-            where = {"pid": pid, "tid": tid}
+            {"ph": "M", "name": "process_name", "pid": self._pid(track), "tid": 0,
+                "args": {"name": name}}
+            for track, name in (
+                (TIER, f"tier {self._tier}"),
+                (SSD, f"copies to {self._tier}" if self._number else "ssd"),
+                (CLIENTS, f"clients of {self._tier}" if self._number else "clients"),
+            )
+        ]  # fmt: skip
+        for (track, tid), name in known.items():
+            where = {"pid": self._pid(track), "tid": tid}
             result.append({"ph": "M", "name": "thread_name", **where, "args": {"name": name}})
         return result
 

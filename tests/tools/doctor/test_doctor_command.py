@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tierd_tools import random_pack, tierctl
-from tierd_tools.doctor import nvidia
+from tierd_tools.doctor import nvidia, round_trip
 from tierd_tools.doctor.finding import Diagnosis, Finding, show
+from tierd_tools.gpu_ground import wait_ready
 from tierd_tools.serving import serve
 
 if TYPE_CHECKING:
@@ -56,22 +57,34 @@ def test_without_daemon_and_gpu_it_says_what_works_and_what_to_do(
     ],
 )
 def test_what_is_asked_for_and_does_not_work_is_exit_status_1(
-    capsys: pytest.CaptureFixture[str], flags: list[str], failed: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    failed: str,
 ) -> None:
+    def tried(kind: str, number: int, *, needed: bool) -> Finding:
+        if kind == "memfd":
+            return Finding(kind, "works", "quickly", needed=needed)
+        return Finding(f"{kind} on GPU {number}", "does not work", "none", "buy one", needed)
+
+    monkeypatch.setattr(round_trip, "finding", tried)
     status, found = examine(capsys, *flags)
     assert status == 1
     assert [name for name, finding in found.items() if finding["needed"] and failed == name]
     assert found[failed]["verdict"] == "does not work"
 
 
-def test_a_daemon_that_answers_names_its_packs(
+def test_a_daemon_that_answers_names_its_packs_and_gpus(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     random_pack.write(tmp_path / "packs" / "one", 1, 4096)
     flags = ["--models", str(tmp_path / "packs"), "--dram", "64MiB"]
+    flags += ["--gpu", "0=16MiB", "--gpu-device", "memfd"]
     with serve(flags, tmp_path / "log") as daemon:
+        wait_ready(daemon.socket)
         status, found = examine(capsys, "--socket", daemon.socket)
     assert status == 0
+    assert found["gpu:0 of the daemon"]["text"] == "memfd, shared memory"
     assert found["socket"]["verdict"] == "works"
     assert found[f"O_DIRECT in {tmp_path / 'packs'}"]["verdict"] in ("works", "does not work")
 

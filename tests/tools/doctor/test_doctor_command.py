@@ -24,6 +24,7 @@ def _nobody_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither a daemon nor a GPU of the machine that runs the tests."""
     monkeypatch.setenv("TIERD_SOCKET", str(tmp_path / "nobody.sock"))
     monkeypatch.setattr(nvidia, "look", lambda: WITHOUT_GPU)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 def examine(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, dict[str, Any]]:

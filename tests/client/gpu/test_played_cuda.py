@@ -3,7 +3,10 @@ the daemon and in the client, with a GPU that is never in a hurry."""
 
 from __future__ import annotations
 
+import faulthandler
 import gc
+import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.daemon.conftest import RunningDaemon
+from tests.e2e.gpu_client import damaged_blocks
 from tests.fake_cuda.driver import FakeDriver
 from tests.fake_cuda.runtime import FakeRuntime
 from tierd_client import Client, load_model
@@ -225,6 +229,27 @@ def test_a_model_that_is_closed_leaves_nothing_with_the_driver(
     del model
     gc.collect()
     assert client_driver.live() == {}
+
+
+@pytest.mark.parametrize("kind", ["cuda_vmm", "cuda_ipc"])
+def test_a_write_in_place_is_impossible_or_seen_by_the_checksums(
+    kind: str, start: Callable[[str, int], str], client_driver: FakeDriver
+) -> None:
+    with (
+        Client(start(kind, FITS), tier="gpu:0") as client,
+        client.lease("tiny", "model.layers.1") as lease,
+    ):
+        content = lease.mapping.tensor(torch.uint8, (lease.layer.nbytes,), (1,), lease.offset)
+        assert damaged_blocks(bytes(content.numpy()), lease.layer) == []
+        child = os.fork()
+        if child == 0:
+            faulthandler.disable()
+            content[7] ^= 1
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert ended == (-signal.SIGSEGV if kind == "cuda_vmm" else 0)
+        damaged = damaged_blocks(bytes(content.numpy()), lease.layer)
+        assert damaged == ([] if kind == "cuda_vmm" else [0])
 
 
 def test_what_does_not_go_together_is_refused_before_a_model_is_made(

@@ -444,11 +444,12 @@ def test_a_quarantined_layer_can_be_granted_meanwhile_and_stays_afterwards() -> 
 
 def test_quarantine_counts_against_admission() -> None:
     machine, _ = adopted_machine(AdoptedSlot(0, 0, 0, 4 * G, 9, None, (77,)))
-    [refusal] = feed(machine, Plan(1, 1, 1, 0, (0,)))
+    assert feed(machine, Plan(1, 1, 1, 0, (0,))) == []
+    [refusal] = feed(machine, Tick(1 + machine.config.admission_patience_ns))
     assert isinstance(refusal, Refuse)
     assert f"{4 * G} bytes in quarantine" in refusal.text
-    feed(machine, HolderGone(2, 77))
-    assert isinstance(feed(machine, Plan(3, 1, 2, 0, (0,)))[0], Admit)
+    feed(machine, Plan(3_000_000_000, 1, 2, 0, (0,)))
+    assert Admit(1, 2, G) in feed(machine, HolderGone(3_000_000_001, 77))
 
 
 def test_a_smaller_budget_after_a_restart_sheds_what_nobody_holds() -> None:

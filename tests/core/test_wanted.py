@@ -306,3 +306,24 @@ def test_a_plan_over_another_model_does_not_end_and_one_that_waits_is_refused() 
     assert not machine.pressed
     with pytest.raises(IllegalEvent):
         machine.handle(PlanOver(3, 9, 0))
+
+
+def test_a_plan_that_comes_while_a_dead_clients_slots_are_fenced_waits_for_that() -> None:
+    machine = machine_of(4, (1,) * 4, (2,) * 2)
+    plan(machine, 1, 4)
+    keep(machine, 1, 4)
+    feed(machine, ClientGone(1, 1, holder=1))
+    assert not feed(machine, Plan(2, 2, 1, 1, (0, 1))), "refused at once"
+    assert machine.pressed
+    assert of(Admit, feed(machine, HolderGone(3, 1)))
+
+
+def test_a_plan_waits_for_processes_of_an_earlier_daemon_no_longer_than_for_others() -> None:
+    machine = machine_of(4, (1,) * 4, (2,) * 2)
+    plan(machine, 1, 4)
+    keep(machine, 1, 4)
+    feed(machine, ClientGone(1, 1, holder=1))
+    feed(machine, Plan(2, 2, 1, 1, (0, 1)))
+    [refusal] = of(Refuse, feed(machine, Tick(2 + 2 * S)))
+    assert refusal.code == "budget_too_small"
+    assert f"{4 * G} bytes in quarantine" in refusal.text

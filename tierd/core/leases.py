@@ -201,13 +201,14 @@ class Ledger:
         return self.wanted_slots + self.apart_slots + more <= self.slot_limit
 
     def admits_once_released(self, client: int, reserve: int) -> bool:
-        """Whether the rule would hold with this reserve if nobody held more than its own."""
+        """Whether the rule would hold with this reserve if nobody held more than its own, and
+        nobody read a dead client's slots any more: both may end while one waits."""
         others = [a.reserve for number, a in self._accounts.items() if number != client]
         mine = self._accounts[client]
         slots = sum(other > 0 for other in others) + max(1, len(mine.layers))
         return (
-            sum(others) + max(reserve, mine.held) + self.quarantined + self.pinned <= self.budget
-            and slots + self.quarantined_slots + self.pinned_slots <= self.slot_limit
+            sum(others) + max(reserve, mine.held) + self.pinned <= self.budget
+            and slots + self.pinned_slots <= self.slot_limit
         )
 
     def set_reserve(self, client: int, reserve: int) -> None:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_NS = 1_000_000_000  # while a decision of the core is a matter of time
+TELL_SECONDS = 0.002  # after which clients can see whether memory is wanted: not in every answer
 SOONEST_TICK_NS = 1_000_000  # the resolution of the loop's timers
 
 
@@ -90,6 +91,7 @@ class Engine:
         self._held: list[tuple[Read, Pack]] | None = None
         self._tick: asyncio.TimerHandle | None = None
         self._tick_at_ns = 0
+        self._telling: asyncio.TimerHandle | None = None
         self._stopped = False
         self._asked: dict[int, Callable[[Done | Refuse], None]] = {}  # by request of an operator
         self._requests = 0
@@ -118,10 +120,15 @@ class Engine:
             self._deciding = False
         if self.core.waits_for_time:
             self._tick_soon()
-        self._tell_pressed()
+        if self._telling is None:
+            loop = asyncio.get_running_loop()
+            self._telling = loop.call_later(TELL_SECONDS, self._tell_pressed)
 
     def _tell_pressed(self) -> None:
         """Write down for the clients of each tier whether they may keep leases."""
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
         if self.machine.pressed is not self._pressed:
             self._pressed = self.slots.table.pressed = not self._pressed
         if self.stack is not None:
@@ -159,8 +166,9 @@ class Engine:
         """Decide nothing more, and leave the slot table as it is: whoever holds a lease may read
         on, and the next daemon will respect it."""
         self._stopped = True
-        if self._tick is not None:
-            self._tick.cancel()
+        for timer in (self._tick, self._telling):
+            if timer is not None:
+                timer.cancel()
 
     def hold_reads(self) -> None:
         """Start no read before `resume_reads`: a read takes memory."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 COMMANDS = (
     *("pack", "verify", "unpack", "status", "models", "layers", "clients", "config", "reload"),
-    *("pin", "unpin", "evict", "why", "trace", "replay", "predict", "doctor"),
+    *("pin", "unpin", "evict", "budget", "why", "trace", "replay", "predict", "doctor"),
 )
 
 

@@ -144,10 +144,15 @@ class Client:
 
         Ends every lease, and raises what their release would: ViewStillAlive, LeaseLost.
         """
-        problems = [lease.end() for lease in self._connection.live_leases()]
+        live = self._connection.live_leases()
+        problems = [lease.end() for lease in live]
         try:
             while self._connection.alive and self._connection.departures.wait():
                 pass  # the daemon would take the memory while the GPU still reads it
+            if self._arenas is not None and not live and not self._connection.held:
+                # Nobody gets the memory while it is mapped here. A thread that is inside a lease,
+                # or has a view, keeps it until it is collected.
+                self._arenas.let_go()
         finally:
             self._connection.close()
         for problem in problems:

@@ -184,3 +184,26 @@ def test_an_arena_in_impossible_chunks_ends_the_connection(
         pytest.raises(ProtocolBroken, match=f"in chunks of {chunk_bytes}"),
     ):
         client.open(MODEL)
+
+
+def test_a_client_that_closes_lets_go_of_the_gpu_at_once(gpu_daemon: FakeDaemon) -> None:
+    with Client(gpu_daemon.path, tier="gpu:0") as client:
+        for name in ("embed", "blocks.0"):
+            client.lease(MODEL, name).release()
+        assert mapped(client) == {0, 1, 2}
+    assert mapped(client) == set()
+
+
+def test_what_is_leased_or_viewed_when_a_client_closes_stays_mapped(
+    gpu_daemon: FakeDaemon,
+) -> None:
+    with Client(gpu_daemon.path, tier="gpu:0") as client:
+        lease = client.lease(MODEL, "embed")  # another thread computes with it
+        layer = lease.mapping.buffer(lease.offset, lease.layer.nbytes)
+    assert mapped(client) == {0}
+    assert bytes(layer) == gpu_daemon.pack.layer_bytes(0)
+    with Client(gpu_daemon.path, tier="gpu:0") as client:
+        view = client.lease(MODEL, "embed")["embed.weight"].view()
+        client.lease(MODEL, "blocks.0").release()
+    assert 0 in mapped(client)
+    assert view.isfinite().all()

@@ -7,6 +7,10 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,25 @@ class Footprint:
     def bytes_of(self, pattern: str) -> int:
         """Memory behind the memfds whose name matches."""
         return sum(n for kind, n in self.shared_bytes.items() if re.search(pattern, kind))
+
+
+def memfd_bytes(pids: Iterable[int], name: str) -> int:
+    """Memory behind the memfds `name`... that these processes keep alive together, by an open
+    descriptor or by a mapping: it is the system's again when the last of either is gone."""
+    files: dict[int, int] = {}
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                if os.readlink(entry).startswith(f"/memfd:{name}"):
+                    files[entry.stat().st_ino] = 512 * entry.stat().st_blocks
+            except FileNotFoundError:
+                continue  # closed meanwhile
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if f"/memfd:{name}" in line:
+                addresses, _, _, _, inode, _ = line.split(maxsplit=5)
+                first, _, end = addresses.partition("-")
+                files.setdefault(int(inode), int(end, 16) - int(first, 16))
+    return sum(files.values())
 
 
 def _kind(target: str) -> str:

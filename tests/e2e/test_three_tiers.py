@@ -5,6 +5,8 @@ The reference is the model in memory; `compute="dense"` has its bits, so its tok
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.daemon.conftest import Refused, RunningDaemon, wait_until
-from tests.e2e.footprint import Footprint
+from tests.e2e.footprint import Footprint, memfd_bytes
 from tests.e2e.model_processes import ModelProcess, ModelProcesses
+from tierd_client.errors import DaemonGone
 from tierd_client.load import load_model
 from tierd_layouts.container import open_pack
 from tierd_tools import random_model
@@ -33,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 TRAINED = ROOT.parent / "shared" / "models"
 TIER = "gpu:0"
 CHUNK_BYTES = 2 * MIB
-CHUNKS = "memfd:tierd-gpu"
+CHUNKS = "tierd-gpu"
 NEW_TOKENS = 6
 MANY_LAYERS = random_model.Shape(
     hidden=384, intermediate=1024, layers=12, heads=6, kv_heads=2, vocabulary=1500
@@ -161,8 +164,8 @@ class Watched:
 
 
 def backed_bytes(daemon: RunningDaemon) -> int:
-    """Memory behind the chunks, counted by the kernel."""
-    return Footprint.of(daemon.pid).bytes_of(CHUNKS)
+    """Memory behind the chunks that the daemon has, or that this process maps."""
+    return memfd_bytes((daemon.pid, os.getpid()), CHUNKS)
 
 
 # ------------------------------------------------------------------------------------- right tokens
@@ -200,6 +203,7 @@ def test_a_model_that_fits_the_gpu_is_copied_once_and_asked_for_no_more(
             assert many_layers.generate(model) == many_layers.expected
             second = daemon.status()
             assert model.tierd.statistics().leases == asked, "kept leases cost no round trip"
+        assert memfd_bytes((os.getpid(),), CHUNKS) == 0, "a closed model maps nothing"
         assert first["gpus"][0]["copied_bytes"] == many_layers.nbytes
         assert second["gpus"][0]["copied_bytes"] == many_layers.nbytes
         assert second["ssd"]["read_bytes"] == first["ssd"]["read_bytes"] == many_layers.nbytes
@@ -340,4 +344,39 @@ def test_a_budget_too_small_for_those_who_are_there_is_refused_with_both_numbers
                 assert refused.value.code in ("budget_too_small", "bad_request")
                 assert str(nbytes) in refused.value.text
             assert gpu_of(daemon)["budget_bytes"] == room
+            assert many_layers.generate(model) == many_layers.expected
+
+
+# ------------------------------------------------------------------------------- a daemon that dies
+
+
+def generate_to_the_end(case: Case, model: Any) -> None:
+    """What it leases it may read to the end, so it may take a while until it notices."""
+    for _ in range(100):
+        assert case.generate(model) == case.expected
+
+
+def test_a_model_whose_daemon_died_lets_go_of_the_gpu_when_it_is_closed(
+    many_layers: Case, tmp_path: Path
+) -> None:
+    room = many_layers.layers * CHUNK_BYTES
+    own = (os.getpid(),)
+    gc.collect()
+    assert memfd_bytes(own, CHUNKS) == 0
+    fds = Footprint.of(os.getpid()).fds
+    with daemon_of(many_layers, tmp_path, room, room) as daemon:
+        model = many_layers.load(daemon)
+        assert many_layers.generate(model) == many_layers.expected
+        assert memfd_bytes(own, CHUNKS) > 0
+        daemon.kill()
+        with pytest.raises(DaemonGone):
+            generate_to_the_end(many_layers, model)
+        model.tierd.close()
+        assert memfd_bytes(own, CHUNKS) == 0, "it is nobody's, as long as somebody maps it"
+        del model
+        gc.collect()
+        assert not Footprint.of(os.getpid()).fds - fds, "nor is a descriptor left"
+    with daemon_of(many_layers, tmp_path, room, room) as daemon:  # and this process goes on
+        model = many_layers.load(daemon)
+        with model.tierd:
             assert many_layers.generate(model) == many_layers.expected

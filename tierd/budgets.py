@@ -15,7 +15,7 @@ from tierd.core.model import BudgetChanged, Refuse
 from tierd.core.stack_model import TierBudgetChanged
 from tierd.errors import BadRequest, BudgetTooLarge, TierUnavailable
 from tierd.gpu.errors import GpuError
-from tierd.io.memory_limits import available_bytes, check_budget
+from tierd.io.memory_limits import available_for, check_budget
 from tierd.operators import check_operator
 from tierd.sizes import LARGEST, format_size
 
@@ -127,7 +127,8 @@ class Budgets:
             else:
                 change()
 
-        loop.run_in_executor(None, available_bytes).add_done_callback(looked)
+        look = loop.run_in_executor(None, available_for, self._arenas.pages)
+        look.add_done_callback(looked)
 
     def _submit(
         self, session: Session, request: int, tier: str, gpu: GpuTier | None, nbytes: int

@@ -31,6 +31,7 @@ RECEIVE_BYTES = 64 << 10
 LINGER_NS = 50_000  # that the loop stays awake after a request
 QUEUE_FRAMES = 256  # replies that a peer may leave unread ...
 QUEUE_BYTES = 16 << 20  # ... and their bytes: four of the largest
+QUEUE_FDS = 256  # ... and the descriptors with them
 
 
 class Owner(Protocol):
@@ -94,10 +95,15 @@ class Connection:
         rest = memoryview(frame)[sent:]
         self._queue.append(_Frame(rest, [] if sent else [os.dup(fd) for fd in fds]))
         self._queued_bytes += len(rest)
-        if len(self._queue) > QUEUE_FRAMES or self._queued_bytes > QUEUE_BYTES:
+        if (
+            len(self._queue) > QUEUE_FRAMES
+            or self._queued_bytes > QUEUE_BYTES
+            or (fds and sum(len(frame.fds) for frame in self._queue) > QUEUE_FDS)
+        ):
             reason = (
                 f"left {len(self._queue)} replies ({self._queued_bytes} bytes) unread, "
-                f"the limit is {QUEUE_FRAMES} replies or {QUEUE_BYTES} bytes"
+                f"the limit is {QUEUE_FRAMES} replies, {QUEUE_BYTES} bytes or {QUEUE_FDS} "
+                "descriptors"
             )
             log.warning("process %d is disconnected: it %s", self.peer.pid, reason)
             self._close_soon(reason)

@@ -35,7 +35,7 @@ from tierd.diagnosis import Diagnosis
 from tierd.engine import Engine
 from tierd.errors import ShuttingDown, TierdError, TooManyClients
 from tierd.holders import Holders
-from tierd.io.memory_limits import auto_budget, available_bytes, check_budget
+from tierd.io.memory_limits import auto_budget, available_bytes, available_for, check_budget
 from tierd.io.pages import choose_pages
 from tierd.io.ssd import ReaderPool
 from tierd.models import Models, scan_for
@@ -122,8 +122,9 @@ class Daemon:
         held_bytes = sum(os.fstat(fd).st_blocks * 512 for fd in kept_arenas)
         limit = await loop.run_in_executor(None, available_bytes)
         budget = self.config.dram_bytes or auto_budget(limit, held_bytes=held_bytes)
-        check_budget(budget, limit, held_bytes=held_bytes)
         pages = choose_pages(budget, kept_fds=kept_arenas)
+        limit = await loop.run_in_executor(None, available_for, pages)
+        check_budget(budget, limit, held_bytes=held_bytes)
         if pages.warning:
             log.warning("%s", pages.warning)
         control = kept.pop("control", None)

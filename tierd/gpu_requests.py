@@ -9,13 +9,14 @@ from tierd.errors import BadRequest
 from tierd.gpu.errors import GpuError
 from tierd.gpu.span import chunks_of
 from tierd.gpu_memory import close_all
-from tierd_layouts.wire import MAX_CHUNKS, MAX_REQUEST_ARRAY, MAX_SCRATCH_BYTES
+from tierd_layouts.wire import MAX_CHUNKS, MAX_REQUEST_ARRAY, MAX_SCRATCH_BYTES, ErrorCode
 
 if TYPE_CHECKING:
     from tierd.gpu.device import Export
     from tierd.gpu_tier import GpuTier
     from tierd.session import Session
 
+MAX_EXPORTING = 16  # requests for chunks of a session: each costs descriptors until it is answered
 _LARGEST = (1 << 32) - 1
 
 
@@ -26,12 +27,17 @@ def chunks(session: Session, request: int, message: dict[str, Any]) -> None:
     wanted = fields.numbers(message.get("chunks"), "chunks", 0, _LARGEST)
     if not 0 < len(wanted) <= MAX_CHUNKS or len(set(wanted)) < len(wanted):
         raise BadRequest(f"chunks: expected 1 to {MAX_CHUNKS} different numbers")
+    if session.exporting >= MAX_EXPORTING:
+        raise BadRequest(
+            f"{session.exporting} requests for chunks wait already, which is the limit"
+        )
     leased = _leased(session, gpu, arena)
     for chunk in wanted:
         if chunk not in leased:
             raise BadRequest(f"chunks: you hold no lease in chunk {chunk} of arena {arena}")
 
     def exported(outcome: list[Export] | GpuError) -> None:
+        session.exporting -= 1
         if isinstance(outcome, GpuError):
             session.refuse(request, outcome.code, outcome.text)
             return
@@ -42,9 +48,12 @@ def chunks(session: Session, request: int, message: dict[str, Any]) -> None:
             else:
                 handle = {"handle": outcome[0].handle, "nbytes": outcome[0].nbytes}
                 session.reply(request, handle)
+        except OSError as error:  # no descriptor is left for a reply that must wait
+            session.refuse(request, ErrorCode.INTERNAL, f"no chunk can be handed out: {error}")
         finally:
             close_all(outcome)
 
+    session.exporting += 1
     gpu.memory.export(session.client, arena, wanted, exported)
 
 

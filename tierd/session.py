@@ -65,6 +65,7 @@ class Session:
         self.opened: dict[int, Pack] = {}
         self.leases: dict[int, Grant] = {}
         self.granted = 0
+        self.exporting = 0  #: requests for chunks that the GPU's worker has
         self.position: LayerKey | None = None  #: what it asked for last
         self._outstanding: dict[int, Pack] = {}
         self._pidfd = -1  # of the process, while it is a client of a GPU

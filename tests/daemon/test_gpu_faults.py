@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.daemon.conftest import wait_until, write_pack
+from tests.daemon.conftest import Refused, wait_until, write_pack
 from tests.daemon.test_gpu_tier import (
     CHUNK,
     LAYER_BYTES,
@@ -204,6 +205,40 @@ Device.export = export
     assert len(os.listdir(f"/proc/{daemon.pid}/fd")) == before
     (tmp_path / "fault").unlink()
     assert opened.bytes_of(lease) == pack.content[0]
+
+
+def test_a_client_that_asks_for_chunks_and_reads_no_answer_costs_few_descriptors(
+    start_faulty: Start, connect: Connect, tmp_path: Path
+) -> None:
+    daemon = start_faulty(
+        """
+def export(self, arena, chunk):
+    while flag.exists():
+        time.sleep(0.01)
+    return really["export"](self, arena, chunk)
+Device.export = export
+"""
+    )
+    opened = on_gpu(connect, daemon)
+    numbers = opened.chunks_of(opened.acquire(0))
+    requests = [
+        opened.client.send("chunks", arena=opened.number, chunks=numbers) for _ in range(17)
+    ]
+    with pytest.raises(Refused, match="16 requests for chunks wait already"):
+        opened.client.receive(requests.pop())
+    (tmp_path / "fault").unlink()
+    for request in requests:
+        opened.client.receive(request)
+    for fd in opened.client.take_fds():
+        os.close(fd)
+    before = len(os.listdir(f"/proc/{daemon.pid}/fd"))
+    opened.client.sock.settimeout(0.2)
+    with contextlib.suppress(OSError):
+        while True:
+            opened.client.send("chunks", arena=opened.number, chunks=numbers)
+            assert len(os.listdir(f"/proc/{daemon.pid}/fd")) < before + 400
+    wait_until(lambda: daemon.status()["clients"] == 0, "it is disconnected")
+    assert "256 descriptors" in daemon.log_text()
 
 
 def test_memory_that_the_driver_does_not_take_back_counts_until_it_does(

@@ -226,3 +226,12 @@ def test_a_trace_has_tracks_of_its_own_for_each_gpu(tmp_path: Path, capsys: Capt
     assert len(used) == len(layers)
     assert min(e["ts"] for e in drawn if "ts" in e) == 0
     assert Recording.read(path).moments, "the day of DRAM can be replayed"
+    capsys.readouterr()
+    for tier in ("dram", "gpu:1"):
+        assert tierctl.main(["replay", str(path), "--tier", tier, "--json"]) == 0
+        reply = json.loads(capsys.readouterr().out)
+        [row] = [row for row in reply["rows"] if row["policy"] == "next-use"]
+        assert reply["tier"] == tier
+        assert row["uses"] == len(layers)
+    assert tierctl.main(["replay", str(path), "--tier", "gpu:7"]) == 1
+    assert "it has those of dram, gpu:0, gpu:1" in capsys.readouterr().err

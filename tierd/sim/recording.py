@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT = "tierd-trace"
 VERSION = 1
+DRAM = "dram"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,9 @@ class Recording:
         return cls(machine.config, tuple(record.opening()), tuple(moments))
 
     @classmethod
-    def read(cls, path: Path) -> Recording:
-        """From a file of `tierctl trace`. Raises BadRecording, UnknownRecord, OSError."""
+    def read(cls, path: Path, tier: str = DRAM) -> Recording:
+        """The day of one tier, from a file of `tierctl trace`. Raises BadRecording, UnknownRecord,
+        OSError."""
         try:
             document = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -56,6 +58,13 @@ class Recording:
         data = document.get("otherData") if isinstance(document, dict) else None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BadRecording(f"{path} is not from `tierctl trace`: no otherData of {FORMAT!r}")
+        if tier != DRAM:
+            gpus = data.get("gpus")
+            gpus = gpus if isinstance(gpus, dict) else {}
+            data = gpus.get(tier)
+            if not isinstance(data, dict):
+                known = ", ".join([DRAM, *map(str, gpus)])
+                raise BadRecording(f"{path} has no day of {tier!r:.40}; it has those of {known}")
         if data.get("version") != VERSION:
             raise BadRecording(f"{path} has version {data.get('version')!r}, not {VERSION}")
         try:

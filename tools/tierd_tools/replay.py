@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierd.core.errors import IllegalEvent, UnknownRecord
 from tierd.sim.errors import BadRecording
-from tierd.sim.recording import Recording
+from tierd.sim.recording import DRAM, Recording
 from tierd.sim.replay import POLICIES, replay
 from tierd.sizes import parse_size
 from tierd_tools.errors import BadSetting, TraceRefused
@@ -22,8 +22,10 @@ def run(
     policies: Sequence[str] = (),
     dram: Sequence[str] = (),
     ssd_bandwidth: str | None = None,
+    tier: str = DRAM,
 ) -> dict[str, Any]:
-    """Rows for every policy (all, if none is named) under every budget (the recorded one)."""
+    """Rows for every policy (all, if none is named) under every budget (the recorded one). On a GPU
+    what is read are copies, and the bandwidth is theirs."""
     budgets: list[int | None] = [_size("--dram", text) for text in dram]
     bandwidth = (
         None
@@ -31,7 +33,7 @@ def run(
         else _size("--ssd-bandwidth", ssd_bandwidth.removesuffix("/s"))
     )
     try:
-        recording = Recording.read(path)
+        recording = Recording.read(path, tier)
         rows = [
             row
             for budget in dict.fromkeys(budgets) or [None]
@@ -53,6 +55,7 @@ def run(
         raise TraceRefused(f"{path} is damaged, it cannot be replayed: {text}") from error
     return {
         "trace": str(path),
+        "tier": tier,
         "seconds": (recording.end_ns - recording.begin_ns) / 1e9,
         "events": len(recording.moments),
         "recorded_budget_bytes": recording.budget_bytes,

@@ -121,6 +121,10 @@ def _add_record(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--dram", action="append", default=[], metavar="SIZE", help="a budget; default: as recorded"
     )
     replay.add_argument(
+        "--tier", default="dram",
+        help="whose day: dram (default), or gpu:N: its reads are copies, --dram is its budget",
+    )  # fmt: skip
+    replay.add_argument(
         "--ssd-bandwidth", metavar="BANDWIDTH", help="e.g. 3GB/s; default: of the recorded reads"
     )
 
@@ -256,7 +260,9 @@ def _trace(arguments: argparse.Namespace) -> Any:
 def _replay(arguments: argparse.Namespace) -> render.Reply:
     from tierd_tools import replay
 
-    return replay.run(arguments.trace, arguments.policy, arguments.dram, arguments.ssd_bandwidth)
+    return replay.run(
+        arguments.trace, arguments.policy, arguments.dram, arguments.ssd_bandwidth, arguments.tier
+    )
 
 
 def _failed(result: Any) -> bool:

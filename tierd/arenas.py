@@ -53,7 +53,7 @@ class Arenas:
     ) -> None:
         """populate: whether `populate` does anything; otherwise memory comes with its first use.
         registrar: hears of all memory that exists, where there are GPUs."""
-        self._pages = pages
+        self.pages = pages  #: what all arenas are made of
         self._mlock = mlock
         self._populates = populate
         self._span_bytes = -(-max(budget_bytes * SPAN_BUDGETS, MIN_SPAN_BYTES) // SPAN_UNIT)
@@ -72,7 +72,7 @@ class Arenas:
         arena_id = max(self.by_id, default=-1) + 1
         arena = Arena.create(
             arena_id, self._span_bytes, f"tierd-arena-{arena_id}.{group}",
-            pages=self._pages, mlock=self._mlock,
+            pages=self.pages, mlock=self._mlock,
         )  # fmt: skip
         self.add(group, arena)
         sdnotify.fdstore(arena_name(arena_id, group), arena.fd, environ=os.environ)
@@ -103,11 +103,11 @@ class Arenas:
 
     @property
     def pages_text(self) -> str:
-        return self._pages.text
+        return self.pages.text
 
     def notes(self) -> list[str]:
         """What an operator should know about this memory."""
-        notes = [self._pages.warning] if self._pages.warning else []
+        notes = [self.pages.warning] if self.pages.warning else []
         notes += [
             f"arena {arena.arena_id} is not locked in memory: {arena.lock_note}"
             for arena in self.by_id.values()

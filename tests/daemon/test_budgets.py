@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +23,9 @@ from tests.daemon.test_gpu_tier import (
     gpu_status,
     on_gpu,
 )
+from tierd import budgets
+from tierd.io.memory_limits import Limit
+from tierd.io.pages import PageKind, Pages
 
 if TYPE_CHECKING:
     from tests.daemon.conftest import OpenedOnGpu, PackOnDisk
@@ -197,6 +202,39 @@ def test_a_budget_that_cannot_be_is_refused(
     refusal = connect(daemon, greet=False).refusal("budget", **fields)
     assert refusal.code == code
     assert text in refusal.text
+
+
+class Asked:
+    """A session of root, and what it was answered."""
+
+    def __init__(self) -> None:
+        self.connection = SimpleNamespace(peer=SimpleNamespace(uid=0, pid=1))
+        self.refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def refuse(self, request: int, code: str, text: str) -> None:
+        self.refused.set_result(text)
+
+
+async def test_more_dram_is_held_against_the_kind_of_page_that_arenas_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of reserved pages there are no more than were reserved, whatever the machine has left."""
+    pages, asked = Pages(PageKind.HUGETLB, ""), Asked()
+
+    def available(kind: Pages) -> Limit:
+        assert kind is pages
+        return Limit(6 * MIB, "reserved pages")
+
+    monkeypatch.setattr(budgets, "available_for", available)
+    engine: Any = SimpleNamespace(
+        config=SimpleNamespace(granule_bytes=2 * MIB), machine=SimpleNamespace(budget_bytes=4 * MIB)
+    )
+    arenas: Any = SimpleNamespace(pages=pages, populated_bytes=4 * MIB)
+    tiers: Any = SimpleNamespace(find=lambda name: None)
+    session: Any = asked
+    message = {"op": "budget", "tier": "dram", "bytes": 12 * MIB}
+    budgets.Budgets(engine, arenas, tiers, lambda: None).command(session, 1, message)
+    assert "6.0 MiB (6291456 bytes) (reserved pages)" in await asked.refused
 
 
 AS_NOBODY = """

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from tierd.errors import BudgetTooLarge
-from tierd.io.memory_limits import Limit, auto_budget, available_bytes, check_budget
+from tierd.io.memory_limits import (
+    Limit,
+    auto_budget,
+    available_bytes,
+    available_for,
+    check_budget,
+)
+from tierd.io.pages import PageKind, Pages
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -201,6 +208,22 @@ def test_a_budget_above_the_limit_is_refused_with_both_numbers() -> None:
     assert f"{GIB + 1} bytes" in text
     assert f"{GIB} bytes" in text
     assert limit.text in text
+
+
+@pytest.mark.parametrize("kind", [PageKind.SMALL, PageKind.SHMEM_THP])
+def test_pages_of_the_system_come_from_what_is_available(machine: Machine, kind: PageKind) -> None:
+    assert available_for(Pages(kind, ""), machine.root) == available_bytes(machine.root)
+
+
+def test_reserved_pages_are_no_part_of_what_is_available_and_end_where_they_end(
+    machine: Machine,
+) -> None:
+    with (machine.root / "proc/meminfo").open("a") as file:
+        file.write("HugePages_Free: 9000\nHugePages_Rsvd: 808\nHugepagesize:    2048 kB\n")
+    limit = available_for(Pages(PageKind.HUGETLB, ""), machine.root)
+    assert limit.nbytes == (9000 - 808) * 2 * MIB == 16 * GIB > available_bytes(machine.root).nbytes
+    with pytest.raises(BudgetTooLarge, match=r"16\.0 GiB .*reserved 2 MiB pages: HugePages_Free"):
+        check_budget(16 * GIB + 1, limit)
 
 
 def test_what_an_earlier_daemon_holds_is_not_taken_twice() -> None:

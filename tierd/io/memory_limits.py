@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tierd.errors import BudgetTooLarge
+from tierd.io.pages import PageKind, free_hugetlb_bytes
 from tierd.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tierd.io.pages import Pages
 
 _UNLIMITED_V1 = 1 << 62  # v1 says "no limit" as a number near 2^63, rounded to a page
 _ROOT = Path("/")
@@ -39,6 +42,14 @@ def available_bytes(root: Path = _ROOT) -> Limit:
     root: where /proc and /sys are looked up (tests).
     """
     return min(_limits(root), key=lambda limit: limit.nbytes)
+
+
+def available_for(pages: Pages, root: Path = _ROOT) -> Limit:
+    """How much arenas of such pages may still take. Reserved 2 MiB pages are no part of what the
+    machine or a memory cgroup has left, and there are no more of them than were reserved."""
+    if pages.kind is PageKind.HUGETLB:
+        return Limit(free_hugetlb_bytes(root), "reserved 2 MiB pages: HugePages_Free")
+    return available_bytes(root)
 
 
 def check_budget(budget_bytes: int, limit: Limit, *, held_bytes: int = 0) -> None:

@@ -51,7 +51,7 @@ def choose_pages(budget_bytes: int, root: Path = _ROOT, *, kept_fds: Sequence[in
     kept_fds: arenas of an earlier daemon. A memfd of hugetlb pages stays one and no other becomes
     one, so they decide about hugetlb. root: where /proc and /sys are looked up (tests).
     """
-    free = _free_hugetlb_bytes(root)
+    free = free_hugetlb_bytes(root)
     if any(is_hugetlb(fd) for fd in kept_fds) or (free >= budget_bytes and not kept_fds):
         return Pages(PageKind.HUGETLB, "2 MiB pages (hugetlb)")
     state = shmem_huge_state(root)
@@ -91,7 +91,8 @@ def _bracketed(path: Path) -> str | None:
     return text[text.index("[") + 1 : text.index("]")]
 
 
-def _free_hugetlb_bytes(root: Path) -> int:
+def free_hugetlb_bytes(root: Path = _ROOT) -> int:
+    """Of reserved 2 MiB pages, what nobody has and nobody was promised."""
     fields = {}
     for line in (root / "proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")

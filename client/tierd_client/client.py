@@ -145,7 +145,7 @@ class Client:
         Ends every lease, and raises what their release would: ViewStillAlive, LeaseLost.
         """
         live = self._connection.live_leases()
-        problems = [lease.end() for lease in live]
+        problems = [lease.end(here=False) for lease in live]
         try:
             while self._connection.alive and self._connection.departures.wait():
                 pass  # the daemon would take the memory while the GPU still reads it

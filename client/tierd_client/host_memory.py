@@ -110,6 +110,8 @@ class HostMemory:
         """None: what a thread computes from here is done when the call returns."""
         return None
 
+    fence_all = fence
+
     def _show(self, fd: int, offset: int, nbytes: int, what: str) -> None:
         """Map the beginning of a file, for reading, over a range."""
         flags = mmap.MAP_SHARED | MAP_NORESERVE | MAP_FIXED

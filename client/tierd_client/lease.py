@@ -13,7 +13,7 @@ from tierd_client.errors import LeaseEnded, LeaseLost, TensorNotFound, ViewStill
 from tierd_client.tensors import PackedTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from tierd_client.memory import ArenaMemory, Fence
@@ -140,10 +140,13 @@ class Lease:
         if not self._ended and self.opened.in_this_life:
             self._ended = True
             self.opened.lease_ended(self)
-            self._give_back(self._alive())
+            self._give_back(self._alive(), self.mapping.fence_all)
 
-    def end(self) -> LeaseLost | ViewStillAlive | None:
-        """As `release`, returning what that would raise; does nothing in a forked child."""
+    def end(self, *, here: bool = True) -> LeaseLost | ViewStillAlive | None:
+        """As `release`, returning what that would raise; does nothing in a forked child.
+
+        here: the thread, and on a GPU its stream, that used the layer last ends its lease.
+        """
         if self._ended or not self.opened.in_this_life:
             return None
         self._ended = True
@@ -153,7 +156,7 @@ class Lease:
         alive = self._alive()
         names = sorted({name for name, _ in alive})
         self.opened.lease_ended(self)
-        self._give_back(alive)
+        self._give_back(alive, self.mapping.fence if here else self.mapping.fence_all)
         where = f"{self.opened.name}/{self.layer.name}"
         if now != self.generation:
             return LeaseLost(
@@ -167,8 +170,10 @@ class Lease:
             )
         return None
 
-    def _give_back(self, alive: list[tuple[str, Any]]) -> None:
-        fences, fence = self._fences, None if self._fences else self.mapping.fence()
+    def _give_back(
+        self, alive: list[tuple[str, Any]], make_fence: Callable[[], Fence | None]
+    ) -> None:
+        fences, fence = self._fences, None if self._fences else make_fence()
         if fence is not None:  # the use was not ended by `leave`: it ends here
             fences = [fence]
         if alive:
@@ -211,7 +216,7 @@ class _ReleaseLater:
             weakref.finalize(exporter, self._one_is_gone).atexit = False
 
     def _one_is_gone(self) -> None:
-        fence = self._mapping.fence()  # the view was used until now
+        fence = self._mapping.fence_all()  # the view was used until now, in any stream
         if fence is not None:
             self._fences.append(fence)
         if next(self._gone) == self._left:

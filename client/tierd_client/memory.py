@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class Fence(Protocol):
-    """A mark behind all that one stream of a GPU was given to do until it was made."""
+    """A mark behind what a GPU was given to do until it was made."""
 
     def passed(self) -> bool:
-        """Whether the GPU is through with it. Does not wait."""
+        """Whether the GPU is through with it. One behind all streams waits for them."""
 
     def wait(self) -> None:
         """Wait until it is."""
@@ -44,3 +44,7 @@ class ArenaMemory(Protocol):
     def fence(self) -> Fence | None:
         """A mark behind what this thread's stream was given to do; None on the host, where what a
         thread computes is done when the call returns."""
+
+    def fence_all(self) -> Fence | None:
+        """A mark behind what all streams of this process were given to do, for where nobody knows
+        which one read the memory. Takes no time to make, but to ask."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tierd_client import fork
 from tierd_client.errors import BadTensorArgument
 from tierd_client.gpu.dlpack import bytes_at
-from tierd_client.gpu.events import CudaFence
+from tierd_client.gpu.events import CudaFence, DeviceFence
 
 if TYPE_CHECKING:
     import torch
@@ -74,3 +74,7 @@ class CudaMemory:
     def fence(self) -> CudaFence | None:
         """A mark in this thread's current stream; None in a forked child, which has no CUDA."""
         return CudaFence(self._device) if self._life is fork.current() else None
+
+    def fence_all(self) -> DeviceFence | None:
+        """A mark behind all streams of this process; None in a forked child."""
+        return DeviceFence(self._device) if self._life is fork.current() else None

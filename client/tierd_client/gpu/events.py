@@ -27,3 +27,27 @@ class CudaFence:
     def wait(self) -> None:
         """Wait until it is; other threads go on."""
         self._event.synchronize()
+
+
+class DeviceFence:
+    """Behind all that this process gave a GPU, in whichever stream. CUDA has no mark for that, so
+    who asks waits for the GPU; until somebody does it costs nothing."""
+
+    __slots__ = ("_device", "_passed")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._passed = False
+
+    def passed(self) -> bool:
+        """True, after a wait for the GPU."""
+        self.wait()
+        return True
+
+    def wait(self) -> None:
+        """Wait until the GPU has done all that it was given."""
+        import torch
+
+        if not self._passed:
+            torch.cuda.synchronize(self._device)
+            self._passed = True

@@ -56,6 +56,7 @@ def test_more_chunks_than_one_request_may_name_are_asked_for_in_turn(
     os.ftruncate(gpu_daemon.arena_fd, 40 * CHUNK_BYTES)
     # The memory has four chunks; only what is asked for is looked at.
     chunks.memory.map = lambda chunk, fd: None  # type: ignore[method-assign]
+    chunks.memory.unmap = lambda chunk: None  # type: ignore[method-assign]
     chunks.populate(CHUNK_BYTES, 33 * CHUNK_BYTES)
     assert [len(asked) for asked in chunks_asked(gpu_daemon)] == [16, 16, 1]
     assert opened.arenas is client._arenas

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tierd_client.gpu.events import CudaFence
+from tierd_client.gpu.events import CudaFence, DeviceFence
 
 if TYPE_CHECKING:
     import pytest
@@ -33,3 +33,15 @@ def test_a_fence_is_an_event_in_the_current_stream_of_its_device(
     assert fence.passed() is False
     fence.wait()
     assert calls[1:] == ["query", "synchronize"]
+
+
+def test_a_fence_behind_all_streams_waits_for_the_device_once_when_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    fence = DeviceFence(torch.device("cuda", 1))
+    assert waits == []
+    assert fence.passed()
+    fence.wait()
+    assert waits == [torch.device("cuda", 1)]

@@ -28,8 +28,8 @@ class Gpu:
     def __init__(self) -> None:
         self.marks: list[Mark] = []
 
-    def mark(self) -> Mark:
-        self.marks.append(Mark())
+    def mark(self, *, everywhere: bool = False) -> Mark:
+        self.marks.append(Mark(everywhere))
         return self.marks[-1]
 
     def finish(self) -> None:
@@ -38,7 +38,8 @@ class Gpu:
 
 
 class Mark:
-    def __init__(self) -> None:
+    def __init__(self, everywhere: bool) -> None:
+        self.everywhere = everywhere
         self.done = threading.Event()
         self.waited = False
 
@@ -54,6 +55,7 @@ class Mark:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu = Gpu()
     monkeypatch.setattr(MemfdMemory, "fence", lambda memory: gpu.mark())
+    monkeypatch.setattr(MemfdMemory, "fence_all", lambda memory: gpu.mark(everywhere=True))
     return gpu
 
 
@@ -78,6 +80,18 @@ def test_a_lease_goes_back_when_the_mark_behind_its_use_has_passed(
     client.attend()
     gpu_daemon.wait_until(lambda: 0 not in held(gpu_daemon))
     assert not gpu.marks[0].waited
+
+
+def test_a_lease_that_is_dropped_waits_for_all_streams(
+    gpu_daemon: FakeDaemon, client: Client, gpu: Gpu
+) -> None:
+    lease = client.lease(MODEL, "embed")
+    del lease
+    assert [mark.everywhere for mark in gpu.marks] == [True]
+    assert held(gpu_daemon) == [0]
+    gpu.finish()
+    client.attend()
+    gpu_daemon.wait_until(lambda: held(gpu_daemon) == [])
 
 
 def test_a_later_request_sends_what_has_passed_before_itself(
@@ -168,7 +182,7 @@ def test_a_view_that_outlives_its_lease_puts_a_mark_behind_its_own_end(
     client.ask("status")
     assert held(gpu_daemon) == [0]
     del view
-    assert len(gpu.marks) == 2
+    assert [mark.everywhere for mark in gpu.marks] == [False, True]
     client.attend()
     client.ask("status")
     assert held(gpu_daemon) == [0]
@@ -182,6 +196,7 @@ def test_a_client_that_closes_waits_for_the_gpu(gpu_daemon: FakeDaemon, gpu: Gpu
         client.lease(MODEL, "embed").release()
         client.lease(MODEL, "odd")
     assert [mark.waited for mark in gpu.marks] == [True, True]
+    assert [mark.everywhere for mark in gpu.marks] == [False, True]
     gpu_daemon.wait_until(lambda: len(gpu_daemon.asked("release")) == 2)
 
 

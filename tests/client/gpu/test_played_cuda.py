@@ -90,6 +90,7 @@ def client_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
         ),
     )
     monkeypatch.setattr(CudaMemory, "fence", lambda memory: SlowFence())
+    monkeypatch.setattr(CudaMemory, "fence_all", lambda memory: SlowFence())
     monkeypatch.setattr(SlowFence, "made", 0)
     monkeypatch.setattr(SlowFence, "waited", 0)
     return driver

@@ -96,6 +96,7 @@ class Engine:
         self._asked: dict[int, Callable[[Done | Refuse], None]] = {}  # by request of an operator
         self._requests = 0
         self._pressed = slots.table.pressed = True  # until the core was heard
+        self.pressed_ns = self.now()  #: since when, in DRAM
         self.operators = Operators(self, registry)
         #: called with the device of every layer that was read
         self.after_read: Callable[[int], None] | None = None
@@ -131,9 +132,15 @@ class Engine:
             self._telling = None
         if self.machine.pressed is not self._pressed:
             self._pressed = self.slots.table.pressed = not self._pressed
+            self.pressed_ns = self.now()
         if self.stack is not None:
             for gpu in self._gpus.gpus:
                 gpu.tell_pressed(self.stack.pressed(gpu.index))
+
+    @property
+    def pressed(self) -> bool:
+        """Whether memory of DRAM is wanted by others than those who hold it, as clients see it."""
+        return self._pressed
 
     def command(
         self, event: Callable[[int], StackEvent], answered: Callable[[Done | Refuse], None]

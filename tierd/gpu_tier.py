@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,8 @@ class GpuTier:
         self.fences = Fences(loop, self._fenced)
         self.sessions: dict[int, Session] = {}  #: of its clients
         self.scratch: dict[int, int] = {}  #: by client: what it uses beside its leases, in bytes
-        self._pressed = self.slots.table.pressed = True  # until the core was heard
+        self.pressed = self.slots.table.pressed = True  # until the core was heard
+        self.pressed_ns = time.monotonic_ns()  #: since when
         self._engine: Engine
         self._registry: Registry
         self._placed: set[int] = set()
@@ -147,8 +149,9 @@ class GpuTier:
 
     def tell_pressed(self, pressed: bool) -> None:
         """Tell the clients whether others want the memory that they keep."""
-        if pressed is not self._pressed:
-            self._pressed = self.slots.table.pressed = pressed
+        if pressed is not self.pressed:
+            self.pressed = self.slots.table.pressed = pressed
+            self.pressed_ns = time.monotonic_ns()
 
     def stop(self) -> None:
         """Decide nothing more."""

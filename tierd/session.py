@@ -65,6 +65,7 @@ class Session:
         self.opened: dict[int, Pack] = {}
         self.leases: dict[int, Grant] = {}
         self.granted = 0
+        self.released_ns = 0  #: when it gave a lease back last
         self.exporting = 0  #: requests for chunks that the GPU's worker has
         self.position: LayerKey | None = None  #: what it asked for last
         self._outstanding: dict[int, Pack] = {}
@@ -233,6 +234,7 @@ class Session:
 
     def _release(self, request: int, message: dict[str, Any]) -> None:
         self.check_greeted()
+        self.released_ns = time.monotonic_ns()
         unknown: list[int] = []
         for lease in fields.numbers(message.get("leases"), "leases", 1, MAX_REQUEST_ID):
             if self.leases.pop(lease, None) is not None:

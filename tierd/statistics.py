@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import tierd
 from tierd.errors import PackInvalid
+from tierd.gpu_memory import LATE_NS
 from tierd.gpu_status import layers_on_gpus, notes_of, residency_of, status_of
+from tierd.sizes import format_size
 from tierd_layouts.wire import DRAM_TIER
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from tierd.pack import Pack
 
 Reply = dict[str, Any]
+
+KEPT_LEASES = 2  # that a client needs which is in one layer and asked for the next one
 
 
 class Statistics:
@@ -203,8 +207,24 @@ class Statistics:
         notes += daemon.pool.notes()
         notes += notes_of(daemon.tiers, daemon.sessions)
         notes += [f"model {name}: {text}" for name, text in daemon.registry.failed.items()]
+        notes += self._keepers()
         if daemon.orphans:
             notes.append(f"{len(daemon.orphans)} leases of an earlier daemon are in quarantine")
+        return notes
+
+    def _keepers(self) -> list[str]:
+        """Clients that keep leases although others want the memory: stopped ones, or hung."""
+        now_ns = time.monotonic_ns()
+        notes = []
+        for state in self._client_states():
+            session = self._daemon.sessions[state.client]
+            tier = self._daemon.engine if session.gpu is None else session.gpu
+            silent_ns = now_ns - max(session.released_ns, session.connected_ns, tier.pressed_ns)
+            if tier.pressed and state.leases > KEPT_LEASES and silent_ns > LATE_NS:
+                notes.append(
+                    f"{session} keeps {state.leases} leases ({format_size(state.leased_bytes)}), "
+                    f"gave none back for {silent_ns / 1e9:.0f} s, and others want memory"
+                )
         return notes
 
 

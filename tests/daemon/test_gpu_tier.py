@@ -371,3 +371,29 @@ def test_clients_of_each_tier_are_told_whether_others_want_the_memory(
     wait_until(lambda: not small.table.pressed, "all of it fits again", 1.0)
     if tier == "gpu:0":
         assert first.call("attend", unmapped=[], scratch_bytes=0)["pressed"] is False
+
+
+@pytest.mark.parametrize("tier", ["dram", "gpu:0"])
+def test_a_client_that_keeps_leases_which_others_want_is_named(
+    daemon: RunningDaemon, connect: Connect, models: Path, tier: str
+) -> None:
+    write_pack(models / "small", 3, 256 << 10, seed=3)
+    daemon.ask("reload")
+
+    def named() -> list[str]:
+        return [note for note in daemon.status()["notes"] if "gave none back" in note]
+
+    keeper, other = connect(daemon, tier=tier), connect(daemon, tier=tier)
+    small, large = keeper.open("small"), other.open("m")
+    small.plan([0, 1, 2])
+    leases = [small.acquire(layer) for layer in range(3)]
+    assert not small.table.pressed
+    time.sleep(1.0)
+    large.plan(list(range(LAYERS)))
+    assert small.table.pressed
+    assert named() == []
+    (note,) = wait_until(named, "it is named", 10.0)
+    assert "keeps 3 leases" in note
+    assert f"pid {os.getpid()}" in note
+    small.release(leases[0])
+    assert named() == []

@@ -42,8 +42,10 @@ def pack(models: Path) -> PackOnDisk:
 
 @pytest.fixture
 def daemon(start_daemon: Start, models: Path, pack: PackOnDisk) -> RunningDaemon:
-    """A GPU for all layers, DRAM for three."""
-    return start_daemon(*arguments(models, f"0={BUDGET}"))
+    """A GPU for all layers, which is open, and DRAM for three."""
+    started = start_daemon(*arguments(models, f"0={BUDGET}"))
+    wait_until(lambda: gpu_status(started)["state"] == "ready", "the GPU is open")
+    return started
 
 
 def touch_all(opened: OpenedOnGpu, pack: PackOnDisk) -> None:

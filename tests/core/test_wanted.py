@@ -327,3 +327,27 @@ def test_a_plan_waits_for_processes_of_an_earlier_daemon_no_longer_than_for_othe
     [refusal] = of(Refuse, feed(machine, Tick(2 + 2 * S)))
     assert refusal.code == "budget_too_small"
     assert f"{4 * G} bytes in quarantine" in refusal.text
+
+
+def test_leases_of_a_model_that_was_removed_are_given_back_and_nobody_is_pressed_any_more() -> None:
+    machine = machine_of(9, (1,) * 4, (1,) * 2)
+    plan(machine, 1, 4)
+    plan(machine, 2, 2, model=1)
+    leases = keep(machine, 1, 4)
+    keep(machine, 2, 2, model=1)
+    assert not machine.pressed
+    feed(machine, ModelRemoved(1, 0))
+    assert machine.pressed
+    give_back(machine, 1, leases)
+    assert not machine.pressed
+    assert not machine.books.leaving
+
+
+def test_a_dead_clients_slots_of_a_removed_model_press_nobody() -> None:
+    machine = machine_of(9, (1,) * 4)
+    plan(machine, 1, 4)
+    keep(machine, 1, 4)
+    feed(machine, ClientGone(1, 1, holder=1), ModelRemoved(2, 0))
+    assert not machine.pressed
+    feed(machine, HolderGone(3, 1))
+    assert not machine.books.leaving

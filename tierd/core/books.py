@@ -67,6 +67,7 @@ class Books:
         self.wanted = Wanted(self)
         self.models: dict[int, ModelState] = {}
         self.removed: set[int] = set()
+        self.leaving: dict[int, ModelState] = {}  #: removed, and not all of its slots are empty
         self.clients: dict[int, Client] = {}
         self.policy = Policy(self.memory, self.ledger, self.models)
         self.story = Story(config.story_length)

@@ -48,8 +48,16 @@ class Budget:
 
     @property
     def pressed(self) -> bool:
-        """Somebody waits for room, or what is wanted does not fit at once (`leases`)."""
-        return bool(self._books.awaiting) or not self._books.ledger.fits_once
+        """Somebody waits for room, or what is wanted does not fit at once (`leases`), or somebody
+        holds what is served no more."""
+        books = self._books
+        if books.awaiting or not books.ledger.fits_once:
+            return True
+        return bool(books.leaving) and any(
+            slot is not None and slot.leases
+            for model in books.leaving.values()
+            for slot in model.slots
+        )
 
     def _refuse(self, event: BudgetChanged, text: str) -> None:
         self._books.count["refusals"] += 1

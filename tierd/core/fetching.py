@@ -323,3 +323,4 @@ class Fetcher:
     def forget_if_empty(self, model: ModelState) -> None:
         if model.removed and model.missing == len(model.slots):
             del self._books.models[model.id]
+            del self._books.leaving[model.id]

@@ -45,6 +45,8 @@ def _check_slots(books: Books) -> None:
                 raise InvariantBroken(f"slot {slot.id} is not where its layer is")
             if slot.evictable and model.removed:
                 raise InvariantBroken(f"slot {slot.id} holds a layer that nobody can ask for")
+    if books.leaving != {model.id: model for model in books.models.values() if model.removed}:
+        raise InvariantBroken(f"the models {list(books.leaving)} are not those that were removed")
     _check_reads(books)
     _check_pins(books)
     quarantined = sum(s.place.range.granules for s in books.slots.values() if s.holders)

@@ -157,7 +157,8 @@ class TierMachine:
         """Whether clients should give back the leases that they keep between uses.
 
         Not while all layers of all plans and every reserve fit the budget at once and nobody waits
-        for memory: what is kept then keeps nobody waiting.
+        for memory: what is kept then keeps nobody waiting. Nor are layers of a model that was
+        removed to be kept: then too.
         """
         return self._budget.pressed
 
@@ -250,6 +251,7 @@ class TierMachine:
                 self._fetcher.abandon(slot)
             elif slot.evictable:
                 self._fetcher.evict(slot, "model '{}' was removed", model.name)
+        self._books.leaving[model.id] = model
         self._fetcher.forget_if_empty(model)
 
     def _client_joined(self, event: ClientJoined) -> None:

@@ -147,15 +147,14 @@ class GpuMemory:
             self._free(discarding)
         else:
             self._slots.table.call_attention()
-            self._loop.call_later(PATIENCE_SECONDS, self._lose_patience)
+            self._loop.call_later(PATIENCE_SECONDS, self._lose_patience, discarding.since_ns)
 
-    def _lose_patience(self) -> None:
+    def _lose_patience(self, since_ns: int) -> None:
         """One bad client must not hold up the others for ever. What it still has mapped is its own
         from then on: no chunk takes that memory again."""
         if self._stopped:
             return
-        since_ns = time.monotonic_ns() - int(PATIENCE_SECONDS * 1e9) + 1
-        for client in sorted(self.mappings.late(since_ns)):
+        for client in sorted(self.mappings.late(since_ns + 1)):
             self._unanswered(client)
 
     def _free(self, gone: Discarding) -> None:

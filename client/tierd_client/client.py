@@ -149,12 +149,13 @@ class Client:
         try:
             while self._connection.alive and self._connection.departures.wait():
                 pass  # the daemon would take the memory while the GPU still reads it
-            if self._arenas is not None and not live and not self._connection.held:
-                # Nobody gets the memory while it is mapped here. A thread that is inside a lease,
-                # or has a view, keeps it until it is collected.
-                self._arenas.let_go()
         finally:
             self._connection.close()
+        if self._arenas is not None and not live and not self._connection.held:
+            # Nobody gets the memory while it is mapped here. A thread that is inside a lease, or
+            # has a view, keeps it until it is collected. Not earlier: until the connection is
+            # closed, another thread may be granted one.
+            self._arenas.let_go()
         for problem in problems:
             if problem is not None:
                 raise problem

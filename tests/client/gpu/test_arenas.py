@@ -6,7 +6,7 @@ import pytest
 
 from tests.client.conftest import CHUNK_BYTES, MODEL
 from tierd_client import Client
-from tierd_client.errors import DaemonTimeout, DeviceFailed, ProtocolBroken
+from tierd_client.errors import ClientClosed, DaemonTimeout, DeviceFailed, ProtocolBroken
 from tierd_client.gpu import arenas
 from tierd_client.gpu.memfd_memory import MemfdMemory
 
@@ -207,3 +207,44 @@ def test_what_is_leased_or_viewed_when_a_client_closes_stays_mapped(
         client.lease(MODEL, "blocks.0").release()
     assert 0 in mapped(client)
     assert view.isfinite().all()
+
+
+def test_nothing_is_let_go_before_the_last_grant_that_another_thread_may_get(
+    gpu_daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(gpu_daemon.path, tier="gpu:0")
+    client.lease(MODEL, "embed").release()
+    leases = []
+
+    def granted_meanwhile() -> bool:
+        leases.append(client.lease(MODEL, "embed"))  # it passed every check before the close
+        return False
+
+    monkeypatch.setattr(client._connection.departures, "wait", granted_meanwhile)
+    client.close()
+    assert mapped(client) == {0}
+    assert (
+        bytes(leases[0].mapping.buffer(leases[0].offset, 8)) == gpu_daemon.pack.layer_bytes(0)[:8]
+    )
+
+
+def test_no_thread_gets_a_lease_while_a_closing_client_lets_go(
+    gpu_daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(gpu_daemon.path, tier="gpu:0")
+    opened = client.open(MODEL)
+    opened.acquire(0).release()
+    arenas = opened.arenas
+    assert arenas is not None
+    let_go, refused = arenas.let_go, []
+
+    def while_letting_go() -> None:
+        with pytest.raises(ClientClosed) as caught:
+            opened.acquire(0)
+        refused.append(caught.value)
+        let_go()
+
+    monkeypatch.setattr(arenas, "let_go", while_letting_go)
+    client.close()
+    assert refused
+    assert mapped(client) == set()

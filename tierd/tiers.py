@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tierd.registry import Registry
     from tierd.session import Session
 
-_WORD = re.compile(r"[a-z]+(:[0-9]{1,9})?", re.ASCII)
+_WORD = re.compile(r"[a-z]{1,16}(:[0-9]{1,9})?", re.ASCII)
 
 
 class Tiers:

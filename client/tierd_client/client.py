@@ -145,16 +145,17 @@ class Client:
         Ends every lease, and raises what their release would: ViewStillAlive, LeaseLost.
         """
         live = self._connection.live_leases()
+        if self._arenas is not None and live:
+            self._arenas.keep()  # a thread may be inside: its leases end, its memory stays
         problems = [lease.end(here=False) for lease in live]
         try:
             while self._connection.alive and self._connection.departures.wait():
                 pass  # the daemon would take the memory while the GPU still reads it
         finally:
             self._connection.close()
-        if self._arenas is not None and not live and not self._connection.held:
-            # Nobody gets the memory while it is mapped here. A thread that is inside a lease, or
-            # has a view, keeps it until it is collected. Not earlier: until the connection is
-            # closed, another thread may be granted one.
+        if self._arenas is not None and not self._connection.held:
+            # Nobody gets the memory while it is mapped here. Not earlier: until the connection is
+            # closed, another thread may be granted a lease.
             self._arenas.let_go()
         for problem in problems:
             if problem is not None:

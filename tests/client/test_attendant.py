@@ -69,7 +69,7 @@ def test_an_idle_model_gives_memory_back_that_others_need(model: Model) -> None:
     model.daemon.table.pressed = True
     model.daemon.wait_until(lambda: len(model.daemon.leases) == 1)
     model.run_pass()
-    assert list(model.daemon.leases.values()) == [0]
+    model.daemon.wait_until(lambda: list(model.daemon.leases.values()) == [0])
 
 
 def test_a_daemon_that_does_not_say_whether_memory_is_short_gets_everything_back(

@@ -41,6 +41,7 @@ class GpuArenas:
         self._told = 0  # scratch bytes that the daemon knows of
         self._asked: list[tuple[int, int]] = []  # back, and not let go yet: arena, chunk
         self._unmapped: list[tuple[int, int]] = []  # let go, and not said yet
+        self._kept = False
 
     def arena(self, arena: int, kind: str, span_bytes: int, chunk_bytes: int) -> ChunkMap:
         """The map of an arena, the same for all models in it. Raises ProtocolBroken, DeviceFailed,
@@ -84,10 +85,18 @@ class GpuArenas:
             if problem is not None:
                 raise problem
 
-    def let_go(self) -> None:
-        """Let go of everything. Nothing may be leased or viewed any more: for a connection that was
-        lost, whose GPU's memory nobody else gets as long as this process has it mapped."""
+    def keep(self) -> None:
+        """Keep what is mapped until it is collected: leases are about to end in which a thread may
+        be computing."""
         with self._lock:
+            self._kept = True
+
+    def let_go(self) -> None:
+        """Let go of everything. Nothing may be leased or viewed any more, nor ever be again: for a
+        connection that ended, whose GPU's memory nobody gets as long as it is mapped here."""
+        with self._lock:
+            if self._kept:
+                return
             for chunks in self._maps.values():
                 chunks.let_go()
 

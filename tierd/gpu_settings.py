@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DEVICES: tuple[Kind, ...] = ("cuda_vmm", "cuda_ipc", "memfd")
 SMALLEST_CHUNK, LARGEST_CHUNK = 2 << 20, 1 << 30
 LARGEST_AUTO_CHUNK = 64 << 20
-AUTO_CHUNKS = 256  #: a budget has at least so many chunks that `auto` chose
+AUTO_CHUNKS = 1024  #: a budget has at least so many chunks that `auto` chose
 MAX_COPIES_IN_FLIGHT = 16
 MAX_LATENCY_US = 10_000_000
 
@@ -73,8 +73,9 @@ def parse_chunk(value: object, base: Path) -> int | None:
 
 
 def chunk_bytes(chosen: int | None, budget_bytes: int) -> int:
-    """The chunk of a GPU with this budget: what was chosen, else a 256th of the budget, from 2 to
-    64 MiB: so little is lost by rounding, and a client has few descriptors to ask for."""
+    """The chunk of a GPU with this budget: what was chosen, else a 1024th of the budget, from 2
+    to 64 MiB: so little is lost by rounding (a layer takes whole chunks), and a client has few
+    descriptors to ask for."""
     if chosen is not None:
         return chosen
     share = max(budget_bytes // AUTO_CHUNKS, 1)

@@ -175,7 +175,7 @@ SETTINGS = (
     Setting(
         "gpu_chunk", None, parse_chunk, _TEXT_OR_INT, "SIZE",
         "unit of GPU memory taken and given back: a power of 2 from 2MiB to 1GiB, or auto = a "
-        "256th of the budget, 2MiB to 64MiB (default)",
+        "1024th of the budget, 2MiB to 64MiB (default)",
     ),
     Setting(
         "gpu_copies_in_flight", 2, _number(1, MAX_COPIES_IN_FLIGHT), _INT, "N",

@@ -13,14 +13,15 @@ MIB, GIB = 1 << 20, 1 << 30
     ("budget", "chunk"),
     [
         (2 * MIB, 2 * MIB),
-        (GIB, 4 * MIB),
-        (GIB - 1, 2 * MIB),
-        (5 * GIB, 16 * MIB),
-        (16 * GIB, 64 * MIB),
+        (GIB, 2 * MIB),
+        (4 * GIB, 4 * MIB),
+        (4 * GIB - 1, 2 * MIB),
+        (20 * GIB, 16 * MIB),
+        (64 * GIB, 64 * MIB),
         (140 * GIB, 64 * MIB),
     ],
 )
-def test_a_chunk_that_nobody_chose_is_a_256th_of_the_budget(budget: int, chunk: int) -> None:
+def test_a_chunk_that_nobody_chose_is_a_1024th_of_the_budget(budget: int, chunk: int) -> None:
     assert chunk_bytes(None, budget) == chunk
 
 

@@ -169,6 +169,9 @@ class Daemon:
                 return self._begin_warm(loop, budget, pages, inheritance, changes)
             except IllegalEvent as error:  # e.g. other pages than before
                 log.warning("cold start: what the earlier daemon left does not fit: %s", error)
+                self.engine.stop()
+                self.tiers.stop()
+                self.tiers.close_slots()
                 self.arenas.abandon()
                 self.slots.close()
         self._begin_cold(loop, budget, pages, changes)

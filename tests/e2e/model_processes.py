@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -82,6 +83,8 @@ class ModelProcesses:
         assert self._parent.stdout is not None
         self._parent.stdin.write(json.dumps({**job, "out": str(out)}) + "\n")
         self._parent.stdin.flush()
+        said, _, _ = select.select([self._parent.stdout], [], [], START_S)
+        assert said, f"no process was forked within {START_S:g} s"
         process = ModelProcess(int(self._parent.stdout.readline()), out)
         self._started.append(process)
         return process
@@ -90,7 +93,15 @@ class ModelProcesses:
         for process in self._started:
             if process.lives():
                 process.kill()
-        self._parent.communicate()
+        assert self._parent.stdin is not None
+        self._parent.stdin.close()  # then it ends
+        try:
+            self._parent.wait(START_S)
+        finally:
+            self._parent.kill()
+            self._parent.wait()
+            assert self._parent.stdout is not None
+            self._parent.stdout.close()
 
 
 def generate(job: dict[str, Any]) -> None:

@@ -349,6 +349,7 @@ def test_a_client_that_never_answers_is_disconnected_and_the_others_go_on(
     start_faulty: Start, connect: Connect, pack: PackOnDisk
 ) -> None:
     daemon = start_faulty("from tierd import gpu_memory\ngpu_memory.PATIENCE_SECONDS = 0.5")
+    wait_until(lambda: gpu_status(daemon)["state"] == "ready", "it is open")
     daemon.ask("budget", tier="gpu:0", bytes=LAYERS * LAYER_MEMORY)
     stopped, other = on_gpu(connect, daemon), on_gpu(connect, daemon)
     for layer in range(LAYERS):

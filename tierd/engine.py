@@ -33,6 +33,7 @@ from tierd.core.stack_model import Copy, StackConfig, Unload
 from tierd.errors import ReadError
 from tierd.io.ssd_job import ReadJob, ReadResult
 from tierd.operators import Operators
+from tierd.pressure import Pressure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -95,8 +96,7 @@ class Engine:
         self._stopped = False
         self._asked: dict[int, Callable[[Done | Refuse], None]] = {}  # by request of an operator
         self._requests = 0
-        self._pressed = slots.table.pressed = True  # until the core was heard
-        self.pressed_ns = self.now()  #: since when, in DRAM
+        self.pressure = Pressure(slots.table, self.now())  #: in DRAM
         self.operators = Operators(self, registry)
         #: called with the device of every layer that was read
         self.after_read: Callable[[int], None] | None = None
@@ -130,17 +130,11 @@ class Engine:
         if self._telling is not None:
             self._telling.cancel()
             self._telling = None
-        if self.machine.pressed is not self._pressed:
-            self._pressed = self.slots.table.pressed = not self._pressed
-            self.pressed_ns = self.now()
+        now_ns = self.now()
+        self.pressure.tell(self.machine.pressed, now_ns)
         if self.stack is not None:
             for gpu in self._gpus.gpus:
-                gpu.tell_pressed(self.stack.pressed(gpu.index))
-
-    @property
-    def pressed(self) -> bool:
-        """Whether memory of DRAM is wanted by others than those who hold it, as clients see it."""
-        return self._pressed
+                gpu.pressure.tell(self.stack.pressed(gpu.index), now_ns)
 
     def command(
         self, event: Callable[[int], StackEvent], answered: Callable[[Done | Refuse], None]

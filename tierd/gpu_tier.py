@@ -17,6 +17,7 @@ from tierd.gpu.worker import GpuWorker
 from tierd.gpu_memory import PATIENCE_SECONDS, GpuMemory
 from tierd.gpu_settings import chunk_bytes
 from tierd.holders import Holders
+from tierd.pressure import Pressure
 from tierd.sizes import format_size
 from tierd.slots import Slots
 
@@ -102,8 +103,7 @@ class GpuTier:
         self.fences = Fences(loop, self._fenced)
         self.sessions: dict[int, Session] = {}  #: of its clients
         self.scratch: dict[int, int] = {}  #: by client: what it uses beside its leases, in bytes
-        self.pressed = self.slots.table.pressed = True  # until the core was heard
-        self.pressed_ns = time.monotonic_ns()  #: since when
+        self.pressure = Pressure(self.slots.table, time.monotonic_ns())
         self._engine: Engine
         self._registry: Registry
         self._placed: set[int] = set()
@@ -146,12 +146,6 @@ class GpuTier:
         if self.state != "failed":
             self.state, self.reason = "failed", reason
             log.error("tier %s works no more, until tierd starts again: %s", self.name, reason)
-
-    def tell_pressed(self, pressed: bool) -> None:
-        """Tell the clients whether others want the memory that they keep."""
-        if pressed is not self.pressed:
-            self.pressed = self.slots.table.pressed = pressed
-            self.pressed_ns = time.monotonic_ns()
 
     def stop(self) -> None:
         """Decide nothing more."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import tierd
 from tierd.errors import PackInvalid
-from tierd.gpu_memory import LATE_NS
 from tierd.gpu_status import layers_on_gpus, notes_of, residency_of, status_of
 from tierd.sizes import format_size
 from tierd_layouts.wire import DRAM_TIER
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 Reply = dict[str, Any]
 
 KEPT_LEASES = 2  # that a client needs which is in one layer and asked for the next one
+UNHEEDED_NS = 1_500_000_000  # a client looks 20 times a second, a plan waits for 2 s
 
 
 class Statistics:
@@ -213,17 +213,20 @@ class Statistics:
         return notes
 
     def _keepers(self) -> list[str]:
-        """Clients that keep leases although others want the memory: stopped ones, or hung."""
+        """Clients that kept leases when others wanted the memory: stopped ones, or hung."""
         now_ns = time.monotonic_ns()
         notes = []
         for state in self._client_states():
             session = self._daemon.sessions[state.client]
             tier = self._daemon.engine if session.gpu is None else session.gpu
-            silent_ns = now_ns - max(session.released_ns, session.connected_ns, tier.pressed_ns)
-            if tier.pressed and state.leases > KEPT_LEASES and silent_ns > LATE_NS:
+            since_ns = max(session.released_ns, session.connected_ns)
+            if (
+                state.leases > KEPT_LEASES
+                and tier.pressure.unheeded_ns(since_ns, now_ns) > UNHEEDED_NS
+            ):
                 notes.append(
                     f"{session} keeps {state.leases} leases ({format_size(state.leased_bytes)}), "
-                    f"gave none back for {silent_ns / 1e9:.0f} s, and others want memory"
+                    f"gave none back for {(now_ns - since_ns) / 1e9:.0f} s, and others wanted them"
                 )
         return notes
 

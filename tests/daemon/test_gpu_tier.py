@@ -394,6 +394,9 @@ def test_a_client_that_keeps_leases_which_others_want_is_named(
     assert named() == []
     (note,) = wait_until(named, "it is named", 10.0)
     assert "keeps 3 leases" in note
+    other.call("close", model_id=large.model_id)  # it went away: the keeper is named nevertheless
+    wait_until(lambda: not small.table.pressed, "all of it fits again", 1.0)
+    assert len(named()) == 1
     assert f"pid {os.getpid()}" in note
     small.release(leases[0])
     assert named() == []

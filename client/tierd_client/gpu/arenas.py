@@ -71,6 +71,8 @@ class GpuArenas:
         go is not forgotten: the next call tries again.
         """
         with self._lock:
+            # What is mapped again, the daemon has given out again: only its answer was lost.
+            self._unmapped = [(a, c) for a, c in self._unmapped if not self._has(a, c)]
             problem = self._let_go_of_asked()
             while attention != self._seen or scratch_bytes != self._told or self._unmapped:
                 said = self._unmapped[:MOST_SAID]
@@ -99,6 +101,9 @@ class GpuArenas:
                 return
             for chunks in self._maps.values():
                 chunks.let_go()
+
+    def _has(self, arena: int, chunk: int) -> bool:
+        return arena in self._maps and self._maps[arena].has(chunk)
 
     def _let_go_of_asked(self) -> DeviceFailed | OSError | None:
         """Unmap what was asked back; what fails stays asked. Returns the last problem."""

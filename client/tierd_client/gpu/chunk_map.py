@@ -59,6 +59,10 @@ class ChunkMap:
                 self._fetch(missing[:MAX_CHUNKS])
                 missing = missing[MAX_CHUNKS:]
 
+    def has(self, chunk: int) -> bool:
+        """Whether the chunk is mapped by itself."""
+        return chunk in self._mapped
+
     def unmap(self, chunk: int) -> None:
         """Let go of a chunk that the daemon takes back; one that is not mapped is nothing.
         Raises DeviceFailed, OSError: then it is mapped still."""

@@ -116,6 +116,30 @@ def test_what_could_not_be_said_is_said_the_next_time(
     assert gpu_daemon.unmap == []
 
 
+def test_what_is_mapped_again_after_an_answer_was_lost_is_not_said_to_be_let_go(
+    gpu_daemon: FakeDaemon, client: Client
+) -> None:
+    client.lease(MODEL, "embed").release()
+    gpu_daemon.unmap = [0]
+    gpu_daemon.table.call_attention()
+    client._connection.timeout = 0.05
+
+    def silent(message: dict[str, Any]) -> list[bytes] | None:
+        return [] if message["op"] == "attend" and message["unmapped"] else None
+
+    gpu_daemon.answers = silent
+    with pytest.raises(DaemonTimeout):
+        client.attend()
+    gpu_daemon.answers, gpu_daemon.unmap = None, []  # it has heard it
+    client._connection.timeout = 20
+    assert client._arenas is not None
+    client._arenas.attended = True  # by somebody who is slow
+    with client.lease(MODEL, "embed"):
+        client.attend()
+    assert mapped(client) == {0}
+    assert attended(gpu_daemon)[2:] in ([], [[]])
+
+
 def test_more_chunks_than_a_frame_has_room_for_are_said_in_parts(
     gpu_daemon: FakeDaemon, client: Client
 ) -> None:

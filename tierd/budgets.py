@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierd import fields
 from tierd.core.model import BudgetChanged, Refuse
+from tierd.core.snapshot import memory_of
 from tierd.core.stack_model import TierBudgetChanged
 from tierd.errors import BadRequest, BudgetTooLarge, TierUnavailable
 from tierd.gpu.errors import GpuError
@@ -139,7 +140,7 @@ class Budgets:
                 return
             self.commanded.add(tier)
             self._changed()
-            memory = self._machine(gpu).snapshot().memory
+            memory = memory_of(self._machine(gpu).books)
             session.reply(
                 request, {"budget_bytes": memory.budget_bytes, "used_bytes": memory.used_bytes}
             )

@@ -17,6 +17,7 @@ import msgpack  # type: ignore[import-untyped]
 import tierd
 from tierd import fields
 from tierd.core.model import LayerKey
+from tierd.core.snapshot import memory_of
 from tierd.core.transcript import SCHEMA, plain
 from tierd.errors import AccessDenied, BadRequest, LayerNotFound, PackInvalid
 from tierd.gpu_status import layers_on_gpus
@@ -194,7 +195,7 @@ class Diagnosis:
             reply["items"] = _page(_entry(entry) for entry in record.entries(first, PAGE_ITEMS))
         reply["next"] = first + len(reply["items"])
         if part == "entries" and reply["next"] >= extent.end:
-            memory = machine.snapshot().memory
+            memory = memory_of(machine.books)
             reply["memory"] = {  # at the end of the record: counters can be led back from here
                 "resident_bytes": memory.resident_bytes,
                 "leased_bytes": memory.leased_bytes,

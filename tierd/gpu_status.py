@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tierd.core.snapshot import counters_of, layers_of, memory_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -21,8 +23,8 @@ _SECOND_NS = 1_000_000_000
 def status_of(gpu: GpuTier, engine: Engine) -> Reply:
     """One GPU, whether it works or not."""
     assert engine.stack is not None
-    snapshot = engine.stack.gpus[gpu.index].snapshot()
-    memory, counters = snapshot.memory, snapshot.counters
+    books = engine.stack.gpus[gpu.index].books
+    memory, counters = memory_of(books), counters_of(books)
     worker = gpu.worker.statistics()
     return {
         "tier": gpu.name,
@@ -66,10 +68,8 @@ def layers_on_gpus(tiers: Tiers, engine: Engine, model: int) -> dict[str, Sequen
     """By name of the GPU: the model's layers on it. GPUs on which it is not placed are not in."""
     if engine.stack is None:
         return {}
-    found = {
-        gpu.name: engine.stack.gpus[gpu.index].snapshot().models.get(model) for gpu in tiers.gpus
-    }
-    return {name: layers for name, layers in found.items() if layers is not None}
+    books = {gpu.name: engine.stack.gpus[gpu.index].books for gpu in tiers.gpus}
+    return {name: layers_of(of, model) for name, of in books.items() if model in of.models}
 
 
 def residency_of(layer: LayerSnapshot) -> Reply:

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import tierd
+from tierd.core.snapshot import clients_of, counters_of, layers_of, memory_of
 from tierd.errors import PackInvalid
 from tierd.gpu_status import layers_on_gpus, notes_of, residency_of, status_of
 from tierd.sizes import format_size
@@ -37,8 +38,8 @@ class Statistics:
 
     def status(self) -> Reply:
         daemon = self._daemon
-        snapshot = daemon.engine.machine.snapshot()
-        memory, counters = snapshot.memory, snapshot.counters
+        books = daemon.engine.machine.books
+        memory, counters = memory_of(books), counters_of(books)
         readers = daemon.pool.statistics()
         return {
             "daemon": {
@@ -125,9 +126,10 @@ class Statistics:
     def layers(self, model: str) -> Reply:
         """Raises ModelNotFound or PackInvalid."""
         pack = self._daemon.registry.find(model)
-        states = self._daemon.engine.machine.snapshot().models.get(pack.model)
-        if states is None:
+        books = self._daemon.engine.machine.books
+        if pack.model not in books.models:
             raise PackInvalid(f"model {model!r} is not known to the scheduler")
+        states = layers_of(books, pack.model)
         on_gpus = layers_on_gpus(self._daemon.tiers, self._daemon.engine, pack.model)
         return {
             "model": model,
@@ -187,7 +189,7 @@ class Statistics:
         """Of all tiers, in the order in which they came; ids below 0 are the core's own."""
         engine = self._daemon.engine
         machines = [engine.machine, *(engine.stack.gpus if engine.stack else ())]
-        states = [state for machine in machines for state in machine.snapshot().clients]
+        states = [state for machine in machines for state in clients_of(machine.books)]
         return sorted(
             (state for state in states if state.client in self._daemon.sessions),
             key=lambda state: state.client,

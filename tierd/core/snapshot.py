@@ -91,7 +91,17 @@ class Snapshot:
 
 
 def snapshot_of(books: Books) -> Snapshot:
-    """The state between two events, in bytes and steps."""
+    """The state between two events, in bytes and steps. Costs O(layers * plans): who needs a part
+    of it asks for that."""
+    return Snapshot(
+        memory_of(books),
+        counters_of(books),
+        clients_of(books),
+        {model: layers_of(books, model) for model in books.models},
+    )
+
+
+def memory_of(books: Books) -> MemorySnapshot:
     granule = books.config.granule_bytes
     memory = books.memory
     resident = leased = in_flight = 0
@@ -100,21 +110,27 @@ def snapshot_of(books: Books) -> Snapshot:
         resident += nbytes * (slot.state is SlotState.RESIDENT and slot.key is not None)
         leased += nbytes * (slot.leases > 0)
         in_flight += nbytes * (slot.state is not SlotState.RESIDENT)
-    return Snapshot(
-        MemorySnapshot(
-            memory.budget * granule, memory.warm * granule, memory.peak * granule,
-            resident, leased, in_flight, books.ledger.quarantined * granule,
-            books.ledger.pinned * granule,
-            books.ledger.committed * granule, memory.discarding * granule,
-            max(memory.warm - memory.budget, 0) * granule,
-        ),
-        Counters(**books.count),
-        tuple(_client_snapshot(books, client) for client in books.clients.values()),
-        {
-            model.id: tuple(_layer_snapshot(books, model, i) for i in range(len(model.slots)))
-            for model in books.models.values()
-        },
+    return MemorySnapshot(
+        memory.budget * granule, memory.warm * granule, memory.peak * granule,
+        resident, leased, in_flight, books.ledger.quarantined * granule,
+        books.ledger.pinned * granule,
+        books.ledger.committed * granule, memory.discarding * granule,
+        max(memory.warm - memory.budget, 0) * granule,
     )  # fmt: skip
+
+
+def counters_of(books: Books) -> Counters:
+    return Counters(**books.count)
+
+
+def clients_of(books: Books) -> tuple[ClientSnapshot, ...]:
+    return tuple(_client_snapshot(books, client) for client in books.clients.values())
+
+
+def layers_of(books: Books, model: int) -> tuple[LayerSnapshot, ...]:
+    """Raises KeyError for a model that is not known."""
+    state = books.models[model]
+    return tuple(_layer_snapshot(books, state, layer) for layer in range(len(state.slots)))
 
 
 def _client_snapshot(books: Books, client: Client) -> ClientSnapshot:

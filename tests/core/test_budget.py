@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.core import by_hand
+from tests.core.by_hand import G, feed, key, of
 from tierd.core.errors import IllegalEvent
-from tierd.core.machine import TierMachine
 from tierd.core.model import (
     OPERATOR,
     Acquire,
-    Action,
     Admit,
     ArenaAdded,
     BudgetChanged,
-    ClientJoined,
-    CoreConfig,
     Discard,
-    DiscardDone,
     Done,
-    Event,
     Evict,
     Grant,
     Later,
-    LayerKey,
-    ModelAdded,
     Pin,
     Plan,
     Read,
@@ -34,46 +29,10 @@ from tierd.core.model import (
     Release,
 )
 
-G = 2 << 20
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from tierd.core.machine import TierMachine
 
-
-def machine_of(granules: int, *models: tuple[int, ...], warm: int | None = None) -> TierMachine:
-    """One arena, models of these layer sizes (in granules), and clients 1 and 2."""
-    machine = TierMachine(CoreConfig(granules * G, reads_in_flight=2))
-    warm = granules if warm is None else warm
-    machine.handle(ArenaAdded(0, 0, 1024 * G, warm * G))
-    for number, layers in enumerate(models):
-        sizes = tuple(size * G for size in layers)
-        machine.handle(ModelAdded(0, number, f"m{number}", 0, sizes))
-    machine.handle(ClientJoined(0, 1))
-    machine.handle(ClientJoined(0, 2))
-    return machine
-
-
-def feed(machine: TierMachine, *events: Event) -> list[Action]:
-    """All actions, with reads and discards done at once; the invariants hold after each event."""
-    actions: list[Action] = []
-    todo = list(events)
-    while todo:
-        event = todo.pop(0)
-        new = machine.handle(event)
-        machine.check()
-        actions += new
-        for action in new:
-            if isinstance(action, Read):
-                todo.append(ReadDone(event.at_ns, action.slot))
-            elif isinstance(action, Discard):
-                todo.append(DiscardDone(event.at_ns, action.arena, action.offset, action.nbytes))
-    return actions
-
-
-def key(layer: int, model: int = 0) -> LayerKey:
-    return LayerKey(model, layer)
-
-
-def of(kind: type[T], actions: list[Action]) -> list[T]:
-    return [action for action in actions if isinstance(action, kind)]
+machine_of = partial(by_hand.machine_of, clients=2)
 
 
 def held(machine: TierMachine, client: int, layers: range) -> dict[int, int]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.daemon import as_nobody
 from tests.daemon.conftest import MIB, RunningDaemon, wait_until, write_pack
 from tests.daemon.test_gpu_tier import (
     CHUNK,
@@ -28,6 +25,8 @@ from tierd.io.memory_limits import Limit
 from tierd.io.pages import PageKind, Pages
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.daemon.conftest import OpenedOnGpu, PackOnDisk
     from tests.daemon.test_gpu_tier import Connect, Start
 
@@ -239,32 +238,8 @@ async def test_more_dram_is_held_against_the_kind_of_page_that_arenas_have(
     assert "6.0 MiB (6291456 bytes) (reserved pages)" in await asked.refused
 
 
-AS_NOBODY = """
-import os, sys
-from tests.daemon.conftest import RawClient, Refused
-os.setgroups([])
-os.setgid(65534)
-os.setuid(65534)
-try:
-    RawClient(sys.argv[1]).call("budget", tier="dram", bytes=1 << 23)
-    print("ok")
-except Refused as refused:
-    print(refused.code)
-"""
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_only_root_and_the_daemon_s_own_user_may(models: Path, tmp_path: Path) -> None:
     write_pack(models / "m", LAYERS, LAYER_BYTES)
-    with tempfile.TemporaryDirectory() as place:  # that of pytest is closed to others
-        os.chmod(place, 0o755)
-        options = ["--models", str(models), "--dram", "12MiB", "--socket-mode", "0666"]
-        daemon = RunningDaemon(f"{place}/s", tmp_path / "log", options).wait_ready()
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", AS_NOBODY, daemon.socket],
-                capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
-            )  # fmt: skip
-        finally:
-            daemon.stop()
-    assert done.stdout.split() == ["access_denied"], done.stderr
+    calls: list[tuple[str, dict[str, Any]]] = [("budget", {"tier": "dram", "bytes": 1 << 23})]
+    assert as_nobody.answers(models, tmp_path / "log", "12MiB", calls) == ["access_denied"]

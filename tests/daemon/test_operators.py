@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.daemon import as_nobody
 from tests.daemon.conftest import RawClient, Refused, RunningDaemon, wait_until, write_pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     Start = Callable[..., RunningDaemon]
     Connect = Callable[..., RawClient]
@@ -124,34 +122,13 @@ def test_a_command_is_one_line_of_the_log_whatever_is_in_it(daemon: RunningDaemo
     assert len(lines[0]) < 1_000
 
 
-AS_NOBODY = """
-import os, sys
-from tests.daemon.conftest import RawClient, Refused
-os.setgroups([])
-os.setgid(65534)
-os.setuid(65534)
-client = RawClient(sys.argv[1])
-for op in ("pin", "unpin", "evict", "layers"):
-    try:
-        client.call(op, model="m")
-        print("ok")
-    except Refused as refused:
-        print(refused.code)
-"""
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_only_root_and_the_daemon_s_own_user_may(models: Path, tmp_path: Path) -> None:
     write_pack(models / "m", LAYERS, LAYER_BYTES)
-    with tempfile.TemporaryDirectory() as place:  # that of pytest is closed to others
-        os.chmod(place, 0o755)
-        arguments = ["--models", str(models), "--dram", "8MiB", "--socket-mode", "0666"]
-        daemon = RunningDaemon(f"{place}/s", tmp_path / "log", arguments).wait_ready()
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", AS_NOBODY, daemon.socket],
-                capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
-            )  # fmt: skip
-        finally:
-            daemon.stop()
-    assert done.stdout.split() == [*["access_denied"] * 3, "ok"], done.stderr
+    calls: list[tuple[str, dict[str, Any]]] = [
+        (op, {"model": "m"}) for op in ("pin", "unpin", "evict", "layers")
+    ]
+    assert as_nobody.answers(models, tmp_path / "log", "8MiB", calls) == [
+        *["access_denied"] * 3,
+        "ok",
+    ]

@@ -31,6 +31,23 @@ def attended(daemon: FakeDaemon) -> list[Any]:
     return [request["unmapped"] for request in daemon.asked("attend")]
 
 
+def let_go_unanswered(daemon: FakeDaemon, client: Client) -> None:
+    """Chunk 0 is asked back and let go of; that this was said is not answered."""
+    client.lease(MODEL, "embed").release()
+    daemon.unmap = [0]
+    daemon.table.call_attention()
+    client._connection.timeout = 0.05
+
+    def silent(message: dict[str, Any]) -> list[bytes] | None:
+        return [] if message["op"] == "attend" and message["unmapped"] else None
+
+    daemon.answers = silent
+    with pytest.raises(DaemonTimeout):
+        client.attend()
+    daemon.answers = None
+    client._connection.timeout = 20
+
+
 def test_nothing_is_asked_while_the_daemon_wants_nothing(
     gpu_daemon: FakeDaemon, client: Client
 ) -> None:
@@ -98,19 +115,7 @@ def test_scratch_is_told_when_it_changes(gpu_daemon: FakeDaemon, client: Client)
 def test_what_could_not_be_said_is_said_the_next_time(
     gpu_daemon: FakeDaemon, client: Client
 ) -> None:
-    client.lease(MODEL, "embed").release()
-    gpu_daemon.unmap = [0]
-    gpu_daemon.table.call_attention()
-    client._connection.timeout = 0.05
-
-    def silent(message: dict[str, Any]) -> list[bytes] | None:
-        return [] if message["op"] == "attend" and message["unmapped"] else None
-
-    gpu_daemon.answers = silent
-    with pytest.raises(DaemonTimeout):
-        client.attend()
-    gpu_daemon.answers = None
-    client._connection.timeout = 20
+    let_go_unanswered(gpu_daemon, client)
     client.attend()
     assert attended(gpu_daemon) == [[], [[3, [0]]], [[3, [0]]]]
     assert gpu_daemon.unmap == []
@@ -119,19 +124,8 @@ def test_what_could_not_be_said_is_said_the_next_time(
 def test_what_is_mapped_again_after_an_answer_was_lost_is_not_said_to_be_let_go(
     gpu_daemon: FakeDaemon, client: Client
 ) -> None:
-    client.lease(MODEL, "embed").release()
-    gpu_daemon.unmap = [0]
-    gpu_daemon.table.call_attention()
-    client._connection.timeout = 0.05
-
-    def silent(message: dict[str, Any]) -> list[bytes] | None:
-        return [] if message["op"] == "attend" and message["unmapped"] else None
-
-    gpu_daemon.answers = silent
-    with pytest.raises(DaemonTimeout):
-        client.attend()
-    gpu_daemon.answers, gpu_daemon.unmap = None, []  # it has heard it
-    client._connection.timeout = 20
+    let_go_unanswered(gpu_daemon, client)
+    gpu_daemon.unmap = []  # it has heard it
     assert client._arenas is not None
     client._arenas.attended = True  # by somebody who is slow
     with client.lease(MODEL, "embed"):

@@ -15,12 +15,21 @@ if TYPE_CHECKING:
 # process that the tests start. As in a terminal, an interrupt interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Triton decides when it is first imported whether kernels are interpreted on the CPU or compiled.
+if os.environ.get("TIERD_KERNELS_DEVICE") != "cuda":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _native = runpy.run_path(str(Path(__file__).with_name("native_modules.py")))
 
 
 def pytest_report_header() -> list[str]:
-    """Names the builds of the C++ modules under test where they are not the installed ones."""
-    return [f"{name}={os.environ[name]}" for name in _native["VARIABLES"] if name in os.environ]
+    """Names where the Triton kernels run, and builds of the C++ modules that are not installed."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    where = "interpreted" if interpreted else "on a GPU"
+    return [
+        f"Triton kernels: {where} (TIERD_KERNELS_DEVICE=cuda for a GPU)",
+        *(f"{name}={os.environ[name]}" for name in _native["VARIABLES"] if name in os.environ),
+    ]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -39,6 +39,7 @@ from tierd.core.stack_model import (
     CopyFailed,
     Fenced,
     GpuArenaAdded,
+    GpuMeasured,
     JoinedGpu,
     ModelPlaced,
     StackAction,
@@ -57,6 +58,7 @@ class TierStack:
     def __init__(self, config: StackConfig) -> None:
         self.config = config
         self.feeds = Feeds(config)
+        self.measured: dict[int, GpuMeasured] = {}  #: by GPU, the last figure
         self.fencing: dict[int, int] = {}  #: clients that are gone, not yet fenced -> their GPU
         self._gpu_of: dict[int, int] = {}  #: by client; those of DRAM are not in it
         self._gpu_of_arena: dict[int, int] = {}
@@ -154,6 +156,11 @@ class TierStack:
                     self._check_gpu(event.gpu)
                 changed = BudgetChanged(event.at_ns, event.request, event.budget_bytes)
                 feeds.deliver(event.gpu, changed)
+            case GpuMeasured():
+                self._check_gpu(event.gpu)
+                if event.bytes_per_s < 1:
+                    raise self._illegal(f"no GPU copies like this: {event}")
+                self.measured[event.gpu] = event
             case GpuArenaAdded() | ArenaAdded() | ModelPlaced() | ModelAdded() | ModelRemoved():
                 self._set_up(event)
             case _:

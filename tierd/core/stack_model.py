@@ -18,6 +18,11 @@ class StackConfig:
 
     dram: CoreConfig
     gpus: tuple[CoreConfig, ...]
+    early: bool = False  #: copies start while their layer is still being read (`Copy.filling`)
+    direct: tuple[bool, ...] = ()  #: by GPU: what DRAM has not is read past it; (): nowhere
+
+    def is_direct(self, gpu: int) -> bool:
+        return bool(self.direct) and self.direct[gpu]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -57,7 +62,8 @@ class JoinedGpu:
 
 @dataclass(frozen=True, slots=True)
 class CopyDone:
-    """The GPU slot holds its layer; the DRAM slot is not read any more."""
+    """The GPU slot holds its layer, verified; the DRAM slot is not read any more. Answers a
+    `DirectRead` too. For a copy that is filling it comes after the `ReadDone` of its source."""
 
     at_ns: int
     gpu: int
@@ -66,7 +72,9 @@ class CopyDone:
 
 @dataclass(frozen=True, slots=True)
 class CopyFailed:
-    """`code` and `text` go to everybody who waits for the layer on this GPU, unchanged."""
+    """Nothing writes to the GPU slot or reads the DRAM slot any more. `code` and `text` go to
+    everybody who waits for the layer on this GPU, unchanged. Where the read of the source failed,
+    this comes after its `ReadFailed`, with the same code and text."""
 
     at_ns: int
     gpu: int
@@ -95,6 +103,15 @@ class TierBudgetChanged:
     budget_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class GpuMeasured:
+    """What copies to this GPU got lately, all of them together, while blocks were under way."""
+
+    at_ns: int
+    gpu: int
+    bytes_per_s: int
+
+
 StackEvent = (
     Event
     | GpuArenaAdded
@@ -104,6 +121,7 @@ StackEvent = (
     | CopyFailed
     | Fenced
     | TierBudgetChanged
+    | GpuMeasured
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -113,7 +131,12 @@ StackEvent = (
 @dataclass(frozen=True, slots=True)
 class Copy:
     """Copy the layer from a DRAM slot, which stays as it is until this is answered, to a slot of
-    the GPU; answer CopyDone or CopyFailed."""
+    the GPU; answer CopyDone or CopyFailed.
+
+    `filling`: a `Read` that was returned earlier, or before this, is filling the DRAM slot. Copy
+    what of it is verified, block by block. When that read fails the copy ends by itself: its slot
+    in DRAM may then be filled with something else before this is answered.
+    """
 
     gpu: int
     slot: int
@@ -125,6 +148,32 @@ class Copy:
     from_slot: int
     from_arena: int
     from_offset: int
+    reason: str  #: "demand" or "ahead"
+    filling: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StopCopy:
+    """Nobody wants what a filling copy brings. Copy no more of it; it is answered when nothing
+    writes to the GPU slot any more, with `CopyFailed`, or `CopyDone` where that was first. Its
+    answer may be on the way already."""
+
+    gpu: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class DirectRead:
+    """Fill the slot of the GPU from the disk, past DRAM, verified; answer CopyDone or CopyFailed.
+    Only where `StackConfig.direct` says so."""
+
+    gpu: int
+    slot: int
+    generation: int
+    key: LayerKey
+    arena: int
+    offset: int
+    nbytes: int
     reason: str  #: "demand" or "ahead"
 
 
@@ -138,4 +187,4 @@ class Unload:
     key: LayerKey | None
 
 
-StackAction = Action | Copy | Unload
+StackAction = Action | Copy | StopCopy | DirectRead | Unload

@@ -259,7 +259,7 @@ async def test_a_defect_in_a_reader_fails_its_layer_only(
     pack.shard(PAGE)
     job = pack.job(pack.extent(0, 0, PAGE))
     with monkeypatch.context() as patch:
-        patch.setattr(ssd_lane, "verify_chunk", lambda chunk: 1 // 0)
+        patch.setattr(ssd_lane, "verify_chunk", lambda *_: 1 // 0)
         error = await failure(pool, job)
     assert "ZeroDivisionError" in str(error)
     assert "Traceback" in caplog.text

@@ -9,11 +9,15 @@ import errno
 import fcntl
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from tierd.errors import ChecksumMismatch, ReadError
 from tierd_layouts.records import BLOCK_BYTES, PAGE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,6 +27,7 @@ class Chunk:
     fd: int
     offset: int
     target: memoryview
+    start: int  #: of the target, in the layer
     xxh3: tuple[int, ...]  #: one for each block; only an extent's last block may be shorter
     pack: str
     layer: str
@@ -61,8 +66,9 @@ def read_chunk(chunk: Chunk, piece_bytes: int) -> ChunkRead:
         ) from None
 
 
-def verify_chunk(chunk: Chunk) -> None:
-    """Hash what was read, without the GIL. Raises ChecksumMismatch."""
+def verify_chunk(chunk: Chunk, announce: Callable[[int, int], None]) -> None:
+    """Hash what was read, without the GIL. Each block that is right is announced by its place in
+    the layer and its size. Raises ChecksumMismatch."""
     for number, expected in enumerate(chunk.xxh3):
         start = number * BLOCK_BYTES
         block = chunk.target[start : start + BLOCK_BYTES]
@@ -73,6 +79,7 @@ def verify_chunk(chunk: Chunk) -> None:
                 f"({block.nbytes} bytes at offset {chunk.offset + start}) "
                 f"has xxh3 {found:016x}, expected {expected:016x}"
             )
+        announce(chunk.start + start, block.nbytes)
 
 
 def _read(chunk: Chunk, piece_bytes: int) -> ChunkRead:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tierd.io.chunks import Chunk
+from tierd.io.verified import VerifiedBlocks
 from tierd_layouts.records import BLOCK_BYTES, block_count
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class ReadJob:
 
     The target, and the descriptors, must stay until the outcome came: also after a failure of one
     chunk the others are still being written. device: any number, one for each device that may hang
-    without disturbing the others.
+    without disturbing the others. verified: who wants each block as soon as it is there follows it.
     """
 
     pack: str
@@ -39,6 +40,7 @@ class ReadJob:
     extents: tuple[ExtentRead, ...]
     target: memoryview
     device: int = 0
+    verified: VerifiedBlocks = field(default_factory=VerifiedBlocks)
 
     def __post_init__(self) -> None:
         nbytes = sum(extent.nbytes for extent in self.extents)
@@ -63,8 +65,9 @@ class ReadJob:
         fds: Sequence[int],
         target: memoryview,
         device: int = 0,
+        verified: VerifiedBlocks | None = None,
     ) -> ReadJob:
-        """fds: the open shards, in the order of `shards`."""
+        """fds: the open shards, in the order of `shards`. verified: None = one of its own."""
         extents = tuple(
             ExtentRead(
                 fds[extent.shard], shards[extent.shard].file,
@@ -72,7 +75,7 @@ class ReadJob:
             )
             for extent in layer.extents
         )  # fmt: skip
-        return cls(pack, layer.name, extents, target, device)
+        return cls(pack, layer.name, extents, target, device, verified or VerifiedBlocks())
 
     def chunks(self, chunk_bytes: int) -> Iterator[Chunk]:
         """chunk_bytes: of all but an extent's last; whole blocks, because each has one hash."""
@@ -86,6 +89,7 @@ class ReadJob:
                     fd=extent.fd,
                     offset=extent.offset + offset,
                     target=self.target[start : start + nbytes],
+                    start=start,
                     xxh3=extent.xxh3[first : first + blocks],
                     pack=self.pack,
                     layer=self.layer,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tierd.io.chunks import Chunk
     from tierd.io.ssd_job import ReadJob
     from tierd.io.throttle import Throttle
+    from tierd.io.verified import VerifiedBlocks
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class _Work:
     layer: str
     nbytes: int
     deliver: Callable[[ReadResult | ReadError], None]
+    verified: VerifiedBlocks
     submitted_ns: int
     unfinished: int
     error: ReadError | None = None
@@ -95,11 +97,12 @@ class Lane:
 
     def submit(self, job: ReadJob, deliver: Callable[[ReadResult | ReadError], None]) -> None:
         """Queue a job. `deliver` is called once, in any thread, when none touches the target any
-        more. Raises ReadCancelled after `give_up`."""
+        more; then those who follow hear of the end. Raises ReadCancelled after `give_up`."""
         chunks = list(job.chunks(self._chunk_bytes))
         work = _Work(
-            job.pack, job.layer, job.target.nbytes, deliver, time.monotonic_ns(), len(chunks)
-        )
+            job.pack, job.layer, job.target.nbytes, deliver, job.verified, time.monotonic_ns(),
+            len(chunks),
+        )  # fmt: skip
         with self._queued:
             if self._closing.is_set():
                 raise _cancelled(work)
@@ -205,7 +208,7 @@ class Lane:
                 with self._queued:
                     self._taken -= 1
                     self._queued.notify()
-            self._verify(chunk)
+            self._verify(work, chunk)
             return None
         except ReadError as failure:
             error = failure
@@ -234,9 +237,9 @@ class Lane:
         if outcome.fell_back:
             log.warning("%s refuses O_DIRECT: it is read through the page cache", chunk.name)
 
-    def _verify(self, chunk: Chunk) -> None:
+    def _verify(self, work: _Work, chunk: Chunk) -> None:
         with self._verifying:
-            verify_chunk(chunk)
+            verify_chunk(chunk, work.verified.announce)
         with self._lock:
             self._read_bytes += chunk.target.nbytes
 
@@ -254,6 +257,7 @@ class Lane:
             work.deliver(work.error)
         else:
             work.deliver(ReadResult(work.nbytes, time.monotonic_ns() - work.submitted_ns))
+        work.verified.end(work.error)
 
 
 def _cancelled(work: _Work) -> ReadCancelled:

@@ -13,11 +13,9 @@ from typing import Any
 from tests.daemon.conftest import RunningDaemon
 
 _ASK = """
-import json, os, sys
+import json
 from tests.daemon.conftest import RawClient, Refused
-os.setgroups([])
-os.setgid(65534)
-os.setuid(65534)
+become_nobody()
 client = RawClient(sys.argv[1])
 for op, fields in json.loads(sys.argv[2]):
     try:
@@ -26,22 +24,40 @@ for op, fields in json.loads(sys.argv[2]):
     except Refused as refused:
         print(refused.code)
 """
+_BEGINNING = "import os, sys\nfrom tests.daemon.as_nobody import become_nobody\n"
+
+Calls = list[tuple[str, dict[str, Any]]]
 
 
-def answers(
-    models: Path, log: Path, dram: str, calls: list[tuple[str, dict[str, Any]]]
-) -> list[str]:
-    """`ok` or the code of the refusal, for each call, of a daemon whose socket all may use."""
+def become_nobody() -> None:
+    """For good, so only in a process made for that, after its imports."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+def lines(program: str, *arguments: str) -> list[str]:
+    """What a program prints that calls become_nobody() before it talks to anybody."""
+    done = subprocess.run(
+        [sys.executable, "-c", _BEGINNING + program, *arguments],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def answers(socket: str, calls: Calls) -> list[str]:
+    """`ok` or the code of the refusal, for each call, on one connection."""
+    return lines(_ASK, socket, json.dumps(calls))
+
+
+def answers_of_a_daemon(models: Path, log: Path, dram: str, calls: Calls) -> list[str]:
+    """As `answers`, of a daemon whose socket all may use, started for these calls."""
     with tempfile.TemporaryDirectory() as place:  # that of pytest is closed to others
         os.chmod(place, 0o755)
         options = ["--models", str(models), "--dram", dram, "--socket-mode", "0666"]
         daemon = RunningDaemon(f"{place}/s", log, options).wait_ready()
         try:
-            done = subprocess.run(
-                [sys.executable, "-c", _ASK, daemon.socket, json.dumps(calls)],
-                capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
-            )  # fmt: skip
+            return answers(daemon.socket, calls)
         finally:
             daemon.stop()
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()

@@ -241,5 +241,6 @@ async def test_more_dram_is_held_against_the_kind_of_page_that_arenas_have(
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_only_root_and_the_daemon_s_own_user_may(models: Path, tmp_path: Path) -> None:
     write_pack(models / "m", LAYERS, LAYER_BYTES)
-    calls: list[tuple[str, dict[str, Any]]] = [("budget", {"tier": "dram", "bytes": 1 << 23})]
-    assert as_nobody.answers(models, tmp_path / "log", "12MiB", calls) == ["access_denied"]
+    calls: as_nobody.Calls = [("budget", {"tier": "dram", "bytes": 1 << 23})]
+    answers = as_nobody.answers_of_a_daemon(models, tmp_path / "log", "12MiB", calls)
+    assert answers == ["access_denied"]

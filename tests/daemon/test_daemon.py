@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.daemon import as_nobody
 from tests.daemon.conftest import RawClient, Refused, RunningDaemon, wait_until, write_pack
 
 if TYPE_CHECKING:
@@ -221,12 +222,9 @@ def test_a_budget_smaller_than_a_layer_is_said_at_the_start_and_at_the_plan(
     assert caught.value.code == "budget_too_small"
 
 
-AS_NOBODY = """
-import os, sys
+OPEN_AND_ACQUIRE = """
 from tests.daemon.conftest import RawClient, Refused
-os.setgroups([])
-os.setgid(65534)
-os.setuid(65534)
+become_nobody()
 client = RawClient(sys.argv[1])
 client.hello()
 for model in sys.argv[2:]:
@@ -249,12 +247,11 @@ def test_another_user_gets_what_it_may_read_and_no_descriptor_of_the_rest(
     daemon = start_daemon(
         "--models", models, "--dram", "16MiB", "--socket-mode", "0666", socket=path
     )
-    command = [sys.executable, "-c", AS_NOBODY, path, "open", "private", "staff"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=_root(), check=False)
+    printed = as_nobody.lines(OPEN_AND_ACQUIRE, path, "open", "private", "staff")
     arenas = {name: connect(daemon).open(name).acquire(0)["arena"] for name in ("open", "private")}
-    assert done.stdout.splitlines() == [
+    assert printed == [
         f"open {arenas['open']}", "private access_denied", "staff access_denied",
-    ], done.stderr  # fmt: skip
+    ]  # fmt: skip
     assert arenas["open"] != arenas["private"]
     assert daemon.stop() == 0
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgpack  # type: ignore[import-untyped]
 import pytest
 
+from tests.daemon import as_nobody
 from tests.daemon.conftest import RawClient, Refused, RunningDaemon, write_pack
 from tierd.core.model import Acquire, ArenaAdded, Grant, ModelAdded, ReadDone
 from tierd.core.transcript import restored
@@ -123,36 +120,15 @@ def test_a_trace_is_asked_for_properly_or_not_at_all(daemon: RunningDaemon) -> N
         assert caught.value.code == "bad_request"
 
 
-AS_NOBODY = """
-import json, os, sys
-from tests.daemon.conftest import RawClient, Refused
-os.setgroups([])
-os.setgid(65534)
-os.setuid(65534)
-client = RawClient(sys.argv[1])
-for asked in sys.argv[2:]:
-    op, fields = json.loads(asked)
-    try:
-        client.call(op, **fields)
-        print("ok")
-    except Refused as refused:
-        print(refused.code)
-"""
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_who_may_not_read_a_model_does_not_learn_its_story(
     daemon: RunningDaemon, connect: Connect
 ) -> None:
     connect(daemon).open("secret").acquire(0)
-    asked: list[tuple[str, dict[str, Any]]] = [
+    calls: as_nobody.Calls = [
         ("why", {"model": "open", "layer": 0}),
         ("why", {"model": "secret", "layer": 0}),
         *(("trace", {"part": part}) for part in ("opening", "models", "entries")),
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", AS_NOBODY, daemon.socket, *map(json.dumps, asked)],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
-    )  # fmt: skip
-    assert done.stdout.split() == ["ok", *["access_denied"] * 4], done.stderr
+    assert as_nobody.answers(daemon.socket, calls) == ["ok", *["access_denied"] * 4]
     assert daemon.ask("why", model="secret", layer=0)["state"] == "resident"

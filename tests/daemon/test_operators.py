@@ -128,7 +128,7 @@ def test_only_root_and_the_daemon_s_own_user_may(models: Path, tmp_path: Path) -
     calls: list[tuple[str, dict[str, Any]]] = [
         (op, {"model": "m"}) for op in ("pin", "unpin", "evict", "layers")
     ]
-    assert as_nobody.answers(models, tmp_path / "log", "8MiB", calls) == [
+    assert as_nobody.answers_of_a_daemon(models, tmp_path / "log", "8MiB", calls) == [
         *["access_denied"] * 3,
         "ok",
     ]

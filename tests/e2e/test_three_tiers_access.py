@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.daemon import as_nobody
 from tests.daemon.conftest import PackOnDisk, Refused, RunningDaemon, write_pack
 from tests.e2e.gpu_client import GpuClient, GpuModel, damaged_blocks
 
@@ -172,14 +173,11 @@ def test_a_chunk_without_a_lease_in_it_is_refused(reader: GpuClient) -> None:
     assert reader.take_fds() == []
 
 
-AS_NOBODY = textwrap.dedent(
+TRY_EVERYTHING = textwrap.dedent(
     """
-    import os, sys
     from tests.daemon.conftest import Refused
     from tests.e2e.gpu_client import GpuClient
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
+    become_nobody()
     client = GpuClient(sys.argv[1])
     client.greet()
     model = client.open_gpu("open")
@@ -220,12 +218,10 @@ def test_another_user_maps_no_chunk_of_a_group_it_is_not_in(
     private = reader.open_gpu("private")
     held = private.acquire(0)  # so that there are chunks with memory to be had
     private.map(held)
-    command = [sys.executable, "-c", AS_NOBODY, daemon.socket, str(private.arena)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.stdout.splitlines() == [
+    assert as_nobody.lines(TRY_EVERYTHING, daemon.socket, str(private.arena)) == [
         f"open {LAYER_BYTES}", "reopen refused", "private access_denied", "no chunk 0",
         "budget access_denied",
-    ], done.stderr  # fmt: skip
+    ]  # fmt: skip
 
 
 def test_a_tier_that_does_not_exist_is_refused_by_name(daemon: RunningDaemon) -> None:

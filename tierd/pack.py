@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tierd.access import AccessGroup
 from tierd.errors import PackInvalid
-from tierd_layouts import slot_table
+from tierd_layouts import slot_entries
 from tierd_layouts.container import open_pack
 from tierd_layouts.errors import LayoutsError
 from tierd_layouts.index import INDEX_FILE, PackIndex
@@ -140,7 +140,7 @@ def _load(name: str, path: Path, root: Path, directory: int) -> Pack:
         if not set(found) <= set(identity.files) or _identity(directory) != identity:
             raise PackInvalid(f"pack {name!r} in {path} changed while it was read: reload again")
         undo.pop_all()
-    keys = tuple(slot_table.slot_key(index.digest, layer.name) for layer in index.layers)
+    keys = tuple(slot_entries.slot_key(index.digest, layer.name) for layer in index.layers)
     return Pack(name, path, root, identity, index, files, tuple(shards), keys)
 
 

@@ -21,7 +21,7 @@ from tierd.io.arena import Arena
 from tierd.io.process import open_pidfd, start_time
 from tierd.slots import Slots
 from tierd_layouts.errors import FormatError
-from tierd_layouts.slot_table import SlotState
+from tierd_layouts.slot_entries import SlotState
 
 if TYPE_CHECKING:
     import asyncio
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tierd.io.pages import Pages
     from tierd.pack import Pack
-    from tierd_layouts.slot_table import LeaseEntry
+    from tierd_layouts.slot_entries import LeaseEntry
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,8 @@ import os
 from typing import TYPE_CHECKING
 
 from tierd.errors import ArenaError
-from tierd_layouts.slot_table import (
-    DEFAULT_LEASES,
-    DEFAULT_SLOTS,
-    SlotState,
-    SlotTable,
-    table_bytes,
-)
+from tierd_layouts.slot_entries import DEFAULT_LEASES, DEFAULT_SLOTS, SlotState, table_bytes
+from tierd_layouts.slot_table import SlotTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -13,14 +13,11 @@ Source: FORMAT.md, section "Slot table".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import IntEnum
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
+from tierd_layouts import slot_table_rules
 from tierd_layouts.errors import (
     LeaseInvalid,
     SlotInvalid,
@@ -28,99 +25,26 @@ from tierd_layouts.errors import (
     SlotTableTruncated,
     SlotTableVersionUnknown,
 )
+from tierd_layouts.slot_entries import (
+    DEFAULT_LEASES,
+    DEFAULT_SLOTS,
+    HEADER,
+    HEADER_BYTES,
+    KEY_BYTES,
+    LEASE,
+    MAGIC,
+    SLOT,
+    SLOT_BYTES,
+    VERSION,
+    LeaseEntry,
+    SlotEntry,
+    SlotState,
+    table_bytes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from mmap import mmap
-
-MAGIC = b"TIERDSLT"
-VERSION = 1
-HEADER_BYTES = 64
-SLOT_BYTES = 64
-LEASE_BYTES = 32
-KEY_BYTES = 16
-DEFAULT_SLOTS = 16384
-DEFAULT_LEASES = 65536
-
-_HEADER = np.dtype(
-    [
-        ("magic", "<u8"),
-        ("version", "<u4"),
-        ("slot_count", "<u4"),
-        ("lease_count", "<u4"),
-        ("holders", "<u4"),
-        ("epoch", "<u8"),
-        ("next_generation", "<u8"),
-        ("next_lease", "<u8"),
-        ("pressed", "<u4"),
-        ("attention", "<u4"),
-        ("reserved", "<u8"),
-    ]
-)
-_SLOT = np.dtype(
-    [
-        ("generation", "<u8"),
-        ("offset", "<u8"),
-        ("nbytes", "<u8"),
-        ("arena", "<u4"),
-        ("state", "<u4"),
-        ("key", "<u8", (2,)),
-        ("reserved", "<u8", (2,)),
-    ]
-)
-_LEASE = np.dtype(
-    [
-        ("lease", "<u8"),
-        ("start_time", "<u8"),
-        ("pid", "<u4"),
-        ("slot", "<u4"),
-        ("generation", "<u8"),
-    ]
-)
-
-
-class SlotState(IntEnum):
-    FREE = 0
-    FILLING = 1  #: bytes are about to change or are changing: nobody may read
-    RESIDENT = 2  #: bytes are verified and do not change
-
-
-@dataclass(frozen=True, slots=True)
-class SlotEntry:
-    """One slot. `key` is `slot_key` of the layer that it holds; `offset` is in the arena."""
-
-    slot: int
-    generation: int
-    offset: int
-    nbytes: int
-    arena: int
-    state: SlotState
-    key: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseEntry:
-    """One lease and its holder. `start_time` is field 22 of /proc/PID/stat, in clock ticks."""
-
-    entry: int
-    lease: int
-    start_time: int
-    pid: int
-    slot: int
-    generation: int
-
-
-def table_bytes(slot_count: int = DEFAULT_SLOTS, lease_count: int = DEFAULT_LEASES) -> int:
-    """Returns the size of a table."""
-    return HEADER_BYTES + slot_count * SLOT_BYTES + lease_count * LEASE_BYTES
-
-
-def slot_key(index_digest: str, layer_name: str) -> bytes:
-    """Returns the 16 bytes that identify a layer of one exact pack.
-
-    index_digest: `PackIndex.digest`. The same layer of a replaced pack has another key.
-    """
-    return xxhash.xxh3_128_digest(f"{index_digest}/{layer_name}".encode())
 
 
 class SlotTable:
@@ -139,7 +63,7 @@ class SlotTable:
         magic = raw[: len(MAGIC)].tobytes()
         if magic != MAGIC:
             raise SlotTableMagicWrong(f"slot table begins with {magic!r}, expected {MAGIC!r}")
-        header = raw[:HEADER_BYTES].view(_HEADER)
+        header = raw[:HEADER_BYTES].view(HEADER)
         version = int(header["version"][0])
         if version != VERSION:
             raise SlotTableVersionUnknown(f"slot table version {version}, known is {VERSION}")
@@ -179,12 +103,12 @@ class SlotTable:
         end_of_slots = HEADER_BYTES + slots * SLOT_BYTES
         self.slot_count = slots
         self.lease_count = leases
-        self._header: Any = raw[:HEADER_BYTES].view(_HEADER)
-        slot_view: Any = raw[HEADER_BYTES:end_of_slots].view(_SLOT)
-        lease_view: Any = raw[end_of_slots:needed].view(_LEASE)
+        self._header: Any = raw[:HEADER_BYTES].view(HEADER)
+        slot_view: Any = raw[HEADER_BYTES:end_of_slots].view(SLOT)
+        lease_view: Any = raw[end_of_slots:needed].view(LEASE)
         # One strided view a field: indexing a record first would cost a temporary per store.
-        self._slot: dict[str, Any] = {name: slot_view[name] for name in _SLOT.names or ()}
-        self._lease: dict[str, Any] = {name: lease_view[name] for name in _LEASE.names or ()}
+        self._slot: dict[str, Any] = {name: slot_view[name] for name in SLOT.names or ()}
+        self._lease: dict[str, Any] = {name: lease_view[name] for name in LEASE.names or ()}
 
     def close(self) -> None:
         """Drops every view of the buffer; the table cannot be used afterwards."""
@@ -370,36 +294,5 @@ class SlotTable:
     def parse_check(self) -> None:
         """Raises SlotInvalid or LeaseInvalid for the first entry that cannot be true."""
         slots = {entry.slot: entry for entry in self.slots()}
-        for entry in slots.values():
-            if not 1 <= entry.generation < self.next_generation:
-                raise SlotInvalid(
-                    f"slot {entry.slot}: generation {entry.generation} is not in "
-                    f"[1, {self.next_generation})"
-                )
-            if entry.nbytes == 0:
-                raise SlotInvalid(f"slot {entry.slot}: state {entry.state.name} with 0 bytes")
-        by_place = sorted(slots.values(), key=lambda entry: (entry.arena, entry.offset))
-        for left, right in pairwise(by_place):
-            if left.arena == right.arena and left.offset + left.nbytes > right.offset:
-                raise SlotInvalid(
-                    f"slots {left.slot} and {right.slot} overlap in arena {left.arena}: "
-                    f"[{left.offset}, {left.offset + left.nbytes}) and {right.offset}"
-                )
-        seen: dict[int, int] = {}
-        for held in self.leases():
-            if held.lease >= self.next_lease:
-                raise LeaseInvalid(
-                    f"lease entry {held.entry}: lease {held.lease} is not in [1, {self.next_lease})"
-                )
-            if held.lease in seen:
-                raise LeaseInvalid(
-                    f"lease {held.lease} is in entries {seen[held.lease]} and {held.entry}"
-                )
-            seen[held.lease] = held.entry
-            leased = slots.get(held.slot)
-            if leased is None or leased.generation != held.generation:
-                found = "no slot" if leased is None else f"generation {leased.generation}"
-                raise LeaseInvalid(
-                    f"lease {held.lease} is on slot {held.slot}, generation {held.generation}; "
-                    f"the table has {found}"
-                )
+        slot_table_rules.check_slots(slots.values(), self.next_generation)
+        slot_table_rules.check_leases(self.leases(), slots, self.next_lease)

@@ -20,7 +20,8 @@ import pytest
 from tierd_layouts import exponent_packed, packed_matrix, quantised
 from tierd_layouts.container import LayerBuilder, write_index, write_shard
 from tierd_layouts.index import PackIndex
-from tierd_layouts.slot_table import SlotState, SlotTable, table_bytes
+from tierd_layouts.slot_entries import SlotState, table_bytes
+from tierd_layouts.slot_table import SlotTable
 from tierd_layouts.wire import MAX_REQUEST_BYTES, FrameDecoder, encode
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import torch
 from tierd_client.errors import ProtocolBroken
 from tierd_client.host_memory import HUGE_BYTES
 from tierd_client.mapping import Mapping, Mappings, TableMapping
-from tierd_layouts.slot_table import SlotState, SlotTable, table_bytes
+from tierd_layouts.slot_entries import SlotState, table_bytes
+from tierd_layouts.slot_table import SlotTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,7 +21,7 @@ from tierd.access import AccessGroup
 from tierd.io.process import start_time
 from tierd.recovery import Orphans, arena_name, living, match
 from tierd.slots import Slots
-from tierd_layouts.slot_table import LeaseEntry
+from tierd_layouts.slot_entries import LeaseEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

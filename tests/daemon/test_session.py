@@ -20,7 +20,7 @@ from tests.daemon.conftest import (
 from tierd.session import Session
 from tierd_layouts import wire
 from tierd_layouts.index import PackIndex
-from tierd_layouts.slot_table import SlotState
+from tierd_layouts.slot_entries import SlotState
 from tierd_layouts.wire import encode
 
 if TYPE_CHECKING:

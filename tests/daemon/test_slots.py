@@ -11,7 +11,8 @@ import pytest
 from tierd.errors import ArenaError
 from tierd.slots import Slots
 from tierd_layouts.errors import SlotTableInvalid
-from tierd_layouts.slot_table import SlotState, SlotTable
+from tierd_layouts.slot_entries import SlotState
+from tierd_layouts.slot_table import SlotTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -35,7 +35,7 @@ from tests.e2e.protocol_steps import STEPS, TIER, Walk
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tierd_layouts.slot_table import LeaseEntry
+    from tierd_layouts.slot_entries import LeaseEntry
 
 MIB = 1 << 20
 ROOT = Path(__file__).parents[2]

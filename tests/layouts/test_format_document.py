@@ -27,7 +27,8 @@ from tierd_layouts.container import (
     write_shard,
 )
 from tierd_layouts.index import PackIndex
-from tierd_layouts.slot_table import SlotState, SlotTable, slot_key, table_bytes
+from tierd_layouts.slot_entries import SlotState, slot_key, table_bytes
+from tierd_layouts.slot_table import SlotTable
 from tierd_layouts.wire import FrameDecoder, encode
 
 DOCUMENT = Path(__file__).parents[2] / "layouts" / "FORMAT.md"

@@ -17,7 +17,8 @@ from tierd_layouts.errors import (
     SlotTableTruncated,
     SlotTableVersionUnknown,
 )
-from tierd_layouts.slot_table import SlotEntry, SlotState, SlotTable, slot_key, table_bytes
+from tierd_layouts.slot_entries import SlotEntry, SlotState, slot_key, table_bytes
+from tierd_layouts.slot_table import SlotTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,75 +12,20 @@ import xxhash
 
 from tierd_layouts import strict_json
 from tierd_layouts.errors import (
-    FieldInvalid,
-    FieldMissing,
     IndexChecksumWrong,
     IndexNotJson,
     IndexTooLarge,
-    UnknownField,
     UnsupportedVersion,
     WrongFormatName,
 )
 from tierd_layouts.excerpt import excerpt
+from tierd_layouts.json_members import Members, hash_of, integer_of, integers_of, pair_of
 from tierd_layouts.records import FORMAT_NAME, FORMAT_VERSION, Array, Extent, Layer, Shard, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_INDEX_BYTES = 256 << 20
-MAX_INTEGER = (1 << 63) - 1
-
-
-class Members:
-    """One JSON object while it is read: every access is typed, and no member may be left over."""
-
-    def __init__(self, value: object, where: str) -> None:
-        if not isinstance(value, dict):
-            raise FieldInvalid(f"{where}: expected an object, found {excerpt(value)}")
-        self._members: dict[str, object] = dict(value)
-        self.where = where
-
-    def take(self, name: str) -> object:
-        """Returns and removes a member. Raises FieldMissing."""
-        if name not in self._members:
-            raise FieldMissing(f"{self.where}: member {name!r} is missing")
-        return self._members.pop(name)
-
-    def _path(self, name: str) -> str:
-        # Names of the format are short words; aliases and metadata may have any name.
-        return f"{self.where}.{name if name.isidentifier() and len(name) < 40 else excerpt(name)}"
-
-    def text(self, name: str) -> str:
-        value = self.take(name)
-        if not isinstance(value, str):
-            raise FieldInvalid(f"{self._path(name)}: expected text, found {excerpt(value)}")
-        return _unicode(value, self._path(name))
-
-    def integer(self, name: str) -> int:
-        """Returns an integer in [0, 2^63)."""
-        return _integer(self.take(name), f"{self.where}.{name}")
-
-    def integers(self, name: str) -> tuple[int, ...]:
-        return tuple(
-            _integer(value, f"{self.where}.{name}[{i}]") for i, value in enumerate(self.items(name))
-        )
-
-    def items(self, name: str) -> list[object]:
-        value = self.take(name)
-        if not isinstance(value, list):
-            raise FieldInvalid(f"{self._path(name)}: expected a list, found {excerpt(value)}")
-        return value
-
-    def texts(self, name: str) -> dict[str, str]:
-        """Returns an object whose members are all text."""
-        members = Members(self.take(name), f"{self.where}.{name}")
-        return {_unicode(key, members.where): members.text(key) for key in list(members._members)}
-
-    def finish(self) -> None:
-        """Raises UnknownField when a member was not asked for."""
-        if self._members:
-            names = ", ".join(excerpt(name) for name in sorted(self._members)[:5])
-            raise UnknownField(f"{self.where}: version {FORMAT_VERSION} has no member {names}")
 
 
 def load(text: bytes, where: str) -> tuple[Members, str]:
@@ -96,7 +41,7 @@ def load(text: bytes, where: str) -> tuple[Members, str]:
         raise WrongFormatName(
             f"{where}: format is {excerpt(body.get('format'))}, expected {FORMAT_NAME!r}"
         )
-    version = _integer(body.get("version"), f"{where}: version")
+    version = integer_of(body.get("version"), f"{where}: version")
     if version != FORMAT_VERSION:
         raise UnsupportedVersion(
             f"{where}: format version {version}, this tierd reads {FORMAT_VERSION}"
@@ -112,6 +57,16 @@ def load(text: bytes, where: str) -> tuple[Members, str]:
         )
     del body["format"], body["version"]
     return Members(body, where), found
+
+
+def _parse(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = strict_json.parse(text)
+    except (ValueError, RecursionError) as error:  # both Unicode and JSON errors are ValueErrors
+        raise IndexNotJson(f"{where}: not an index: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise IndexNotJson(f"{where}: not an index: expected an object, found {excerpt(value)}")
+    return value
 
 
 def digest(body: Mapping[str, Any]) -> str:
@@ -164,7 +119,7 @@ def _read_extent(value: object, where: str) -> Extent:
         offset=members.integer("offset"),
         nbytes=members.integer("nbytes"),
         xxh3=tuple(
-            _hash(item, f"{where}.xxh3[{i}]") for i, item in enumerate(members.items("xxh3"))
+            hash_of(item, f"{where}.xxh3[{i}]") for i, item in enumerate(members.items("xxh3"))
         ),
     )
     members.finish()
@@ -183,15 +138,15 @@ def _read_tensor(value: object, where: str) -> Tensor:
         dtype=members.text("dtype"),
         codec=members.text("codec"),
         order=members.text("order"),
-        tile=None if tile is None else _pair(tile, f"{where}.tile"),
+        tile=None if tile is None else pair_of(tile, f"{where}.tile"),
         nnz=members.integer("nnz"),
         arrays={
             name: _read_array(arrays.take(name), f"{where}.arrays[{excerpt(name)}]")
-            for name in list(arrays._members)
+            for name in arrays.names()
         },
         source=members.text("source"),
-        slice=None if part is None else _integer_list(part, f"{where}.slice"),
-        group=None if group is None else _integer(group, f"{where}.group"),
+        slice=None if part is None else integers_of(part, f"{where}.slice"),
+        group=None if group is None else integer_of(group, f"{where}.group"),
     )
     members.finish()
     return tensor
@@ -243,54 +198,3 @@ def _write_tensor(tensor: Tensor) -> dict[str, Any]:
         "slice": None if tensor.slice is None else list(tensor.slice),
         "group": tensor.group,
     }
-
-
-# --------------------------------------------------------------------------------------------------
-# Values
-
-
-def _parse(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = strict_json.parse(text)
-    except (ValueError, RecursionError) as error:  # both Unicode and JSON errors are ValueErrors
-        raise IndexNotJson(f"{where}: not an index: {str(error)[:200]}") from error
-    if not isinstance(value, dict):
-        raise IndexNotJson(f"{where}: not an index: expected an object, found {excerpt(value)}")
-    return value
-
-
-def _unicode(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise FieldInvalid(f"{where}: {excerpt(text)} is not Unicode") from error
-    return text
-
-
-def _integer(value: object, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
-        raise FieldInvalid(f"{where}: expected an integer in [0, 2^63), found {excerpt(value)}")
-    return value
-
-
-def _integer_list(value: object, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise FieldInvalid(f"{where}: expected a list, found {excerpt(value)}")
-    return tuple(_integer(item, f"{where}[{i}]") for i, item in enumerate(value))
-
-
-def _pair(value: object, where: str) -> tuple[int, int]:
-    items = _integer_list(value, where)
-    if len(items) != 2:
-        raise FieldInvalid(f"{where}: expected 2 integers, found {len(items)}")
-    return items[0], items[1]
-
-
-def _hash(value: object, where: str) -> int:
-    if (
-        not isinstance(value, str)
-        or len(value) != 16
-        or not all(c in "0123456789abcdef" for c in value)
-    ):
-        raise FieldInvalid(f"{where}: expected 16 lower-case hex digits, found {excerpt(value)}")
-    return int(value, 16)

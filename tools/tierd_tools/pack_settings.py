@@ -13,7 +13,7 @@ import xxhash
 
 from tierd import __version__
 from tierd_layouts.codecs import LEVEL_LIMITS
-from tierd_layouts.index_json import MAX_INTEGER
+from tierd_layouts.json_members import MAX_INTEGER
 from tierd_layouts.tile_grid import TILE
 from tierd_tools.errors import BadSetting, TextRefused
 from tierd_tools.sparsity import Sparsities

@@ -30,13 +30,13 @@ TILE_BYTES: Final = 36 * TILE * TILE
 NO_FAULT: Final = 2**63 - 1
 
 _PLACES: Final = TILE * TILE
-_REASONS: Final = (
+REASONS: Final = (
     "bitmap has bits outside the matrix",
     "its head cannot be",
     "offsets do not fit its record",
     "escapes do not ascend within its elements",
 )
-_BITS, _HEAD, _OFFSETS, _ESCAPES = range(len(_REASONS))
+_BITS, _HEAD, _OFFSETS, _ESCAPES = range(len(REASONS))
 _SIGNED: Final = {2: torch.int16, 4: torch.int32}
 """torch has few operations for unsigned integers. These are only bits."""
 
@@ -49,8 +49,8 @@ def new_faults(device: torch.device | str) -> torch.Tensor:
 
 def fault_text(fault: int) -> str:
     """What a cell's value, other than NO_FAULT, says."""
-    tile, reason = divmod(fault, len(_REASONS))
-    return f"tile {tile}: {_REASONS[reason]}"
+    tile, reason = divmod(fault, len(REASONS))
+    return f"tile {tile}: {REASONS[reason]}"
 
 
 def expand(
@@ -137,9 +137,9 @@ def _expand_block(
     counts = kept.sum(1)
     stored, wrong = _stored(matrix, block, counts)
     wrong = torch.where(outside, _BITS, wrong)
-    bad = wrong < len(_REASONS)
+    bad = wrong < len(REASONS)
     stored.masked_fill_(bad[:, None], 0)
-    number = torch.arange(block.first, block.end, device=matrix.device) * len(_REASONS)
+    number = torch.arange(block.first, block.end, device=matrix.device) * len(REASONS)
     found = torch.where(bad, number + wrong, NO_FAULT).amin(0, keepdim=True)
     torch.minimum(faults, found, out=faults)
     if matrix.bitmap is None and block.whole:
@@ -190,7 +190,7 @@ def _stored(
     """
     offsets = _unsigned(matrix.offsets, block.first, block.end + 1) * RUN_UNIT
     begin, nbytes = offsets[:-1], offsets.diff()
-    wrong = torch.full_like(counts, len(_REASONS))
+    wrong = torch.full_like(counts, len(REASONS))
     item_bytes = DTYPES[matrix.dtype].itemsize
     heads = None
     match matrix.codec:
@@ -211,7 +211,7 @@ def _stored(
     if block.end == matrix.grid.tiles:
         fits[-1] &= offsets[-1] == matrix.values.numel()
     wrong = torch.where(fits, wrong, wrong.clamp(max=_OFFSETS))
-    begin = torch.where(wrong < len(_REASONS), 0, begin)
+    begin = torch.where(wrong < len(REASONS), 0, begin)
     if heads is not None:
         return _unpacked_elements(matrix, begin, heads, wrong)
     stored = _plain_elements(matrix, begin, item_bytes)

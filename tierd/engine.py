@@ -29,9 +29,10 @@ from tierd.core.model import (
     Tick,
 )
 from tierd.core.stack import TierStack
-from tierd.core.stack_model import Copy, StackConfig, Unload
+from tierd.core.stack_model import Copy, StackConfig, StopCopy, Unload
 from tierd.errors import ReadError
 from tierd.io.ssd_job import ReadJob, ReadResult
+from tierd.io.verified import VerifiedBlocks
 from tierd.operators import Operators
 from tierd.pressure import Pressure
 
@@ -78,7 +79,7 @@ class Engine:
             self.core: Any = self.machine  #: what takes events and decides
         else:
             gpus = tuple(gpu.core_config for gpu in tiers.gpus)
-            self.core = self.stack = TierStack(StackConfig(config, gpus))
+            self.core = self.stack = TierStack(StackConfig(config, gpus, early=True))
             self.machine = self.stack.dram
         self._tiers = tiers
         self.slots = slots
@@ -90,6 +91,7 @@ class Engine:
         self._events: collections.deque[StackEvent] = collections.deque()
         self._deciding = False
         self._held: list[tuple[Read, Pack]] | None = None
+        self._verified: dict[int, VerifiedBlocks] = {}  # by slot of DRAM that is being filled
         self._tick: asyncio.TimerHandle | None = None
         self._tick_at_ns = 0
         self._telling: asyncio.TimerHandle | None = None
@@ -190,6 +192,8 @@ class Engine:
                 self.slots.clear(action.slot)
             case Copy():
                 self._copy(action)
+            case StopCopy():
+                self._gpus.gpus[action.gpu].memory.stop_copy(action.slot)
             case Unload():
                 self._gpus.gpus[action.gpu].slots.clear(action.slot)
             case Discard():
@@ -238,11 +242,13 @@ class Engine:
         layer = copy.key.layer
         source = self._arenas.by_id[copy.from_arena].buffer(copy.from_offset, copy.nbytes)
         name = f"layer {pack.index.layers[layer].name!r} of pack {pack.name!r}"
-        self._gpus.gpus[copy.gpu].memory.copy(copy, pack.keys[layer], source, name)
+        verified = self._verified[copy.from_slot] if copy.filling else None
+        self._gpus.gpus[copy.gpu].memory.copy(copy, pack.keys[layer], source, name, verified)
 
     def _read(self, read: Read) -> None:
         pack = self._registry.by_model[read.key.model]
         pack.reads += 1  # from here on, though it may wait: the pack must not be closed meanwhile
+        self._verified[read.slot] = VerifiedBlocks()  # a copy may follow from now on
         if self._held is not None:
             self._held.append((read, pack))
         else:
@@ -262,8 +268,9 @@ class Engine:
         self.reads += 1
         target = self._arenas.by_id[read.arena].buffer(read.offset, read.nbytes)
         job = ReadJob.of_layer(
-            pack.name, layer, pack.index.shards, pack.shards, target, pack.device
-        )
+            pack.name, layer, pack.index.shards, pack.shards, target, pack.device,
+            self._verified[read.slot],
+        )  # fmt: skip
         self._pool.submit(job, lambda outcome: self._read_done(read, pack, target, outcome))
 
     def _read_done(
@@ -272,6 +279,7 @@ class Engine:
         target.release()
         self.reads -= 1
         pack.reads -= 1
+        del self._verified[read.slot]
         self._registry.close_idle(pack)
         if self._stopped:
             return

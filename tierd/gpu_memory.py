@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from tierd.core.model import DiscardDone
 from tierd.core.stack_model import CopyDone, CopyFailed
-from tierd.gpu.errors import DeviceLost, GpuError
+from tierd.gpu.copies import CopyJob
+from tierd.gpu.errors import CopyStopped, DeviceLost, GpuError, SourceFailed
 from tierd.gpu.span import chunks_of
-from tierd.gpu.worker import CopyJob
 from tierd.mappings import Discarding, Mappings
 from tierd_layouts.wire import ErrorCode
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
     from tierd.core.model import Discard
     from tierd.core.stack_model import Copy, StackEvent
+    from tierd.gpu.copies import CopyResult, LayerCopy
     from tierd.gpu.device import Device, Export
-    from tierd.gpu.worker import CopyResult, GpuWorker
+    from tierd.gpu.worker import GpuWorker
+    from tierd.io.verified import VerifiedBlocks
     from tierd.mappings import Chunk
     from tierd.slots import Slots
 
@@ -63,6 +65,7 @@ class GpuMemory:
         self._lost = lost
         self._unanswered = unanswered
         self._stopped = False
+        self._copies: dict[int, LayerCopy] = {}  # under way, by slot
 
     @property
     def _device(self) -> Device:
@@ -74,8 +77,16 @@ class GpuMemory:
 
     # -------------------------------------------------------------------------------------- copies
 
-    def copy(self, copy: Copy, key: bytes, source: memoryview, name: str) -> None:
-        """key: of the layer, for the slot table. source: its bytes, released when it is over."""
+    def copy(
+        self,
+        copy: Copy,
+        key: bytes,
+        source: memoryview,
+        name: str,
+        verified: VerifiedBlocks | None = None,
+    ) -> None:
+        """key: of the layer, for the slot table. source: its bytes, released when it is over.
+        verified: of the read that is filling the source; None: it is full."""
         self._slots.filling(
             copy.slot,
             generation=copy.generation,
@@ -84,22 +95,39 @@ class GpuMemory:
             nbytes=copy.nbytes,
             key=key,
         )
-        job = CopyJob(copy.arena, copy.offset, source, name)
-        self._worker.copy(job, lambda outcome: self._copied(copy, name, outcome))
+        job = CopyJob(copy.arena, copy.offset, source, name, verified)
+        self._copies[copy.slot] = self._worker.copy(
+            job, lambda outcome: self._copied(copy, name, outcome)
+        )
+
+    def stop_copy(self, slot: int) -> None:
+        """Nobody wants what is copied there. Its answer may be on the way already."""
+        copy = self._copies.get(slot)
+        if copy is not None:
+            self._worker.stop(copy)
 
     def _copied(self, copy: Copy, name: str, outcome: CopyResult | GpuError) -> None:
         if self._stopped:
             return
-        now = time.monotonic_ns()
+        del self._copies[copy.slot]
         if isinstance(outcome, GpuError):
-            text = f"{name} was not copied to {self._name}: {outcome.text}"
-            log.error("%s", text)
-            self._failed(outcome)
-            self._submit(CopyFailed(now, self._index, copy.slot, ErrorCode.COPY_FAILED, text))
+            self._not_copied(copy.slot, name, outcome)
         else:
             self.note = None
             self._slots.resident(copy.slot)
-            self._submit(CopyDone(now, self._index, copy.slot))
+            self._submit(CopyDone(time.monotonic_ns(), self._index, copy.slot))
+
+    def _not_copied(self, slot: int, name: str, error: GpuError) -> None:
+        code: str = ErrorCode.COPY_FAILED
+        text = f"{name} was not copied to {self._name}: {error.text}"
+        if isinstance(error, SourceFailed):
+            code, text = error.failure.code, error.text  # said in the log by who read it
+        elif isinstance(error, CopyStopped):
+            log.debug("%s", text)
+        else:
+            log.error("%s", text)
+            self._failed(error)
+        self._submit(CopyFailed(time.monotonic_ns(), self._index, slot, code, text))
 
     # ------------------------------------------------------------------------------------- clients
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -159,34 +158,6 @@ async def test_readers_that_are_closed_end_what_was_followed(pack: Pack) -> None
     pool.close()
     assert len(follower.blocks) == 1
     assert [type(end) for end in follower.ends] == [ReadCancelled]
-
-
-async def test_who_does_not_follow_any_more_is_told_nothing(
-    pack: Pack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, really = threading.Event(), os.preadv
-
-    def preadv(fd: int, targets: list[memoryview], offset: int) -> int:
-        if offset:
-            assert gate.wait(PATIENCE_S)
-        return really(fd, targets, offset)
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    pack.shard(2 * BLOCK_BYTES)
-    pool = small_chunks(1)
-    job = pack.job(pack.extent(0, 0, 2 * BLOCK_BYTES))
-    stays, leaves = Follower(), Follower()
-    job.verified.follow(stays)
-    job.verified.follow(leaves)
-    pool.submit(job, lambda _: None)
-    await asyncio.to_thread(leaves.wait_blocks, 1)
-    job.verified.unfollow(leaves)
-    job.verified.unfollow(leaves)
-    gate.set()
-    await asyncio.to_thread(stays.wait_blocks, 2)
-    pool.close()
-    assert (len(leaves.blocks), leaves.ends) == (1, [])
-    assert (len(stays.blocks), stays.ends) == (2, [None])
 
 
 @pytest.mark.parametrize("round_", range(5))

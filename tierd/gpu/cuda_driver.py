@@ -9,6 +9,7 @@ Source: the CUDA driver API reference on primary contexts, memory, virtual memor
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
@@ -189,7 +190,8 @@ class CudaDriver:
         try:
             self._in_context("cuEventRecord", "", event, stream)
         except DeviceError:
-            self.drop_event(event)
+            with contextlib.suppress(DeviceError):  # the first refusal is the one to hear of
+                self.drop_event(event)
             raise
         return event
 

@@ -6,13 +6,20 @@ GpuError  TierdError                code internal
     DeviceError        OSError          copy_failed: one call was refused; others may go on
         OutOfDeviceMemory  MemoryError      copy_failed
         DeviceLost                          copy_failed: nothing on this GPU will work any more
+    SourceFailed       OSError          the code of the read that failed
+    CopyStopped        RuntimeError     copy_failed: who wanted it did not wait for the end
 
 Every text names the GPU, what was asked of it, and what it answered.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tierd.errors import TierdError
+
+if TYPE_CHECKING:
+    from tierd.errors import ReadError
 
 
 class GpuError(TierdError):
@@ -47,3 +54,17 @@ class OutOfDeviceMemory(DeviceError, MemoryError):
 
 class DeviceLost(DeviceError):
     """The context is broken: every later call fails too, until the daemon starts again."""
+
+
+class SourceFailed(GpuError, OSError):
+    """What was to be copied could not be read. Has the code and the text of that failure."""
+
+    def __init__(self, failure: ReadError) -> None:
+        super().__init__(failure.text)
+        self.failure = failure
+
+
+class CopyStopped(GpuError, RuntimeError):
+    """Nobody wants a copy any more; a part of it may be on the GPU."""
+
+    code = "copy_failed"

@@ -1,4 +1,4 @@
-"""The threads of one GPU: one that makes every call, one that waits for the copies.
+"""The threads of one GPU: one that makes every call, one that waits for the copies (`copies`).
 
 Two, because a copy engine idles between two copies unless the next one is started before the first
 has ended; and because a client that waits for an export must not wait for copies.
@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from tierd.gpu.copies import Copies, CopyJob, CopyResult, LayerCopy, Piece, given_up
 from tierd.gpu.errors import DeviceError, GpuError
 from tierd.gpu.span import chunks_of
 
@@ -28,45 +29,19 @@ SILENT_NS = 10_000_000_000  # a GPU that takes longer for one thing is said not 
 Outcome = TypeVar("Outcome")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CopyJob:
-    """Put memory behind the range, and copy `source` there. The worker releases `source`."""
-
-    arena: int
-    offset: int  #: in the arena
-    source: memoryview  #: host memory, in one piece
-    name: str  #: the layer, for texts
-
-
-@dataclass(frozen=True, slots=True)
-class CopyResult:
-    """duration_ns: from the call that started the copy; so with copies that were before it."""
-
-    nbytes: int
-    duration_ns: int
-
-
 @dataclass(frozen=True, slots=True)
 class WorkerStatistics:
     copies: int
-    copied_bytes: int
-    failed: int  #: copies
-    busy_ns: int  #: during which at least one copy was under way
-    in_flight: int  #: copies that were started
+    copied_bytes: int  #: also of copies that failed later, or are under way
+    failed: int  #: copies; those that were stopped do not count
+    busy_ns: int  #: during which at least one piece of a copy was under way
+    in_flight: int  #: copies of which a piece was started
     queued: int  #: copies that were not started yet
-    waiting_ns: int  #: for how long the oldest call or copy has been under way
-
-
-@dataclass(slots=True, eq=False)
-class _Copy:
-    job: CopyJob
-    done: Callable[[CopyResult | GpuError], None]
-    started_ns: int = 0
-    pending: Pending | None = None
+    waiting_ns: int  #: for how long the oldest call or piece has been under way
 
 
 class GpuWorker:
-    """Threads start with the first job. `submit`, `copy` and what is asked do not block."""
+    """Threads start with the first job. `submit`, `copy`, `stop` and what is asked do not block."""
 
     def __init__(
         self,
@@ -78,19 +53,15 @@ class GpuWorker:
         if copies_in_flight < 1:
             raise ValueError(f"at least 1 copy in flight, not {copies_in_flight}")
         self.device = device
-        self._limit = copies_in_flight
         self._call_soon = call_soon_threadsafe
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
+        self._copies = Copies(self._changed, copies_in_flight, call_soon_threadsafe)
         # Everything below changes under this lock.
         self._calls: deque[Callable[[], None]] = deque()
-        self._copies: deque[_Copy] = deque()
-        self._started: deque[_Copy] = deque()  # the oldest is waited for
-        self._starting = 0
+        self._started: deque[tuple[Piece, Pending]] = deque()  # the oldest is waited for
         self._call_since_ns = 0  # of the call being made, 0 = none
         self._closing = False
-        self._copied = self._copied_bytes = self._failed = 0
-        self._busy_ns = self._busy_since_ns = 0
 
     # ---------------------------------------------------------------------------------------- jobs
 
@@ -111,34 +82,40 @@ class GpuWorker:
                 self._calls.append(call)
                 self._changed.notify_all()
                 return
-        self._call_soon(done, self._closed("a call"))
+        self._call_soon(done, given_up(self.device.number, "a call"))
 
-    def copy(self, job: CopyJob, done: Callable[[CopyResult | GpuError], None]) -> None:
+    def copy(self, job: CopyJob, done: Callable[[CopyResult | GpuError], None]) -> LayerCopy:
         """Queue a copy. `done` is called once, when nothing touches the source any more."""
+        refusal = None
         with self._changed:
-            if not self._closing:
+            if self._closing:
+                refusal = given_up(self.device.number, f"the copy of {job.name}")
+            else:
                 self._start_threads()
-                self._copies.append(_Copy(job, done))
-                self._changed.notify_all()
-                return
-        job.source.release()
-        self._call_soon(done, self._closed(f"the copy of {job.name}"))
+            copy = self._copies.add(job, done, refusal)
+        self._copies.follow(copy)
+        return copy
+
+    def stop(self, copy: LayerCopy) -> None:
+        """Let what is under way of it be the last; `done` gets CopyStopped, or what was first."""
+        self._copies.stop(copy)
 
     # -------------------------------------------------------------------------------- what it does
 
     def statistics(self) -> WorkerStatistics:
         now_ns = time.monotonic_ns()
         with self._changed:
-            in_flight = self._in_flight
-            since = [self._call_since_ns] if self._call_since_ns else []
-            since += [self._started[0].started_ns] if self._started else []
+            copies = self._copies
+            in_flight, queued = copies.counts()
+            oldest_ns = copies.oldest_ns()
+            since = [since for since in (self._call_since_ns, oldest_ns) if since]
             return WorkerStatistics(
-                copies=self._copied,
-                copied_bytes=self._copied_bytes,
-                failed=self._failed,
-                busy_ns=self._busy_ns + (now_ns - self._busy_since_ns if in_flight else 0),
+                copies=copies.copied,
+                copied_bytes=copies.copied_bytes,
+                failed=copies.failed,
+                busy_ns=copies.busy_ns,
                 in_flight=in_flight,
-                queued=len(self._copies),
+                queued=queued,
                 waiting_ns=now_ns - min(since) if since else 0,
             )
 
@@ -168,13 +145,9 @@ class GpuWorker:
         """
         with self._changed:
             self._closing = True
-            dropped = list(self._copies)
-            self._copies.clear()
+            self._copies.give_up(lambda what: given_up(self.device.number, what))
             self._changed.notify_all()
             threads = list(self._threads)
-        for copy in dropped:
-            copy.job.source.release()
-            self._call_soon(copy.done, self._closed(f"the copy of {copy.job.name}"))
         deadline = time.monotonic() + timeout_s
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -195,8 +168,8 @@ class GpuWorker:
     def _call_all(self) -> None:
         """The device's own thread."""
         while (item := self._next()) is not None:
-            if isinstance(item, _Copy):
-                self._start_copy(item)
+            if isinstance(item, Piece):
+                self._start(item)
             else:
                 item()
             del item  # while this thread waits, it must not keep a source alive
@@ -204,78 +177,49 @@ class GpuWorker:
                 self._call_since_ns = 0
         self._outcome(lambda device: device.close())
 
-    def _next(self) -> Callable[[], None] | _Copy | None:
+    def _next(self) -> Callable[[], None] | Piece | None:
         with self._changed:
             while True:
-                if self._calls:
+                item = self._calls.popleft() if self._calls else self._copies.take()
+                if item is not None:
                     self._call_since_ns = time.monotonic_ns()
-                    return self._calls.popleft()
-                if self._copies and self._in_flight < self._limit:
-                    self._call_since_ns = time.monotonic_ns()
-                    if not self._in_flight:
-                        self._busy_since_ns = self._call_since_ns
-                    self._starting = 1
-                    return self._copies.popleft()
-                if self._closing and not self._in_flight:
+                    return item
+                if self._closing and not self._copies.under_way:
                     return None
                 self._changed.wait()
 
-    @property
-    def _in_flight(self) -> int:
-        return self._starting + len(self._started)
-
-    def _start_copy(self, copy: _Copy) -> None:
-        job = copy.job
+    def _start(self, piece: Piece) -> None:
+        copy, job = piece.copy, piece.copy.job
 
         def work(device: Device) -> Pending:
-            first, count = chunks_of(job.offset, job.source.nbytes, device.chunk_bytes)
-            device.back(job.arena, first, count)
-            copy.started_ns = time.monotonic_ns()
-            return device.copy(job.arena, job.offset, job.source)
+            if not copy.backed:
+                first, count = chunks_of(job.offset, copy.nbytes, device.chunk_bytes)
+                device.back(job.arena, first, count)
+                copy.backed = True
+            return device.copy(job.arena, job.offset + piece.start, piece.source)
 
         pending = self._outcome(work)
+        if isinstance(pending, GpuError):
+            self._copies.end(piece, pending)
+            return
         with self._changed:
-            if not isinstance(pending, GpuError):
-                self._starting = 0
-                copy.pending = pending
-                self._started.append(copy)
-                self._changed.notify_all()
-                return
-        self._finish(copy, pending)
+            self._started.append((piece, pending))
+            self._changed.notify_all()
 
     def _wait_all(self) -> None:
-        while (copy := self._oldest()) is not None:
-            self._finish(copy, self._wait(copy))
-            del copy
+        while (started := self._oldest()) is not None:
+            piece, pending = started
+            failure = self._outcome(lambda _, pending=pending: pending.wait())  # type: ignore[misc]
+            del started, pending
+            self._copies.end(piece, failure)
+            del piece
 
-    def _wait(self, copy: _Copy) -> GpuError | None:
-        pending, copy.pending = copy.pending, None
-        assert pending is not None
-        return self._outcome(lambda _: pending.wait())
-
-    def _oldest(self) -> _Copy | None:
+    def _oldest(self) -> tuple[Piece, Pending] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._started or (self._closing and not self._in_flight))
-            return self._started[0] if self._started else None
-
-    def _finish(self, copy: _Copy, failure: GpuError | None) -> None:
-        nbytes = copy.job.source.nbytes
-        copy.job.source.release()
-        now_ns = time.monotonic_ns()
-        with self._changed:
-            if self._started and self._started[0] is copy:
-                self._started.popleft()
-            else:
-                self._starting = 0
-            if failure is None:
-                self._copied += 1
-                self._copied_bytes += nbytes
-            else:
-                self._failed += 1
-            if not self._in_flight:
-                self._busy_ns += now_ns - self._busy_since_ns
-            self._changed.notify_all()
-        self._call_soon(copy.done, failure or CopyResult(nbytes, now_ns - copy.started_ns))
+            self._changed.wait_for(
+                lambda: self._started or (self._closing and not self._copies.under_way)
+            )
+            return self._started.popleft() if self._started else None
 
     def _outcome(self, work: Callable[[Device], Outcome]) -> Outcome | GpuError:
         """The boundary of the threads: whatever happens in them becomes an outcome."""
@@ -289,6 +233,3 @@ class GpuWorker:
             error = DeviceError(f"gpu:{self.device.number}: {failure!r}")
         error.__traceback__ = error.__context__ = None  # frames would keep a source alive
         return error
-
-    def _closed(self, what: str) -> DeviceError:
-        return DeviceError(f"gpu:{self.device.number}: {what} was given up: the daemon shuts down")

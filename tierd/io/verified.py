@@ -45,12 +45,6 @@ class VerifiedBlocks:
             else:
                 self._followers.append(follower)
 
-    def unfollow(self, follower: Follower) -> None:
-        """It is told nothing any more. Whoever does not follow may be given too."""
-        with self._lock:
-            if follower in self._followers:
-                self._followers.remove(follower)
-
     def announce(self, start: int, nbytes: int) -> None:
         """The reader: this block was verified."""
         with self._lock:

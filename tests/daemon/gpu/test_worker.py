@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tierd.gpu.copies import CopyJob, CopyResult
 from tierd.gpu.errors import DeviceError, DeviceUnavailable, GpuError, OutOfDeviceMemory
 from tierd.gpu.memfd_device import MemfdDevice
-from tierd.gpu.worker import SILENT_NS, CopyJob, CopyResult, GpuWorker
+from tierd.gpu.worker import SILENT_NS, GpuWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

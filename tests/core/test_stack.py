@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
+from tests.core.stack_by_hand import FIRST, G, feed, key, settle, stack_of
 from tierd.core.errors import IllegalEvent
 from tierd.core.model import (
     Acquire,
@@ -11,11 +14,9 @@ from tierd.core.model import (
     ArenaAdded,
     ClientGone,
     ClientJoined,
-    CoreConfig,
     Done,
     Grant,
     LayerKey,
-    ModelAdded,
     ModelRemoved,
     Plan,
     PlanOver,
@@ -25,7 +26,6 @@ from tierd.core.model import (
     Refuse,
     Release,
 )
-from tierd.core.stack import TierStack
 from tierd.core.stack_model import (
     Copy,
     CopyDone,
@@ -35,65 +35,13 @@ from tierd.core.stack_model import (
     JoinedGpu,
     ModelPlaced,
     StackAction,
-    StackConfig,
     StackEvent,
     TierBudgetChanged,
     Unload,
 )
 
-G = 2 << 20
-FIRST = 10  #: client ids on GPU 0 start here
-
-
-def stack_of(
-    dram: int,
-    gpu: int,
-    *models: tuple[int, ...],
-    gpus: int = 1,
-    clients: int = 1,
-    copies: int = 1,
-) -> TierStack:
-    """Budgets and layer sizes in granules; clients 10, 11, ... on GPU 0, 20, ... on GPU 1."""
-    config = StackConfig(
-        CoreConfig(dram * G), (CoreConfig(gpu * G, reads_in_flight=copies),) * gpus
-    )
-    stack = TierStack(config)
-    stack.handle(ArenaAdded(0, 0, 1024 * G, dram * G))
-    for number in range(gpus):
-        stack.handle(GpuArenaAdded(0, number, 100 + number, 1024 * G, gpu * G))
-    for model, sizes in enumerate(models):
-        stack.handle(ModelAdded(0, model, f"m{model}", 0, tuple(size * G for size in sizes)))
-        for number in range(gpus):
-            stack.handle(ModelPlaced(0, number, model, 100 + number))
-    for number in range(gpus):
-        for client in range(clients):
-            stack.handle(JoinedGpu(0, FIRST * (number + 1) + client, number))
-    return stack
-
-
-def feed(stack: TierStack, *events: StackEvent) -> list[StackAction]:
-    actions: list[StackAction] = []
-    for event in events:
-        actions += stack.handle(event)
-        stack.check()
-    return actions
-
-
-def settle(stack: TierStack, actions: list[StackAction], at_ns: int = 0) -> list[StackAction]:
-    """Completes reads and copies until nothing is under way; returns all actions, these first."""
-    done = 0
-    while done < len(actions):
-        action = actions[done]
-        done += 1
-        if isinstance(action, Read):
-            actions += feed(stack, ReadDone(at_ns, action.slot))
-        elif isinstance(action, Copy):
-            actions += feed(stack, CopyDone(at_ns, action.gpu, action.slot))
-    return actions
-
-
-def key(layer: int, model: int = 0) -> LayerKey:
-    return LayerKey(model, layer)
+if TYPE_CHECKING:
+    from tierd.core.stack import TierStack
 
 
 def test_a_layer_goes_from_the_disk_through_dram_to_the_gpu_and_is_granted_when_it_is_there() -> (

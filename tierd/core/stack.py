@@ -33,6 +33,7 @@ from tierd.core.model import (
     Tick,
 )
 from tierd.core.stack_check import check_stack
+from tierd.core.stack_copies import not_whole
 from tierd.core.stack_feeds import Feeds
 from tierd.core.stack_model import (
     CopyDone,
@@ -67,28 +68,28 @@ class TierStack:
 
     @property
     def dram(self) -> TierMachine:
-        return self.feeds.dram
+        return self.feeds.books.dram
 
     @property
     def gpus(self) -> tuple[TierMachine, ...]:
-        return self.feeds.gpus
+        return self.feeds.books.gpus
 
     def handle(self, event: StackEvent) -> list[StackAction]:
         """Takes one event, returns what is to be done, in this order.
 
         Raises IllegalEvent for what cannot happen now, and is then as it was before.
         """
-        feeds = self.feeds
-        before_ns = feeds.now
-        feeds.now = max(before_ns, event.at_ns)
-        feeds.actions = []
+        books = self.feeds.books
+        before_ns = books.now
+        books.now = max(before_ns, event.at_ns)
+        books.actions = []
         try:
             self._take(event)
         except IllegalEvent:
-            feeds.now = before_ns
+            books.now = before_ns
             raise
-        feeds.work_off()
-        return feeds.actions
+        self.feeds.work_off()
+        return books.actions
 
     def pressed(self, gpu: int | None) -> bool:
         """Whether clients of the tier should give back leases that they keep (`TierMachine`)."""
@@ -122,7 +123,7 @@ class TierStack:
                 gpu = self._tier_of(event.client)
                 feeds.deliver(gpu, event)
                 if gpu is not None:
-                    feeds.asked(event.client, gpu, event.key)
+                    feeds.plans.asked(event.client, gpu, event.key)
             case Release():
                 feeds.deliver(self._tier_of(event.client), event)
             case CopyDone():
@@ -140,10 +141,10 @@ class TierStack:
             case PlanOver():
                 gpu = self._tier_of(event.client)
                 feeds.deliver(gpu, event)
-                feeds.over(event)
+                feeds.plans.over(event)
             case Hint():
                 feeds.deliver(self._tier_of(event.client), event)
-                feeds.hinted(event)
+                feeds.plans.hinted(event)
             case DiscardDone():
                 feeds.deliver(self._gpu_of_arena.get(event.arena), event)
             case JoinedGpu() | ClientJoined() | ClientGone() | Fenced():
@@ -169,11 +170,13 @@ class TierStack:
     def _copied(self, event: CopyDone | CopyFailed, read: ReadDone | ReadFailed) -> None:
         found = None
         if 0 <= event.gpu < len(self.gpus):
-            found = self.feeds.copying(event.gpu, event.slot)
+            found = self.feeds.copies.copying(event.gpu, event.slot)
         if found is None:
             raise self._illegal(f"slot {event.slot} of GPU {event.gpu} is not being copied to")
-        self.feeds.todo.append((event.gpu, read))
-        self.feeds.copied(*found)
+        if isinstance(event, CopyDone) and (why := not_whole(found[1])) is not None:
+            raise self._illegal(f"slot {event.slot} of GPU {event.gpu} cannot be whole: {why}")
+        self.feeds.books.todo.append((event.gpu, read))
+        self.feeds.copies.copied(*found)
 
     def _come_or_go(self, event: JoinedGpu | ClientJoined | ClientGone | Fenced) -> None:
         client = event.client
@@ -195,7 +198,7 @@ class TierStack:
                 self.feeds.deliver(gpu, ClientGone(event.at_ns, client, holder=client))
                 del self._gpu_of[client]
                 self.fencing[client] = gpu
-                self.feeds.forget(client, gpu)
+                self.feeds.plans.forget(client, gpu)
             case Fenced():
                 if client not in self.fencing:
                     raise self._illegal(f"client {client} is not on its way out of a GPU")
@@ -234,7 +237,7 @@ class TierStack:
                 for gpu in self._placed.pop(event.model):
                     self.feeds.deliver(gpu, event)
                 self.feeds.deliver(None, event)
-                self.feeds.drop(event.model)
+                self.feeds.plans.drop(event.model)
 
     # ------------------------------------------------------------------------------------- what is
 

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 def check_stack(feeds: Feeds) -> None:
     """Raises InvariantBroken where a read, a lease or a plan is lost between two machines."""
-    if feeds.todo:
-        raise InvariantBroken(f"{len(feeds.todo)} events between machines were not delivered")
-    pseudo = {client for client in feeds.dram.books.clients if client < 0}
-    if pseudo != {feed.id for feed in feeds.feeds.values()}:
+    books = feeds.books
+    if books.todo:
+        raise InvariantBroken(f"{len(books.todo)} events between machines were not delivered")
+    pseudo = {client for client in books.dram.books.clients if client < 0}
+    if pseudo != {feed.id for feed in feeds.feeds.values() if feed.joined}:
         raise InvariantBroken(f"DRAM has the pseudo-clients {sorted(pseudo)}, not those of feeds")
-    for gpu, machine in enumerate(feeds.gpus):
+    for gpu, machine in enumerate(books.gpus):
         reading = {
             slot.id: slot.key
             for slot in machine.books.slots.values()
@@ -59,24 +60,20 @@ def _reads(feed: Feed) -> list[Read]:
 
 
 def _check_feed(feeds: Feeds, feed: Feed) -> None:
-    client = feeds.dram.books.clients[feed.id]
-    leased = {lease: slot.key for lease, slot in client.leases.items()}
-    if leased != {copying.lease: copying.read.key for copying in feed.copying.values()}:
-        raise InvariantBroken(f"feed {feed.id} leases {leased}, and copies something else")
-    if {request.request for request in client.requests.values()} != set(feed.asking):
-        raise InvariantBroken(f"feed {feed.id} and DRAM differ about what it asked for")
+    _check_in_dram(feeds, feed)
     if feed.parked and feed.open and not (feed.full and feed.holds):
         raise InvariantBroken(f"feed {feed.id} waits for nothing with {feed.parked}")
     if not (feed.users or feed.waiting or feed.offered) and feed.idle and not feeds.wanted(feed):
         raise InvariantBroken(f"nobody needs feed {feed.id}")
-    for plans, where in (
-        (feed.waiting, feeds.waiting),
-        (feed.offered, feeds.offered),
-        (feed.users, feeds.using),
+    plans = feeds.plans
+    for mine, where in (
+        (feed.waiting, plans.waiting),
+        (feed.offered, plans.offered),
+        (feed.users, plans.using),
     ):
-        if any(where.get(user) is not feed for user in plans):
+        if any(where.get(user) is not feed for user in mine):
             raise InvariantBroken(f"feed {feed.id} has plans of clients that do not know it")
-    model = feeds.gpus[feed.gpu].books.models.get(feed.model)
+    model = feeds.books.gpus[feed.gpu].books.models.get(feed.model)
     there = set()
     if model is not None:
         there = {
@@ -86,3 +83,31 @@ def _check_feed(feeds: Feeds, feed: Feed) -> None:
         }
     if not there >= set(feed.on_gpu):
         raise InvariantBroken(f"feed {feed.id} takes {sorted(feed.on_gpu)} for resident")
+
+
+def _check_in_dram(feeds: Feeds, feed: Feed) -> None:
+    """What the feed has in DRAM is what its copies need there, and nothing else."""
+    if feed.direct and (feed.parked or feed.joined is not feed.holds):
+        raise InvariantBroken(f"direct feed {feed.id} keeps a place in DRAM for nothing")
+    client = feeds.books.dram.books.clients.get(feed.id)
+    leased = {} if client is None else {lease: slot.key for lease, slot in client.leases.items()}
+    copied = {
+        copying.lease: copying.read.key
+        for copying in feed.copying.values()
+        if copying.lease is not None
+    }
+    if leased != copied:
+        raise InvariantBroken(f"feed {feed.id} leases {leased}, and copies {copied}")
+    requests = set() if client is None else {one.request for one in client.requests.values()}
+    if requests != {*feed.asking, *feed.filling, *feed.orphans}:
+        raise InvariantBroken(f"feed {feed.id} and DRAM differ about what it asked for")
+    for request, copying in feed.filling.items():
+        source = feeds.books.read_in_dram(copying.read.key)
+        if source is None or source is not copying.source or copying.request != request:
+            raise InvariantBroken(f"feed {feed.id} copies {copying} from a slot that is not read")
+        if feed.copying.get(copying.read.slot) is not copying:
+            raise InvariantBroken(f"feed {feed.id} lost the early copy {copying}")
+    if feeds.books.config.early:
+        for _, read in feed.asking.values():
+            if feeds.books.read_in_dram(read.key) is not None:
+                raise InvariantBroken(f"feed {feed.id} does not copy {read.key}, which is read")

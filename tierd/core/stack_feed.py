@@ -20,15 +20,20 @@ from tierd.core.model import Plan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tierd.core.model import Grant, Read
+    from tierd.core.model import Read
+    from tierd.core.residency import Slot
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Copying:
-    """A copy under way: the GPU's read that it fills, and the DRAM lease that it reads."""
+    """A copy, or a read past DRAM, under way into a slot of the GPU: the GPU's read that it fills,
+    and what keeps its source in DRAM."""
 
     read: Read
-    lease: int
+    lease: int | None = None  #: in DRAM
+    request: int | None = None  #: at DRAM, of an early copy until it has the lease
+    source: Slot | None = None  #: in DRAM, of an early copy
+    broken: bool = False  #: the read of its source failed
 
 
 @dataclass(slots=True, eq=False)
@@ -39,13 +44,17 @@ class Feed:
     gpu: int
     model: int
     layer_bytes: Sequence[int]
-    open: bool = False  #: the DRAM machine has granted its reserve
+    direct: bool = False  #: what DRAM has not is read past it: no plan and no reserve there
+    open: bool = False  #: the DRAM machine has granted its reserve, if it needs one
+    joined: bool = False  #: it is a client of DRAM; a direct one only while it holds something
     waiting: dict[int, Plan] = field(default_factory=dict)  #: by client: plans until it is open
     offered: dict[int, Plan] = field(default_factory=dict)  #: by client: not yet answered by a GPU
     users: dict[int, Plan] = field(default_factory=dict)  #: by client: admitted, oldest first
     parked: list[tuple[int, Read]] = field(default_factory=list)  #: heap by number
     asking: dict[int, tuple[int, Read]] = field(default_factory=dict)  #: by request, at DRAM
-    copying: dict[int, Copying] = field(default_factory=dict)  #: by slot of the GPU
+    filling: dict[int, Copying] = field(default_factory=dict)  #: by request: early copies
+    orphans: set[int] = field(default_factory=set)  #: requests at DRAM whose early copies failed
+    copying: dict[int, Copying] = field(default_factory=dict)  #: by slot of the GPU, early ones too
     full: bool = False  #: DRAM has no more room for it until one of its copies ends
     #: layers in slots of the GPU, with the pass of the leader in which they were copied
     on_gpu: dict[int, int] = field(default_factory=dict)
@@ -56,10 +65,24 @@ class Feed:
     _last_asked: int | None = None
     _last_read: int | None = None
 
+    def __post_init__(self) -> None:
+        self.open = self.direct
+
     @property
     def holds(self) -> bool:
         """Whether it has leases or requests in DRAM."""
-        return bool(self.asking or self.copying)
+        return bool(self.asking or self.filling or self.orphans) or any(
+            copying.lease is not None for copying in self.copying.values()
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether it holds something in DRAM, or writes to the GPU."""
+        return bool(self.asking or self.orphans or self.copying)
+
+    def asked_for(self, request: int) -> bool:
+        """Whether the request is one for a layer that DRAM has not answered."""
+        return request in self.asking or request in self.filling or request in self.orphans
 
     @property
     def leader(self) -> int | None:
@@ -68,7 +91,7 @@ class Feed:
     @property
     def idle(self) -> bool:
         """Nobody needs it now; a request may still wait on the GPU."""
-        return not (self.users or self.waiting or self.offered or self.parked or self.holds)
+        return not (self.users or self.waiting or self.offered or self.parked or self.busy)
 
     # ------------------------------------------------------------------------------------- passes
 
@@ -134,9 +157,3 @@ class Feed:
             return False
         self.declared, self.declared_for = plan, source
         return True
-
-    def granted(self, grant: Grant) -> Read:
-        """DRAM granted a lease; the copy can start. Returns the GPU's read that it fills."""
-        _, read = self.asking.pop(grant.request)
-        self.copying[read.slot] = Copying(read, grant.lease)
-        return read

@@ -10,8 +10,10 @@ import asyncio
 import collections
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tierd.copy_sources import CopySources
 from tierd.core import model as core_model
 from tierd.core.machine import TierMachine
 from tierd.core.model import (
@@ -92,6 +94,7 @@ class Engine:
         self._deciding = False
         self._held: list[tuple[Read, Pack]] | None = None
         self._verified: dict[int, VerifiedBlocks] = {}  # by slot of DRAM that is being filled
+        self._sources = CopySources()
         self._tick: asyncio.TimerHandle | None = None
         self._tick_at_ns = 0
         self._telling: asyncio.TimerHandle | None = None
@@ -230,7 +233,9 @@ class Engine:
         def done() -> None:
             self.submit(DiscardDone(self.now(), arena, offset, nbytes))
 
-        self._arenas.discard(arena, offset, nbytes, done)
+        self._sources.when_free(
+            arena, offset, nbytes, lambda: self._arenas.discard(arena, offset, nbytes, done)
+        )
 
     @property
     def _gpus(self) -> Tiers:
@@ -242,8 +247,14 @@ class Engine:
         layer = copy.key.layer
         source = self._arenas.by_id[copy.from_arena].buffer(copy.from_offset, copy.nbytes)
         name = f"layer {pack.index.layers[layer].name!r} of pack {pack.name!r}"
-        verified = self._verified[copy.from_slot] if copy.filling else None
-        self._gpus.gpus[copy.gpu].memory.copy(copy, pack.keys[layer], source, name, verified)
+        memory = self._gpus.gpus[copy.gpu].memory
+        if not copy.filling:
+            memory.copy(copy, pack.keys[layer], source, name)
+            return
+        place = self._sources.begin(copy.from_arena, copy.from_offset, copy.nbytes)
+        verified = self._verified[copy.from_slot]
+        over = partial(self._sources.end, place)
+        memory.copy(copy, pack.keys[layer], source, name, verified, over)
 
     def _read(self, read: Read) -> None:
         pack = self._registry.by_model[read.key.model]

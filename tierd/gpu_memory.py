@@ -84,9 +84,11 @@ class GpuMemory:
         source: memoryview,
         name: str,
         verified: VerifiedBlocks | None = None,
+        over: Callable[[], None] | None = None,
     ) -> None:
         """key: of the layer, for the slot table. source: its bytes, released when it is over.
-        verified: of the read that is filling the source; None: it is full."""
+        verified: of the read that is filling the source; None: it is full. over: called when
+        nothing reads the source any more, before the core hears of it."""
         self._slots.filling(
             copy.slot,
             generation=copy.generation,
@@ -97,7 +99,7 @@ class GpuMemory:
         )
         job = CopyJob(copy.arena, copy.offset, source, name, verified)
         self._copies[copy.slot] = self._worker.copy(
-            job, lambda outcome: self._copied(copy, name, outcome)
+            job, lambda outcome: self._copied(copy, name, outcome, over)
         )
 
     def stop_copy(self, slot: int) -> None:
@@ -106,9 +108,17 @@ class GpuMemory:
         if copy is not None:
             self._worker.stop(copy)
 
-    def _copied(self, copy: Copy, name: str, outcome: CopyResult | GpuError) -> None:
+    def _copied(
+        self,
+        copy: Copy,
+        name: str,
+        outcome: CopyResult | GpuError,
+        over: Callable[[], None] | None,
+    ) -> None:
         if self._stopped:
             return
+        if over is not None:
+            over()
         del self._copies[copy.slot]
         if isinstance(outcome, GpuError):
             self._not_copied(copy.slot, name, outcome)

@@ -13,6 +13,7 @@ import torch
 from tierd_client.attendant import Attendant
 from tierd_client.compute import Arithmetic, Compute
 from tierd_client.device import check_device, choose_tier
+from tierd_client.eager import eager
 from tierd_client.errors import UnsupportedModel
 from tierd_client.leasing import LayerLeases
 from tierd_client.names import check_loaded, map_checkpoint, placeholders, stored_tensors
@@ -101,8 +102,8 @@ def _load(source: Source, compute: Compute, tokens_per_pass: int) -> Any:
     copied_bytes = _copy_now(opened, placement.copied_now)
     attendant = Attendant(leases, lambda: arithmetic.scratch_bytes)
     served = Served(leases, attendant, arithmetic, sites, copied_bytes, source.close)
-    model.register_forward_pre_hook(lambda module, args: leases.begin_pass())
-    model.register_forward_hook(lambda module, args, output: leases.end_pass())
+    model.register_forward_pre_hook(eager(lambda module, args: leases.begin_pass()))
+    model.register_forward_hook(eager(lambda module, args, output: leases.end_pass()))
     serve(model, served)
     return model
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
+from tierd_client.eager import eager
 from tierd_client.errors import LeaseLost, UnsupportedOperation, ViewStillAlive
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class PackedLinear(nn.Linear):
         packed._arithmetic = arithmetic
         return packed
 
+    @eager
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._arithmetic.linear(self._stored, input, self.bias)
 
@@ -140,6 +142,7 @@ class Site:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         _refuse_copy(self.name)
 
+    @eager
     def _before(self, module: nn.Module, args: Any) -> None:
         sites = self._stack.sites
         # torch calls no hook after a KeyboardInterrupt: what it cut short is left now.
@@ -161,6 +164,7 @@ class Site:
             raise
         sites.append(self)
 
+    @eager
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         sites = self._stack.sites
         if sites and sites[-1] is self:  # else `_before` failed

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -105,6 +109,24 @@ def test_a_trace_goes_on_for_as_long_as_it_is_told(socket: str, tmp_path: Path) 
     after = trace.trace(socket, tmp_path / "after.json")
     assert before.entries < written.entries == after.entries
     assert written.missed == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_trace_that_is_ended_before_its_time_leaves_no_file(
+    socket: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    path = tmp_path / "day.json"
+    argv = ["trace", "-o", str(path), "--socket", socket, "--seconds", "60"]
+    command = [sys.executable, "-m", "tierd_tools.tierctl", *argv]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 20
+        while not list(tmp_path.iterdir()):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(20) == (143 if number == signal.SIGTERM else 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_ring_forgot_between_two_pages_is_counted(tmp_path: Path) -> None:

@@ -209,7 +209,8 @@ def _on_gpu(found: Reply | None) -> str:
 
 
 def clients(reply: Reply) -> None:
-    rows = [
+    """Who is connected and what it holds; below, what it does and how long it waits."""
+    holding = [
         (
             str(client["client"]),
             client["name"],
@@ -217,29 +218,37 @@ def clients(reply: Reply) -> None:
             client["model"] or "-",
             client["tier"]
             + (f" (+{size(client['scratch_bytes'])})" if client["scratch_bytes"] else ""),
-            "-" if client["position"] is None else str(client["position"]),
             f"{client['leases']} ({size(client['leased_bytes'])})",
             size(client["reserved_bytes"]),
-            str(client["granted"]),
-            f"{client['weight']}: {size(client['read_bytes'])}",
-            "-" if client["plan"] is None else f"{client['plan']}, {client['tokens_per_pass']}",
-            duration(client["stall_ns"]),
-            _predicted(client["predicted"]),
             duration(client["connected_ns"]),
         )
         for client in reply["clients"]
     ]
     _table(
+        ("CLIENT", "NAME", "PID/UID", "MODEL", "TIER", "LEASES", "RESERVED", "CONNECTED"),
+        holding,
+        right=("CLIENT", "LEASES", "RESERVED", "CONNECTED"),
+    )
+    working = [
         (
-            *("CLIENT", "NAME", "PID/UID", "MODEL", "TIER", "POSITION", "LEASES"),
-            *("RESERVED", "GRANTED", "WEIGHT: READ", "PLAN, TOKENS"),
-            *("STALL", "PREDICTED STALL", "CONNECTED"),
+            str(client["client"]),
+            "-" if client["plan"] is None else f"{client['plan']}, {client['tokens_per_pass']}",
+            "-" if client["position"] is None else str(client["position"]),
+            str(client["granted"]),
+            f"{client['weight']}: {size(client['read_bytes'])}",
+            duration(client["stall_ns"]),
+            _predicted(client["predicted"]),
+        )
+        for client in reply["clients"]
+    ]
+    _say("")
+    _table(
+        (
+            *("CLIENT", "PLAN, TOKENS", "POSITION", "GRANTED", "WEIGHT: READ", "STALL"),
+            "PREDICTED STALL",
         ),
-        rows,
-        right=(
-            *("CLIENT", "POSITION", "LEASES", "RESERVED", "GRANTED", "WEIGHT: READ", "STALL"),
-            "CONNECTED",
-        ),
+        working,
+        right=("CLIENT", "POSITION", "GRANTED", "WEIGHT: READ", "STALL"),
     )
 
 

@@ -10,7 +10,9 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from tierd_tools.doctor import command as doctor_command
 from tierd_tools.errors import BadSetting, ToolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tierd_tools.progress import Progress
 
@@ -286,10 +288,25 @@ def _show(arguments: argparse.Namespace, result: Any) -> None:
         print(result.summary())
 
 
+@contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as an interrupt does: what it had begun to write is removed."""
+
+    def terminated(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
-        result = arguments.run(arguments)
+        with _unwound_by_sigterm():
+            result = arguments.run(arguments)
         _show(arguments, result)
         sys.stdout.flush()
         return FAILURE if _failed(result) else 0

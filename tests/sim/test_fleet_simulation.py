@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tierd.core.errors import CoreError
-from tierd.core.model import Evict, LayerKey
+from tierd.core.model import Evict, LayerKey, ReadFailed, Refuse
+from tierd.core.stack_copies import FeedCopies
 from tierd.core.stack_model import Copy, Unload
 from tierd.sim.__main__ import main, replay_command
 from tierd.sim.errors import BrokenPromise
@@ -15,6 +17,10 @@ from tierd.sim.fleet import Fleet, Size, drawn_fleet
 from tierd.sim.fleet_simulation import FleetSimulation, FleetSummary
 from tierd.sim.scenario import Device
 from tierd.sim.world import World
+
+if TYPE_CHECKING:
+    from tierd.core.model import Grant, Later
+    from tierd.core.stack_feed import Feed
 
 G = 2 << 20
 SMALL = Size(clients=8, models=4, gpus=2, layers=8, events=1_500)
@@ -67,10 +73,13 @@ def test_layers_of_a_drawn_fleet_are_smaller_and_larger_than_a_chunk() -> None:
 def test_every_promise_holds_at_scale() -> None:
     """200 clients, 50 models, 8 GPUs. A million events: `python -m tierd.sim --scale`."""
     faulty = Device(bandwidth=12_000_000_000, error_share=0.005, slow_share=0.01)
-    fleet = replace(drawn_fleet(1, Size(events=15_000)), disk=faulty, link=faulty)
+    direct = (True, *(False,) * 7)
+    fleet = drawn_fleet(1, Size(events=15_000))
+    fleet = replace(fleet, disk=faulty, link=faulty, early=True, direct=direct)
     summary = run(fleet, 1_000)
     assert summary.clients > 200
-    assert summary.copies > 500
+    assert summary.copies > 300
+    assert min(summary.early, summary.direct) > 50
     assert summary.failures > 0
 
 
@@ -78,6 +87,55 @@ def test_disks_and_links_that_often_fail_and_stall_break_no_promise() -> None:
     bad = Device(error_share=0.2, slow_share=0.1)
     fleet = replace(drawn_fleet(3, SMALL), disk=bad, link=bad)
     assert run(fleet, 10).failures > 20
+
+
+@pytest.mark.parametrize("seed", [2, 5])
+def test_copies_that_begin_with_their_reads_may_fail_stall_and_be_stopped_anywhere(
+    seed: int,
+) -> None:
+    """Small blocks, slow disks, bad links, models that are replaced all the time."""
+    fleet = replace(
+        drawn_fleet(seed, SMALL),
+        early=True,
+        direct=(False, seed == 2),
+        block_bytes=1 << 20,
+        replace_ns=60_000_000,
+        disk=Device(bandwidth=3_000_000_000, error_share=0.15, slow_share=0.1),
+        link=Device(bandwidth=6_000_000_000, error_share=0.15, slow_share=0.1),
+    )
+    summary = run(fleet, 1)
+    assert summary.early > 30
+    assert summary.stopped > 10
+    assert summary.failures > 20
+    assert (summary.direct > 0) == (seed == 2)
+
+
+def test_a_node_whose_gpus_read_directly_reads_into_dram_only_what_is_wanted_there() -> None:
+    fleet = replace(drawn_fleet(7, SMALL), direct=(True, True))
+    summary = run(fleet, 10)
+    assert summary.direct > 50
+    assert summary.reads > 0, "for clients of DRAM"
+
+
+def test_a_slot_that_the_stack_gives_away_under_a_copy_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mistake that nothing else would show: the GPU's machine hears of a failed read before
+    the copy that it feeds has ended."""
+    answer = FeedCopies.answer
+
+    def too_early(self: FeedCopies, feed: Feed, action: Grant | Later | Refuse) -> None:
+        copying = feed.filling.get(action.request)
+        answer(self, feed, action)
+        if copying is not None and isinstance(action, Refuse):
+            failed = ReadFailed(0, copying.read.slot, action.code, action.text)
+            self._books.todo.append((feed.gpu, failed))
+
+    monkeypatch.setattr(FeedCopies, "answer", too_early)
+    bad = Device(bandwidth=3_000_000_000, error_share=0.2)
+    fleet = replace(drawn_fleet(5, SMALL), early=True, direct=(), disk=bad)
+    with pytest.raises(BrokenPromise, match=r"Unload\(.*but the slot is"):
+        FleetSimulation(fleet, full_every=10_000).run()
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
@@ -119,6 +177,11 @@ def test_the_world_notices_what_a_stack_must_never_do() -> None:
     dram.read(replace(copy, slot=5, arena=0))
     with pytest.raises(BrokenPromise, match="is copied from slot 5"):
         dram.copy_from(5, copy.key, 0)  # not filled yet
+    dram.check_source(5, copy.key, 0)
+    with pytest.raises(BrokenPromise, match="is copied from slot 5"):
+        dram.check_source(5, LayerKey(0, 1), 0)
+    with pytest.raises(BrokenPromise, match="but the slot is"):
+        dram.evict(Evict(5, 1, copy.key))  # something still writes there
     dram.read_done(5)
     dram.copy_from(5, copy.key, 0)
     with pytest.raises(BrokenPromise, match="but the slot is"):

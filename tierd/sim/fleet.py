@@ -49,6 +49,9 @@ class Fleet:
     reads_in_flight: int
     copies_in_flight: int
     chunk_bytes: tuple[int, ...]  #: by GPU
+    early: bool = False  #: copies start while their layer is read
+    direct: tuple[bool, ...] = ()  #: by GPU: it reads past DRAM; (): none does
+    block_bytes: int = 4 * MIB  #: what is verified and copied at once
     fence_ns: int = 50_000_000  #: from the end of a GPU's client to that of its context
     replace_ns: int = 2_000_000_000  #: on average, from one replaced model to the next
 
@@ -139,6 +142,9 @@ def drawn_fleet(seed: int, size: Size | None = None) -> Fleet:
         rng.choice([2, 4, 8]),
         rng.choice([1, 2, 3]),
         chunks,
+        early=rng.random() < 0.8,
+        direct=tuple(rng.random() < 0.25 for _ in range(size.gpus)),
+        block_bytes=rng.choice([4, 16, 32]) * MIB,
     )
 
 

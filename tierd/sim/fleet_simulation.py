@@ -36,8 +36,6 @@ from tierd.core.model import (
     ModelRemoved,
     Plan,
     Read,
-    ReadDone,
-    ReadFailed,
     Refuse,
     Release,
     Tick,
@@ -49,6 +47,7 @@ from tierd.core.stack_model import (
     Copy,
     CopyDone,
     CopyFailed,
+    DirectRead,
     Fenced,
     GpuArenaAdded,
     JoinedGpu,
@@ -56,6 +55,7 @@ from tierd.core.stack_model import (
     StackAction,
     StackConfig,
     StackEvent,
+    StopCopy,
     TierBudgetChanged,
     Unload,
 )
@@ -63,6 +63,7 @@ from tierd.sim.clients import VirtualClient
 from tierd.sim.errors import BrokenPromise
 from tierd.sim.operator import Operator
 from tierd.sim.owed import Owed
+from tierd.sim.transfers import Transfers
 from tierd.sim.world import World
 
 if TYPE_CHECKING:
@@ -72,7 +73,6 @@ if TYPE_CHECKING:
     from tierd.core.model import Event
     from tierd.sim.clients import Profile
     from tierd.sim.fleet import Fleet
-    from tierd.sim.scenario import Device
 
 TICK_NS = 100_000_000
 OPERATOR_NS = 60_000_000  #: on average, between two commands of the operator
@@ -95,6 +95,9 @@ class FleetSummary:
     read_bytes: int
     copies: int
     copy_bytes: int
+    early: int  #: copies that began before their layer was whole
+    stopped: int  #: of these: that were stopped, or whose read failed
+    direct: int  #: reads past DRAM
     refusals: int
     failures: int  #: of reads and copies
     models: int  #: that were ever served
@@ -107,7 +110,9 @@ class FleetSummary:
             f"seed {self.seed}: {self.events} events, {self.virtual_seconds:.3f} s virtual, "
             f"{self.clients} clients, {self.models} models, {self.layers} layers computed, "
             f"{self.grants} grants, {self.reads} reads of {self.read_bytes / 2**30:.1f} GiB, "
-            f"{self.copies} copies of {self.copy_bytes / 2**30:.1f} GiB, {self.failures} failures, "
+            f"{self.copies} copies of {self.copy_bytes / 2**30:.1f} GiB, {self.early} of them "
+            f"early, {self.stopped} of these ended early, {self.direct} direct reads, "
+            f"{self.failures} failures, "
             f"{self.refusals} refusals, {self.budgets} budgets, {self.kept} kept leases given "
             f"back, stall {self.stall_seconds:.1f} s"
         )
@@ -125,6 +130,8 @@ class FleetSimulation:
                     self._limits(gpu, nbytes, fleet.copies_in_flight)
                     for gpu, nbytes in enumerate(fleet.gpu_bytes)
                 ),
+                early=fleet.early,
+                direct=fleet.direct,
             )
         )
         budgets: dict[int | None, int] = {
@@ -146,17 +153,16 @@ class FleetSimulation:
         self._layers = 0  #: of clients that left
         self._kept = 0
         self._stall_ns = 0
-        self._count = dict.fromkeys(
-            ("grants", "reads", "read", "copies", "copy", "refusals", "failures"), 0
-        )
+        self._count = dict.fromkeys(("grants", "reads", "read", "copies", "copy", "refusals"), 0)
         self._served = [model.number for model in fleet.models]  #: by place: the id at present
         self._next_model = len(fleet.models)
-        self._free_ns: dict[int | None, int] = dict.fromkeys(self.worlds, 0)
+        self._transfers = Transfers(
+            fleet, self._rng, self.worlds, lambda: self.now, self._after, self._feed
+        )
         self._leases: dict[int, dict[int, None]] = {}  #: by connected client
         self._tier: dict[int, int | None] = {}  #: of connected clients
         self._owed = Owed()
         self._admitted: set[int] = set()  #: clients that have a plan
-        self._sources: dict[tuple[int, int], int] = {}  #: copies -> DRAM slots
         self._fencing: dict[int, int] = {}  #: clients that are gone -> their GPU
         self._operator = Operator(self._rng, budgets)
         self._pressed = dict.fromkeys(self.worlds, False)
@@ -227,8 +233,11 @@ class FleetSimulation:
             count["read"],
             count["copies"],
             count["copy"],
+            self._transfers.early,
+            self._transfers.stopped,
+            self._transfers.direct,
             count["refusals"],
-            count["failures"],
+            self._transfers.failures,
             self._next_model,
             self._operator.changed,
             self._kept + sum(client.given_back for client in present),
@@ -260,7 +269,7 @@ class FleetSimulation:
             if self.events > limit:
                 raise BrokenPromise(f"{REST} events after the last client left: it never rests")
         self.stack.check()
-        if self._owed or self._sources:
+        if self._owed or self._transfers:
             raise BrokenPromise(f"nothing happens any more, but requests are open: {self._owed}")
 
     def _after(self, delay_ns: int, act: Callable[[], None]) -> None:
@@ -402,13 +411,6 @@ class FleetSimulation:
     def _note(self, event: StackEvent) -> None:
         """What the event means for the tiers' memory."""
         match event:
-            case ReadDone():
-                self.worlds[None].read_done(event.slot)
-            case CopyDone():
-                self.worlds[event.gpu].read_done(event.slot)
-                self.worlds[None].copied(self._sources.pop((event.gpu, event.slot)))
-            case CopyFailed():
-                self.worlds[None].copied(self._sources.pop((event.gpu, event.slot)))
             case ClientGone():
                 self._gone(event.client)
             case Fenced():
@@ -426,14 +428,17 @@ class FleetSimulation:
                 self.worlds[None].read(action)
                 self._count["reads"] += 1
                 self._count["read"] += action.nbytes
-                self._transfer(None, action, self.fleet.disk)
+                self._transfers.read(action)
             case Copy():
                 self.worlds[action.gpu].read(action)
-                self.worlds[None].copy_from(action.from_slot, action.key, action.from_offset)
-                self._sources[action.gpu, action.slot] = action.from_slot
                 self._count["copies"] += 1
                 self._count["copy"] += action.nbytes
-                self._transfer(action.gpu, action, self.fleet.link)
+                self._transfers.copy(action)
+            case DirectRead():
+                self.worlds[action.gpu].read(action)
+                self._transfers.direct_read(action)
+            case StopCopy():
+                self._transfers.stop(action)
             case Evict():
                 self.worlds[None].evict(action)
             case Unload():
@@ -471,26 +476,6 @@ class FleetSimulation:
                 self.clients[action.client].refused(action)
 
     # -------------------------------------------------------------------------------------- devices
-
-    def _transfer(self, tier: int | None, action: Read | Copy, device: Device) -> None:
-        slow = device.slow_factor if self._rng.random() < device.slow_share else 1
-        begin = max(self.now, self._free_ns[tier])
-        end = begin + slow * action.nbytes * 1_000_000_000 // device.bandwidth
-        self._free_ns[tier] = end
-        failed = self._rng.random() < device.error_share
-        self._count["failures"] += failed
-        delay = end + slow * device.latency_ns - self.now
-        self._after(delay, lambda: self._feed(self._completion(action, failed=failed)))
-
-    def _completion(self, action: Read | Copy, *, failed: bool) -> StackEvent:
-        slot = action.slot
-        if isinstance(action, Read):
-            if failed:
-                return ReadFailed(self.now, slot, "read_failed", "EIO (simulated)")
-            return ReadDone(self.now, slot)
-        if failed:
-            return CopyFailed(self.now, action.gpu, slot, "read_failed", "ECC (simulated)")
-        return CopyDone(self.now, action.gpu, slot)
 
     def _discarded(self, tier: int | None, action: Discard) -> None:
         self.worlds[tier].discard_done(action.arena, action.offset, action.nbytes)

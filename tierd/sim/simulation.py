@@ -270,6 +270,8 @@ class Simulation:
                     self._plans.discard(owed)
             case ReadDone():
                 world.read_done(event.slot)
+            case ReadFailed():
+                world.read_failed(event.slot)
             case DiscardDone():
                 world.discard_done(event.arena, event.offset, event.nbytes)
             case ArenaAdded():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Container
 
     from tierd.core.model import Adopted, ArenaAdded, Discard, Evict, Grant, LayerKey, Read
-    from tierd.core.stack_model import Copy, GpuArenaAdded, Unload
+    from tierd.core.stack_model import Copy, DirectRead, GpuArenaAdded, Unload
 
 
 @dataclass(slots=True)
@@ -28,6 +28,7 @@ class Content:
     offset: int
     nbytes: int
     filled: bool
+    writing: bool = True  #: something fills it at present
     adopted: bool = False  #: its key may turn out to be of no use
     leases: set[int] = field(default_factory=set)
     copies: int = 0  #: to other tiers, under way
@@ -35,7 +36,7 @@ class Content:
 
     @property
     def in_use(self) -> bool:
-        return bool(self.leases or self.copies or self.holders)
+        return bool(self.leases or self.copies or self.holders or self.writing)
 
 
 class World:
@@ -70,7 +71,7 @@ class World:
             self._warm |= self._granules(slot.arena, slot.offset, slot.nbytes)
             content = Content(
                 slot.key, slot.generation, slot.arena, slot.offset, slot.nbytes,
-                filled=True, adopted=True, holders=set(slot.holders),
+                filled=True, writing=False, adopted=True, holders=set(slot.holders),
             )  # fmt: skip
             self._put(slot.slot, content)
             for holder in slot.holders:
@@ -107,7 +108,7 @@ class World:
         for slot in self._held.pop(holder, ()):
             self.slots[slot].holders.discard(holder)
 
-    def read(self, action: Read | Copy) -> None:
+    def read(self, action: Read | Copy | DirectRead) -> None:
         """The range is overwritten from now on."""
         if action.slot in self.slots:
             raise BrokenPromise(f"{action} into a slot that is not empty")
@@ -135,6 +136,17 @@ class World:
 
     def read_done(self, slot: int) -> None:
         self.slots[slot].filled = True
+        self.slots[slot].writing = False
+
+    def read_failed(self, slot: int) -> None:
+        """Nothing writes to it any more."""
+        self.slots[slot].writing = False
+
+    def check_source(self, slot: int, key: LayerKey, offset: int) -> None:
+        """The slot holds what is copied from it, or is being filled with that."""
+        content = self.slots.get(slot)
+        if content is None or (content.key, content.offset) != (key, offset):
+            raise BrokenPromise(f"layer {key} is copied from slot {slot}, which is {content}")
 
     def copy_from(self, slot: int, key: LayerKey, offset: int) -> None:
         """Another tier reads the slot until `copied`."""

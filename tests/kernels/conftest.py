@@ -163,3 +163,13 @@ def random_x() -> Callable[..., Matrix]:
         return to_bits(numbers, dtype)
 
     return make
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Any:
+    """A torch.device, each in turn; most tests here need no torch, and import none."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here")
+    return torch.device(request.param)

@@ -19,9 +19,21 @@ def test_a_pass_takes_as_long_as_its_slowest_stage() -> None:
 
 
 def test_copies_bind_where_they_take_longest() -> None:
-    load = Load(1, 1, 0, compute_ns=10 * MS, ssd_bytes=GB // 100, copy_bytes=GB // 10)
-    [found] = predict([load], {0: GB}, copy_bytes_per_s=2 * GB)
+    load = Load(1, 1, 0, compute_ns=10 * MS, ssd_bytes=GB // 100, gpu=0, copy_bytes=GB // 10)
+    [found] = predict([load], {0: GB}, {0: 2 * GB})
     assert (found.copy_ns, found.pass_ns, found.binds) == (50 * MS, 50 * MS, "copy")
+
+
+def test_models_share_the_link_of_a_gpu_and_gpus_do_not() -> None:
+    loads = [
+        Load(1, 1, 0, 0, 0, gpu=0, copy_bytes=GB // 10),
+        Load(2, 2, 0, 0, 0, gpu=0, copy_bytes=GB // 10),
+        Load(3, 2, 0, 0, 0, gpu=1, copy_bytes=GB // 10),
+        Load(4, 2, 0, 7 * MS, 0),
+    ]
+    found = predict(loads, {}, {0: GB, 1: GB})
+    assert [one.copy_ns for one in found] == [200 * MS, 200 * MS, 100 * MS, 0]
+    assert [one.binds for one in found] == ["copy", "copy", "copy", "compute"]
 
 
 def test_clients_of_one_model_share_its_reads() -> None:

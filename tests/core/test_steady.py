@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tierd.sim.errors import DoesNotFit
-from tierd.sim.steady import Node, SteadyState, Work, steady_state
+from tierd.sim.steady import BLOCK_BYTES, Node, SteadyState, Work, steady_state
 
 MIB = 1 << 20
 LAYER = 32 * MIB
@@ -87,3 +87,27 @@ def test_what_lives_on_the_gpu_need_not_be_in_dram() -> None:
     found = three_tiers(0.5, 0.5, 100 * GB)
     assert found.settled
     assert found.ssd_bytes <= 6 * LAYER  # the moving room of both tiers
+
+
+def test_a_layer_reaches_a_gpu_one_block_after_its_read_where_both_take_as_long() -> None:
+    """With one slot in DRAM and two on the GPU nothing is ahead: a pass is the sum of what each
+    layer takes on its way, and that is its read and a block, not its read and its copy."""
+    block_ns = BLOCK_BYTES * GB // (2 * GB)
+    layer_ns = LAYER * GB // (2 * GB)
+    node = Node(LAYER, 2 * GB, gpu_bytes=2 * LAYER, copy_bytes_per_s=2 * GB)
+    found = steady_state(node, Work((LAYER,) * 8, tuple(range(8)), (0,) * 8))
+    assert found.copy_bytes == found.ssd_bytes == pytest.approx(8 * LAYER, rel=0.01)
+    assert 8 * layer_ns <= found.pass_ns <= 8 * (layer_ns + 2 * block_ns)
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["through-dram", "direct"])
+def test_a_gpu_that_reads_directly_reads_what_neither_tier_has(direct: bool) -> None:
+    node = Node(
+        PACK // 4, 2 * GB, gpu_bytes=PACK // 2, copy_bytes_per_s=8 * GB, direct=direct
+    )  # fmt: skip
+    found = steady_state(node, Work((LAYER,) * LAYERS, tuple(range(LAYERS)), (0,) * LAYERS))
+    if direct:
+        assert found.copy_bytes == 0, "nobody brings anything into DRAM"
+        assert found.ssd_bytes == pytest.approx(PACK // 2, abs=3 * LAYER)
+    else:
+        assert found.ssd_bytes == pytest.approx(PACK // 4, abs=5 * LAYER)

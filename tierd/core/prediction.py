@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tierd.core.cost import SECOND_NS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class Load:
     device: int  #: where the model's pack lies
     compute_ns: int
     ssd_bytes: int  #: that a pass over the model has to read, for all its clients together
-    copy_bytes: int = 0  #: from DRAM to this client's GPU
+    gpu: int | None = None  #: that it computes on
+    copy_bytes: int = 0  #: that a pass has to copy to that, for all clients of the model there
     weight: int = 100
     tokens_per_pass: int = 1
 
@@ -61,41 +62,51 @@ class Prediction:
 
 
 def predict(
-    loads: Sequence[Load], ssd: dict[int, int], copy_bytes_per_s: int | None = None
+    loads: Sequence[Load], ssd: Mapping[int, int], copy: Mapping[int, int] | None = None
 ) -> list[Prediction]:
-    """For each load in turn. ssd: bytes per second of each device that a load names.
-
-    copy_bytes_per_s: of each GPU; clients that copy are taken to have one each.
-    """
-    shares: dict[int, float] = {}
-    for device, bandwidth in ssd.items():
-        shares |= _shares([load for load in loads if load.device == device], bandwidth)
+    """For each load in turn. ssd: bytes per second of each device that a load reads from. copy: of
+    each GPU that a load copies to."""
+    read = _times([_Part(load, load.device, load.ssd_bytes) for load in loads], ssd)
+    copied = _times([_Part(load, load.gpu, load.copy_bytes) for load in loads], copy or {})
     return [
-        Prediction(
-            load.client,
-            load.compute_ns,
-            _ns(load.ssd_bytes, shares[load.model]) if load.ssd_bytes else 0,
-            _ns(load.copy_bytes, copy_bytes_per_s) if copy_bytes_per_s else 0,
-            load.tokens_per_pass,
-        )
-        for load in loads
+        Prediction(load.client, load.compute_ns, ssd_ns, copy_ns, load.tokens_per_pass)
+        for load, ssd_ns, copy_ns in zip(loads, read, copied, strict=True)
     ]
 
 
-def _ns(nbytes: int, bytes_per_s: float) -> int:
-    return int(nbytes * SECOND_NS / bytes_per_s)
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a pass moves through one device or link."""
+
+    load: Load
+    place: int | None
+    nbytes: int
 
 
-def _shares(loads: Sequence[Load], bandwidth: int) -> dict[int, float]:
+def _times(parts: Sequence[_Part], bandwidths: Mapping[int, int]) -> list[int]:
+    """How long each pass takes for its bytes, at the share that its model gets of the place."""
+    shares: dict[tuple[int | None, int], float] = {}
+    for place in {part.place: None for part in parts if part.nbytes}:
+        assert place is not None
+        through = [part for part in parts if part.place == place and part.nbytes]
+        for model, share in _shares(through, bandwidths[place]).items():
+            shares[place, model] = share
+    return [
+        int(part.nbytes * SECOND_NS / shares[part.place, part.load.model]) if part.nbytes else 0
+        for part in parts
+    ]
+
+
+def _shares(parts: Sequence[_Part], bandwidth: int) -> dict[int, float]:
     """Bytes per second of each model: weighted fair shares, and what one cannot use goes to the
     others (water filling). A model that gets all it can use may have what nobody else takes."""
     weights: dict[int, int] = {}
     wanted: dict[int, float] = {}
-    for load in loads:
-        if load.ssd_bytes:
-            weights[load.model] = weights.get(load.model, 0) + load.weight
-            rate = load.ssd_bytes * SECOND_NS / max(load.compute_ns, 1)
-            wanted[load.model] = max(wanted.get(load.model, 0.0), rate)
+    for part in parts:
+        load = part.load
+        weights[load.model] = weights.get(load.model, 0) + load.weight
+        rate = part.nbytes * SECOND_NS / max(load.compute_ns, 1)
+        wanted[load.model] = max(wanted.get(load.model, 0.0), rate)
     shares: dict[int, float] = {}
     left = float(bandwidth)
     while weights:

@@ -48,9 +48,11 @@ from tierd.core.stack_model import (
     StackEvent,
     TierBudgetChanged,
 )
+from tierd.core.stack_outlook import loads_of_stack
 
 if TYPE_CHECKING:
     from tierd.core.machine import TierMachine
+    from tierd.core.prediction import Load
 
 
 class TierStack:
@@ -105,6 +107,14 @@ class TierStack:
         """When at the latest a `Tick` is needed; None if time alone changes nothing by then."""
         times = [machine.wakes_at_ns for machine in (self.dram, *self.gpus)]
         return min((time for time in times if time is not None), default=None)
+
+    def loads(self) -> list[Load]:
+        """What a pass of each client asks of disks and of links to GPUs, for `predict`."""
+        return loads_of_stack(self.feeds.books)
+
+    def copy_bandwidths(self) -> dict[int, int]:
+        """Bytes per second of the links that were measured, by GPU, for `predict`."""
+        return {gpu: measured.bytes_per_s for gpu, measured in self.measured.items()}
 
     def check(self) -> None:
         """Raises InvariantBroken where a machine or the composition contradicts itself."""

@@ -7,6 +7,7 @@ Deterministic, and fast enough for a command line: nothing is checked here (`sim
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,9 +35,11 @@ from tierd.core.stack import TierStack
 from tierd.core.stack_model import (
     Copy,
     CopyDone,
+    DirectRead,
     GpuArenaAdded,
     JoinedGpu,
     ModelPlaced,
+    StackAction,
     StackConfig,
     StackEvent,
 )
@@ -53,6 +56,7 @@ FIRST_PASSES = 3  #: fill the memory, and are never counted
 MOST_PASSES = 60
 MOST_STEPS = 40_000  #: layers computed by all clients together
 COPY_LATENCY_NS = 20_000
+BLOCK_BYTES = 4 << 20  #: an early copy is so far behind the read of its layer
 DRAM, GPU = 0, 1  #: arenas
 SETTLED = 0.01  #: difference between two windows of a steady state
 
@@ -68,6 +72,7 @@ class Node:
     granule_bytes: int = 2 << 20
     gpu_bytes: int | None = None  #: None: clients compute from DRAM
     copy_bytes_per_s: int = 0  #: from DRAM to the GPU
+    direct: bool = False  #: the GPU reads past DRAM what that has not
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,7 @@ class SteadyState:
 
 def steady_state(node: Node, work: Work) -> SteadyState:
     """Runs until a pass costs what the ones before it did. Raises DoesNotFit."""
-    return _Run(node, work).run()
+    return SteadyRun(node, work).run()
 
 
 @dataclass(slots=True)
@@ -149,7 +154,9 @@ class _Client:
     marks: list[_Mark] = field(default_factory=list)
 
 
-class _Run:
+class SteadyRun:
+    """One run; `tiers` is what decided in it."""
+
     def __init__(self, node: Node, work: Work) -> None:
         self._work = work
         self._ssd = _Device(node.ssd_bytes_per_s, node.latency_ns)
@@ -157,15 +164,18 @@ class _Run:
         self._clients = [_Client(number) for number in range(work.clients)]
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = self._requests = self._now = 0
+        self._events: deque[StackEvent] = deque()  # the first is being handled
         self._tick_ns: int | None = None  # when the next tick is due
         dram = _tier(node, node.dram_bytes)
-        self._tiers: TierMachine | TierStack = TierMachine(dram)
+        self.tiers: TierMachine | TierStack = TierMachine(dram)
+        self._read_ns: dict[int, int] = {}  # by slot in DRAM: when its read ends
         if node.gpu_bytes is not None:
-            self._tiers = TierStack(StackConfig(dram, (_tier(node, node.gpu_bytes),)))
+            gpu = _tier(node, node.gpu_bytes)
+            self.tiers = TierStack(StackConfig(dram, (gpu,), early=True, direct=(node.direct,)))
         self._feed(ArenaAdded(0, DRAM, SPANS * dram.budget_bytes, dram.budget_bytes))
         self._feed(ModelAdded(0, 0, "predicted", DRAM, work.layer_bytes))
-        if isinstance(self._tiers, TierStack):
-            budget = self._tiers.config.gpus[0].budget_bytes
+        if isinstance(self.tiers, TierStack):
+            budget = self.tiers.config.gpus[0].budget_bytes
             self._feed(GpuArenaAdded(0, 0, GPU, SPANS * budget, budget))
             self._feed(ModelPlaced(0, 0, 0, GPU))
 
@@ -185,7 +195,7 @@ class _Run:
 
     def _join(self, client: _Client) -> None:
         work = self._work
-        if isinstance(self._tiers, TierStack):
+        if isinstance(self.tiers, TierStack):
             self._feed(JoinedGpu(self._now, client.number, 0))
         else:
             self._feed(ClientJoined(self._now, client.number))
@@ -239,39 +249,61 @@ class _Run:
     # ----------------------------------------------------------------------------------- the core
 
     def _feed(self, event: StackEvent) -> None:
-        for action in self._tiers.handle(event):  # type: ignore[arg-type]
-            match action:
-                case Read():
-                    self._at(self._ssd.done_ns(self._now, action.nbytes), self._read(action.slot))
-                case Copy():
-                    done_ns = self._link.done_ns(self._now, action.nbytes)
-                    self._at(done_ns, self._copied(action.gpu, action.slot))
-                case Discard():
-                    self._after(0, self._discarded(action))
-                case Admit():
-                    self._enter(self._clients[action.client])
-                case Grant():
-                    client = self._clients[action.client]
-                    layer = client.asked.pop(action.request)
-                    client.leases[layer] = action.lease
-                    if client.wanted == layer:
-                        self._begin(client)
-                case Later():
-                    client = self._clients[action.client]
-                    layer = client.asked.pop(action.request)
-                    if client.wanted == layer:
-                        self._ask(client, layer, ahead=False)
-                case Refuse():
-                    raise DoesNotFit(action.text)
-                case _:
-                    pass  # evictions take no time
-        if self._tiers.waits_for_time:
-            at_ns, wakes_ns = self._now + TICK_NS, self._tiers.wakes_at_ns
+        """As the engine does: what comes up while actions are carried out waits for its turn."""
+        self._events.append(event)
+        if len(self._events) > 1:
+            return
+        while self._events:
+            for action in self.tiers.handle(self._events[0]):  # type: ignore[arg-type]
+                self._act(action)
+            self._events.popleft()
+        if self.tiers.waits_for_time:
+            at_ns, wakes_ns = self._now + TICK_NS, self.tiers.wakes_at_ns
             if wakes_ns is not None:
                 at_ns = min(at_ns, max(wakes_ns, self._now))
             if self._tick_ns is None or at_ns < self._tick_ns:
                 self._tick_ns = at_ns
                 self._at(at_ns, self._tick)
+
+    def _act(self, action: StackAction) -> None:
+        match action:
+            case Read():
+                done_ns = self._ssd.done_ns(self._now, action.nbytes)
+                self._read_ns[action.slot] = done_ns
+                self._at(done_ns, self._read(action.slot))
+            case Copy():
+                done_ns = self._copy_done_ns(action)
+                self._at(done_ns, self._copied(action.gpu, action.slot))
+            case DirectRead():
+                done_ns = self._ssd.done_ns(self._now, action.nbytes)
+                self._at(done_ns, self._copied(action.gpu, action.slot))
+            case Discard():
+                self._after(0, self._discarded(action))
+            case Admit():
+                self._enter(self._clients[action.client])
+            case Grant():
+                client = self._clients[action.client]
+                layer = client.asked.pop(action.request)
+                client.leases[layer] = action.lease
+                if client.wanted == layer:
+                    self._begin(client)
+            case Later():
+                client = self._clients[action.client]
+                layer = client.asked.pop(action.request)
+                if client.wanted == layer:
+                    self._ask(client, layer, ahead=False)
+            case Refuse():
+                raise DoesNotFit(action.text)
+            case _:
+                pass  # evictions take no time
+
+    def _copy_done_ns(self, copy: Copy) -> int:
+        """One that is filling ends one block after its read, at the earliest."""
+        done_ns = self._link.done_ns(self._now, copy.nbytes)
+        if not copy.filling:
+            return done_ns
+        block_ns = min(BLOCK_BYTES, copy.nbytes) * SECOND_NS // self._link.bytes_per_s
+        return max(done_ns, self._read_ns[copy.from_slot] + block_ns + self._link.latency_ns)
 
     def _tick(self) -> None:
         if self._tick_ns == self._now:

@@ -72,7 +72,8 @@ def expand(
     """
     check_matrix(matrix)
     first, end = tile_range((matrix.rows, matrix.cols), out.shape, tile_rows)
-    bits = _bits(matrix, out)
+    check_out(matrix, out)
+    bits = out.detach().view(_SIGNED[out.itemsize])
     cell = new_faults(matrix.device) if faults is None else faults
     with torch.no_grad():
         for block in _blocks(matrix, first, end, room_bytes // TILE_BYTES):
@@ -353,8 +354,8 @@ def _unsigned(array: torch.Tensor, first: int, end: int) -> torch.Tensor:
     return items(array, torch.int32)[first:end].to(torch.int64) & 0xFFFFFFFF
 
 
-def _bits(matrix: TorchMatrix, out: torch.Tensor) -> torch.Tensor:
-    """The output as integers of its element's size. Raises KernelError where it does not fit."""
+def check_out(matrix: TorchMatrix, out: torch.Tensor) -> None:
+    """Raise KernelError where a matrix cannot be written to `out`, whatever its shape is."""
     dtype = DTYPES[matrix.dtype]
     if out.dtype != dtype:
         raise KernelError(f"out has dtype {out.dtype}, {dtype} is needed")
@@ -362,4 +363,3 @@ def _bits(matrix: TorchMatrix, out: torch.Tensor) -> torch.Tensor:
         raise KernelError(f"out is on {out.device}, the matrix is on {matrix.device}")
     if not out.is_contiguous():
         raise KernelError(f"out has strides {list(out.stride())}, it must be contiguous")
-    return out.detach().view(_SIGNED[dtype.itemsize])

@@ -13,6 +13,8 @@ FORMAT.md, section "Tile layout"; `reference.py` says the same in numpy.
 Interpreted, Python's `min` and `max` are wrong in a kernel: `tl.minimum` and `tl.maximum`.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from __future__ import annotations
 
 from typing import Final
@@ -62,8 +64,8 @@ def decode_tile(
     `values` starts on a multiple of 16 bytes, `offsets` and `heads` on one of 4.
     values_bytes: the size of `values`.   tiles: of the matrix, `tile` is below it.
     height, width: of the part of the tile that lies in the matrix, 1 to 64.
-    DTYPE: of the matrix, as tl.bfloat16. Levels of int8 and int4 are exact in it; the caller
-    multiplies them by the scales.
+    DTYPE: of the matrix, as tl.bfloat16; for int8 and int4 any: levels are exact in all of them.
+    The caller multiplies them by the scales.
     PLANES, most_escapes: as `TorchMatrix.most_planes` and `most_escapes`.
     VARIANT: one of VARIANTS.
     reason: NO_REASON, or what is wrong with the tile (a number of REASONS); it is zeros then.

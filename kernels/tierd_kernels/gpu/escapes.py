@@ -4,6 +4,8 @@ Every loop is bounded by the number of escapes, which was compared with the tile
 with its offsets.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from __future__ import annotations
 
 import triton

@@ -4,6 +4,8 @@ An octet is 8 columns of one row. Tensors of one number for each octet are [512]
 bounded by the rank and the number of kept elements of its octet: see `decode.py`.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from __future__ import annotations
 
 import triton

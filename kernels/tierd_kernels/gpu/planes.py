@@ -1,5 +1,7 @@
 """Exponent-packed records: top bytes from bit planes, the other bytes from planes of bytes."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from __future__ import annotations
 
 import triton

@@ -1,0 +1,180 @@
+"""Expansion on a GPU: a Triton program for each tile, bit for bit what the reference writes."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import triton
+import triton.language as tl
+
+from tierd_kernels.errors import KernelError
+from tierd_kernels.geometry import TILE, tile_range
+from tierd_kernels.gpu.arrays import check_arrays
+from tierd_kernels.gpu.decode import NO_REASON, decode_tile
+from tierd_kernels.gpu.numbers import rounded, widened
+from tierd_kernels.torch_expand import NO_FAULT, REASONS, check_out, fault_text, new_faults
+
+if TYPE_CHECKING:
+    from tierd_kernels.torch_matrix import TorchMatrix
+
+ELEMENTS: Final = {"BF16": tl.bfloat16, "F16": tl.float16, "F32": tl.float32}
+_REASONS = tl.constexpr(len(REASONS))
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a tile is expanded. variant: one of `decode.VARIANTS`. warps: of its program."""
+
+    variant: str
+    warps: int
+
+
+WAYS: Final = (Way("gather", 4), Way("window", 4), Way("gather", 8), Way("window", 8))
+"""All that can be chosen, each of them tested. Which is faster is for a card to say."""
+_DEFAULT: Final = {
+    "raw": Way("gather", 4),
+    "exponent-packed": Way("window", 4),
+    "int8": Way("window", 4),
+    "int4": Way("window", 4),
+}
+"""The fewest instructions (tests/kernels/gpu/resources.json)."""
+
+
+def default_way(matrix: TorchMatrix) -> Way:
+    """The one of WAYS that is taken where nobody says another."""
+    return _DEFAULT[matrix.codec]
+
+
+def expand(
+    matrix: TorchMatrix,
+    out: torch.Tensor,
+    *,
+    tile_rows: tuple[int, int] | None = None,
+    faults: torch.Tensor | None = None,
+    way: Way | None = None,
+) -> None:
+    """Write a packed matrix to `out`, bit for bit what `tierd_kernels.expand` writes.
+
+    out: the matrix's dtype, [rows, cols], contiguous, on the matrix's device, overwritten.
+    tile_rows: (first, end), the part of the matrix that `out` holds; all of it by default.
+    faults: see `torch_expand.new_faults`; tiles that are wrong are zeros, and the call does not
+    wait for the device. Without it the call waits and raises KernelError for the first of them.
+    way: one of WAYS; a sensible one by default.
+    Raises KernelError for arrays that do not fit.
+    """
+    check_arrays(matrix)
+    first, end = tile_range((matrix.rows, matrix.cols), out.shape, tile_rows)
+    check_out(matrix, out)
+    chosen = way or default_way(matrix)
+    if chosen not in WAYS:
+        raise KernelError(f"{chosen} is none of the ways that are compiled and tested")
+    cell = new_faults(matrix.device) if faults is None else faults
+    tile_cols = matrix.grid.tile_cols
+    if tiles := (end - first) * tile_cols:
+        # Triton launches on the current device, whichever that of its arguments is.
+        with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+            expand_tiles[(tiles,)](
+                matrix.bitmap,
+                matrix.offsets,
+                matrix.heads,
+                matrix.scales,
+                matrix.values,
+                out.detach(),
+                cell,
+                matrix.values.numel(),
+                matrix.grid.tiles,
+                matrix.most_escapes,
+                first,
+                matrix.rows,
+                matrix.cols,
+                tile_cols,
+                matrix.group // TILE or 1,
+                **constants(matrix, chosen),
+            )
+    if faults is None and (fault := int(cell)) != NO_FAULT:
+        raise KernelError(fault_text(fault))
+
+
+def constants(matrix: TorchMatrix, way: Way) -> dict[str, Any]:
+    """What `expand_tiles` is compiled with, and Triton's options."""
+    return {
+        "CODEC": matrix.codec,
+        # Levels are multiplied by their scales in float32, and rounded then.
+        "ELEMENT": ELEMENTS[matrix.dtype] if matrix.scales is None else tl.float32,
+        "MASKED": matrix.bitmap is not None,
+        "PLANES": matrix.most_planes if matrix.codec == "exponent-packed" else 0,
+        "VARIANT": way.variant,
+        "num_warps": way.warps,
+    }
+
+
+@triton.jit(
+    do_not_specialize=["tiles", "most_escapes", "first", "rows", "tile_cols", "group_tiles"]
+)
+def expand_tiles(
+    bitmap,
+    offsets,
+    heads,
+    scales,
+    values,
+    out,
+    faults,
+    values_bytes,
+    tiles,
+    most_escapes,
+    first,
+    rows,
+    cols,
+    tile_cols,
+    group_tiles,
+    CODEC: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    MASKED: tl.constexpr,
+    PLANES: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
+    """Write a tile to `out`, which begins with tile row `first`. A program for each tile.
+
+    bitmap .. values: pointers to uint8, None for what is absent; see `decode_tile`.
+    group_tiles: tiles for which a scale of int8 and int4 holds.   faults: see `expand`.
+    """
+    row_below = tl.program_id(0) // tile_cols
+    tile_col = tl.program_id(0) % tile_cols
+    tile_row = first + row_below
+    tile = tile_row * tile_cols + tile_col
+    height = tl.minimum(rows - tile_row.to(tl.int64) * 64, 64).to(tl.int32)
+    width = tl.minimum(cols - tile_col.to(tl.int64) * 64, 64).to(tl.int32)
+    elements, reason = decode_tile(
+        bitmap,
+        offsets,
+        heads,
+        values,
+        values_bytes,
+        tiles,
+        most_escapes,
+        tile,
+        height,
+        width,
+        CODEC,
+        ELEMENT,
+        MASKED,
+        PLANES,
+        VARIANT,
+    )
+    row = tl.arange(0, 64)
+    if scales is not None:
+        groups = (tile_cols + group_tiles - 1) // group_tiles
+        group = tile_row.to(tl.int64) * groups + tile_col // group_tiles
+        scale = widened(tl.load(scales.to(tl.pointer_type(tl.uint16)) + group * 64 + row))
+        elements = rounded(elements * scale[:, None], out.dtype.element_ty)
+    col = tl.arange(0, 64)[None, :]
+    row = row[:, None]
+    corner = out + row_below.to(tl.int64) * 64 * cols + tile_col.to(tl.int64) * 64
+    tl.store(corner + row.to(tl.int64) * cols + col, elements, mask=(row < height) & (col < width))
+    if reason != NO_REASON:
+        tl.atomic_min(faults, tile.to(tl.int64) * _REASONS + reason)

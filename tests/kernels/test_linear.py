@@ -1,6 +1,7 @@
 """Every kernel's product is the exact product, rounded."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,25 @@ def exact_product(matrix: PackedMatrix, x: Any) -> NDArray[np.float64]:
     return reference.decode(x, matrix.dtype) @ reference.weights(matrix).T
 
 
+@pytest.fixture(scope="session")
+def exact_products(
+    packed_weights: Callable[..., PackedMatrix], random_x: Callable[..., Any]
+) -> Callable[..., list[tuple[Any, NDArray[np.float64]]]]:
+    """exact_products(tokens, form, *weights): activations for each number of tokens, and their
+    products with `packed_weights`. Computed once: they are the same for every kernel."""
+
+    @cache
+    def make(
+        numbers_of_tokens: tuple[int, ...], form: tuple[str, bool], *weights: Any
+    ) -> list[tuple[Any, NDArray[np.float64]]]:
+        matrix = packed_weights(form, *weights)
+        exact = reference.weights(matrix).T
+        xs = [random_x(tokens, tokens, matrix.cols, matrix.dtype) for tokens in numbers_of_tokens]
+        return [(x, reference.decode(x, matrix.dtype) @ exact) for x in xs]
+
+    return make
+
+
 def relative_error(ours: NDArray[np.float32], exact: NDArray[np.float64]) -> float:
     return float(np.sqrt(np.mean((ours - exact) ** 2) / np.mean(exact**2)))
 
@@ -37,31 +57,30 @@ def product(matrix: PackedMatrix, x: Any, threads: int = 0) -> NDArray[np.float3
 def test_the_error_is_below_the_promise_for_every_number_of_tokens(
     kernel: str,
     packed_weights: Callable[..., PackedMatrix],
-    random_x: Callable[..., Any],
+    exact_products: Callable[..., list[tuple[Any, NDArray[np.float64]]]],
     form: tuple[str, bool],
     dtype: str,
     shape: tuple[int, int],
 ) -> None:
     matrix = packed_weights(form, 6, *shape, dtype)
-    for tokens in (1, 2, 3, 7, 8, 9, 17, 32, 33):
-        x = random_x(tokens, tokens, shape[1], dtype)
-        error = relative_error(product(matrix, x), exact_product(matrix, x))
-        assert error < MOST_ERROR / 10, tokens
+    for x, exact in exact_products((1, 2, 3, 7, 8, 9, 17, 32, 33), form, 6, *shape, dtype):
+        error = relative_error(product(matrix, x), exact)
+        assert error < MOST_ERROR / 10, f"{len(x)} tokens"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_error_is_below_the_promise_for_the_longest_rows(
     kernel: str,
     packed_weights: Callable[..., PackedMatrix],
-    random_x: Callable[..., Any],
+    exact_products: Callable[..., list[tuple[Any, NDArray[np.float64]]]],
     form: tuple[str, bool],
     dtype: str,
 ) -> None:
-    x = random_x(8, 3, 16384, dtype)
     # Zeros are packed masked, and what has none in the dense form.
     for density in (0.5, 1.0) if form[0] == "raw" else (0.5,) if form[1] else (1.0,):
         matrix = packed_weights(form, 7, 64, 16384, dtype, density)
-        assert relative_error(product(matrix, x), exact_product(matrix, x)) < MOST_ERROR
+        ((x, exact),) = exact_products((3,), form, 7, 64, 16384, dtype, density)
+        assert relative_error(product(matrix, x), exact) < MOST_ERROR
 
 
 @settings(max_examples=40, deadline=None)

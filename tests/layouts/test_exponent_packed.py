@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.layouts.broken_arrays import with_flipped_bits, with_noise
 from tierd_layouts import exponent_packed
 from tierd_layouts.errors import (
     ArraySetWrong,
@@ -451,11 +452,7 @@ def test_flipped_bits_are_refused_or_are_another_valid_matrix(
     bits = rng.integers(1, 0xFFFF, (70, 66), bits_of(dtype))
     bits[rng.random(bits.shape) < 0.97] = 0x3F80 if masked else 0
     matrix = exponent_packed.encode(bits, dtype, masked=masked)
-    arrays: dict[str, Any] = {name: array.copy() for name, array in matrix.arrays().items()}
-    for _ in range(data.draw(st.integers(1, 3))):
-        raw = arrays[data.draw(st.sampled_from(sorted(arrays)))].view(np.uint8)
-        raw[data.draw(st.integers(0, raw.size - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    broken = replace(matrix, **arrays)
+    broken = with_flipped_bits(matrix, data)
     try:
         exponent_packed.validate(broken, broken.nnz)
     except TileError:
@@ -476,12 +473,8 @@ def test_arrays_of_any_content_decode_or_are_refused_by_name(data: st.DataObject
     matrix = exponent_packed.encode(
         np.random.default_rng(7).integers(0, 0xFFFF, (70, 66), np.uint16), "BF16", masked=True
     )
-    name = data.draw(st.sampled_from(["heads", "values", "offsets"]))
-    array = matrix.arrays()[name]
-    seed = data.draw(st.integers(0, 2**32 - 1))
-    noise = np.random.default_rng(seed).integers(0, 255, array.nbytes, np.uint8).view(array.dtype)
-    changes: dict[str, Any] = {name: noise}
+    broken = with_noise(matrix, ["heads", "values", "offsets"], data)
     try:
-        exponent_packed.decode(replace(matrix, **changes))
+        exponent_packed.decode(broken)
     except TileError:
         return

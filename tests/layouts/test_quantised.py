@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.layouts.broken_arrays import with_flipped_bits, with_noise
 from tierd_layouts import quantised
 from tierd_layouts.errors import (
     ArraySetWrong,
@@ -389,11 +390,7 @@ def test_flipped_bits_are_refused_or_are_other_levels_and_scales(data: st.DataOb
     masked = data.draw(st.booleans())
     bits = weights_bits(70, 66, "BF16", 0.05)
     matrix = quantised.encode(bits, "BF16", codec=codec, group=64, masked=masked)
-    arrays: dict[str, Any] = {name: array.copy() for name, array in matrix.arrays().items()}
-    for _ in range(data.draw(st.integers(1, 3))):
-        raw = arrays[data.draw(st.sampled_from(sorted(arrays)))].view(np.uint8)
-        raw[data.draw(st.integers(0, raw.size - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    broken = replace(matrix, **arrays)
+    broken = with_flipped_bits(matrix, data)
     try:
         quantised.validate(broken, broken.nnz)
     except TileError:
@@ -412,12 +409,8 @@ def test_arrays_of_any_content_decode_or_are_refused_by_name(data: st.DataObject
     codec = data.draw(st.sampled_from(["int8", "int4"]))
     bits = weights_bits(70, 66, "F16", 0.5)
     matrix = quantised.encode(bits, "F16", codec=codec, group=64, masked=True)
-    name = data.draw(st.sampled_from(["scales", "values", "offsets"]))
-    array = matrix.arrays()[name]
-    seed = data.draw(st.integers(0, 2**32 - 1))
-    noise = np.random.default_rng(seed).integers(0, 255, array.nbytes, np.uint8).view(array.dtype)
-    changes: dict[str, Any] = {name: noise}
+    broken = with_noise(matrix, ["scales", "values", "offsets"], data)
     try:
-        quantised.decode(replace(matrix, **changes))
+        quantised.decode(broken)
     except TileError:
         return

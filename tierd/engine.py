@@ -10,7 +10,6 @@ import asyncio
 import collections
 import logging
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tierd.copy_sources import CopySources
@@ -31,8 +30,9 @@ from tierd.core.model import (
     Tick,
 )
 from tierd.core.stack import TierStack
-from tierd.core.stack_model import Copy, StackConfig, StopCopy, Unload
+from tierd.core.stack_model import Copy, DirectRead, StackConfig, StopCopy, Unload
 from tierd.errors import ReadError
+from tierd.gpu_filling import Source
 from tierd.io.ssd_job import ReadJob, ReadResult
 from tierd.io.verified import VerifiedBlocks
 from tierd.operators import Operators
@@ -81,7 +81,10 @@ class Engine:
             self.core: Any = self.machine  #: what takes events and decides
         else:
             gpus = tuple(gpu.core_config for gpu in tiers.gpus)
-            self.core = self.stack = TierStack(StackConfig(config, gpus, early=True))
+            direct = tuple(gpu.direct is not None for gpu in tiers.gpus)
+            stack = StackConfig(config, gpus, early=True, direct=direct)
+            self.core = self.stack = TierStack(stack)
+            registry.closing = tiers.closing
             self.machine = self.stack.dram
         self._tiers = tiers
         self.slots = slots
@@ -196,7 +199,9 @@ class Engine:
             case Copy():
                 self._copy(action)
             case StopCopy():
-                self._gpus.gpus[action.gpu].memory.stop_copy(action.slot)
+                self._gpus.gpus[action.gpu].filling.stop_copy(action.slot)
+            case DirectRead():
+                self._read_directly(action)
             case Unload():
                 self._gpus.gpus[action.gpu].slots.clear(action.slot)
             case Discard():
@@ -244,17 +249,25 @@ class Engine:
 
     def _copy(self, copy: Copy) -> None:
         pack = self._registry.by_model[copy.key.model]
-        layer = copy.key.layer
-        source = self._arenas.by_id[copy.from_arena].buffer(copy.from_offset, copy.nbytes)
-        name = f"layer {pack.index.layers[layer].name!r} of pack {pack.name!r}"
-        memory = self._gpus.gpus[copy.gpu].memory
-        if not copy.filling:
-            memory.copy(copy, pack.keys[layer], source, name)
-            return
-        place = self._sources.begin(copy.from_arena, copy.from_offset, copy.nbytes)
-        verified = self._verified[copy.from_slot]
-        over = partial(self._sources.end, place)
-        memory.copy(copy, pack.keys[layer], source, name, verified, over)
+        memory = self._arenas.by_id[copy.from_arena].buffer(copy.from_offset, copy.nbytes)
+        source = Source(memory)
+        if copy.filling:
+            place = self._sources.begin(copy.from_arena, copy.from_offset, copy.nbytes)
+            verified = self._verified[copy.from_slot]
+            source = Source(memory, verified, lambda: self._sources.end(place))
+        self._gpus.gpus[copy.gpu].filling.copy(copy, pack, source)
+
+    def _read_directly(self, read: DirectRead) -> None:
+        pack = self._registry.by_model[read.key.model]
+        pack.reads += 1
+        self.reads += 1
+
+        def over() -> None:
+            self.reads -= 1
+            pack.reads -= 1
+            self._registry.close_idle(pack)
+
+        self._gpus.gpus[read.gpu].filling.read(read, pack, over)
 
     def _read(self, read: Read) -> None:
         pack = self._registry.by_model[read.key.model]

@@ -1,4 +1,4 @@
-"""What happens to a GPU's memory: layers copied into it, chunks handed to clients, given back.
+"""What happens to a GPU's memory: chunks handed to clients, asked back, given to the driver.
 
 Belongs to the loop's thread; what a driver may take long for is done by the GPU's worker.
 """
@@ -11,23 +11,19 @@ import time
 from typing import TYPE_CHECKING
 
 from tierd.core.model import DiscardDone
-from tierd.core.stack_model import CopyDone, CopyFailed
-from tierd.gpu.copies import CopyJob
-from tierd.gpu.errors import CopyStopped, DeviceLost, GpuError, SourceFailed
+from tierd.gpu.errors import DeviceLost, GpuError
 from tierd.gpu.span import chunks_of
 from tierd.mappings import Discarding, Mappings
-from tierd_layouts.wire import ErrorCode
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable
 
     from tierd.core.model import Discard
-    from tierd.core.stack_model import Copy, StackEvent
-    from tierd.gpu.copies import CopyResult, LayerCopy
+    from tierd.core.stack_model import StackEvent
+    from tierd.errors import TierdError
     from tierd.gpu.device import Device, Export
     from tierd.gpu.worker import GpuWorker
-    from tierd.io.verified import VerifiedBlocks
     from tierd.mappings import Chunk
     from tierd.slots import Slots
 
@@ -39,11 +35,10 @@ PATIENCE_SECONDS = 30.0  # ... and is disconnected after this long
 
 
 class GpuMemory:
-    """Of one GPU, number `index` of the core. Needs an open device."""
+    """Of one GPU. Needs an open device."""
 
     def __init__(
         self,
-        index: int,
         name: str,
         worker: GpuWorker,
         slots: Slots,
@@ -56,8 +51,7 @@ class GpuMemory:
         called with a client that was asked in vain, to be disconnected."""
         self.mappings = Mappings()
         self.note: str | None = None  #: what went wrong, if that was the last thing tried
-        self._index = index
-        self._name = name
+        self.name = name
         self._worker = worker
         self._slots = slots
         self._loop = loop
@@ -65,7 +59,6 @@ class GpuMemory:
         self._lost = lost
         self._unanswered = unanswered
         self._stopped = False
-        self._copies: dict[int, LayerCopy] = {}  # under way, by slot
 
     @property
     def _device(self) -> Device:
@@ -74,70 +67,6 @@ class GpuMemory:
     def stop(self) -> None:
         """Decide nothing more; what the worker does is ended by its owner."""
         self._stopped = True
-
-    # -------------------------------------------------------------------------------------- copies
-
-    def copy(
-        self,
-        copy: Copy,
-        key: bytes,
-        source: memoryview,
-        name: str,
-        verified: VerifiedBlocks | None = None,
-        over: Callable[[], None] | None = None,
-    ) -> None:
-        """key: of the layer, for the slot table. source: its bytes, released when it is over.
-        verified: of the read that is filling the source; None: it is full. over: called when
-        nothing reads the source any more, before the core hears of it."""
-        self._slots.filling(
-            copy.slot,
-            generation=copy.generation,
-            arena=copy.arena,
-            offset=copy.offset,
-            nbytes=copy.nbytes,
-            key=key,
-        )
-        job = CopyJob(copy.arena, copy.offset, source, name, verified)
-        self._copies[copy.slot] = self._worker.copy(
-            job, lambda outcome: self._copied(copy, name, outcome, over)
-        )
-
-    def stop_copy(self, slot: int) -> None:
-        """Nobody wants what is copied there. Its answer may be on the way already."""
-        copy = self._copies.get(slot)
-        if copy is not None:
-            self._worker.stop(copy)
-
-    def _copied(
-        self,
-        copy: Copy,
-        name: str,
-        outcome: CopyResult | GpuError,
-        over: Callable[[], None] | None,
-    ) -> None:
-        if self._stopped:
-            return
-        if over is not None:
-            over()
-        del self._copies[copy.slot]
-        if isinstance(outcome, GpuError):
-            self._not_copied(copy.slot, name, outcome)
-        else:
-            self.note = None
-            self._slots.resident(copy.slot)
-            self._submit(CopyDone(time.monotonic_ns(), self._index, copy.slot))
-
-    def _not_copied(self, slot: int, name: str, error: GpuError) -> None:
-        code: str = ErrorCode.COPY_FAILED
-        text = f"{name} was not copied to {self._name}: {error.text}"
-        if isinstance(error, SourceFailed):
-            code, text = error.failure.code, error.text  # said in the log by who read it
-        elif isinstance(error, CopyStopped):
-            log.debug("%s", text)
-        else:
-            log.error("%s", text)
-            self._failed(error)
-        self._submit(CopyFailed(time.monotonic_ns(), self._index, slot, code, text))
 
     # ------------------------------------------------------------------------------------- clients
 
@@ -154,8 +83,8 @@ class GpuMemory:
 
         def finished(outcome: list[Export] | GpuError) -> None:
             if isinstance(outcome, GpuError):
-                log.error("%s: client %d is given no chunks: %s", self._name, client, outcome.text)
-                self._failed(outcome)
+                log.error("%s: client %d is given no chunks: %s", self.name, client, outcome.text)
+                self.failed(outcome)
                 self.unmapped(client, [(arena, chunk) for chunk in chunks])
             done(outcome)
 
@@ -208,17 +137,20 @@ class GpuMemory:
             return
         if isinstance(outcome, GpuError):
             # Until the driver takes it, the memory counts: the core waits for it.
-            log.error("%s: memory was not given back: %s", self._name, outcome.text)
-            self._failed(outcome)
+            log.error("%s: memory was not given back: %s", self.name, outcome.text)
+            self.failed(outcome)
             if not isinstance(outcome, DeviceLost):
                 self._loop.call_later(RETRY_SECONDS, self._free, gone)
             return
-        self.note = None
+        self.worked()
         chunk_bytes = self._device.chunk_bytes
         offset, nbytes = gone.first * chunk_bytes, gone.count * chunk_bytes
         self._submit(DiscardDone(time.monotonic_ns(), gone.arena, offset, nbytes))
 
-    def _failed(self, error: GpuError) -> None:
+    def worked(self) -> None:
+        self.note = None
+
+    def failed(self, error: TierdError) -> None:
         self.note = error.text
         if isinstance(error, DeviceLost):
             self._lost(error.text)

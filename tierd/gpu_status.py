@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tierd.core.snapshot import counters_of, layers_of, memory_of
+from tierd.gpu_settings import PLAYED_VARIABLE, played_library
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ def status_of(gpu: GpuTier, engine: Engine) -> Reply:
             worker.copied_bytes * _SECOND_NS // worker.busy_ns if worker.busy_ns else None
         ),
         "unpinned_bytes": gpu.device.unpinned_bytes,
+        "direct": _direct_of(gpu),
         "clients_scratch_bytes": sum(gpu.scratch.values()),
         "unfenced_clients": len(gpu.fences),
         "grants": counters.grants,
@@ -61,6 +63,21 @@ def status_of(gpu: GpuTier, engine: Engine) -> Reply:
         "refusals": counters.refusals,
         "evictions": counters.evictions,
         "stall_ns": counters.stall_ns,
+    }
+
+
+def _direct_of(gpu: GpuTier) -> Reply | None:
+    """What came past DRAM: our figures of this GPU, and cuFile's own, of all GPUs together."""
+    if gpu.direct is None:
+        return None
+    counted = gpu.direct.statistics()
+    return {
+        "layers": gpu.filling.direct_layers,
+        "bytes": gpu.filling.direct_bytes,
+        "failed": counted.failed,
+        "cufile_bytes": counted.read_bytes,
+        "cufile_direct_reads": counted.direct_reads,
+        "cufile_posix_reads": counted.posix_reads,
     }
 
 
@@ -91,6 +108,8 @@ def notes_of(tiers: Tiers, sessions: Mapping[int, Session]) -> list[str]:
     ]
     notes += tiers.silent().values()
     notes += tiers.registrar.notes() if tiers.registrar is not None else []
+    if tiers.direct is not None and (played := played_library()) is not None:
+        notes.append(f"cuFile is played by {played} ({PLAYED_VARIABLE}): nothing here is direct")
     for gpu in tiers.gpus:
         notes += [
             f"{sessions[client]} was asked to unmap memory of {gpu.name} and does not answer"

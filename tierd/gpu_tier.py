@@ -14,6 +14,7 @@ from tierd.fences import Fences
 from tierd.gpu.errors import DeviceFull, GpuError
 from tierd.gpu.kinds import make_device
 from tierd.gpu.worker import GpuWorker
+from tierd.gpu_filling import GpuFilling
 from tierd.gpu_memory import PATIENCE_SECONDS, GpuMemory
 from tierd.gpu_settings import chunk_bytes
 from tierd.holders import Holders
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from tierd.config import Config
     from tierd.core.stack_model import StackEvent
     from tierd.engine import Engine
+    from tierd.errors import TierdError
     from tierd.gpu.device import DeviceInfo
+    from tierd.gpu.direct_reads import DirectReads
     from tierd.gpu.registrar import Registrar
     from tierd.gpu_settings import GpuBudget
     from tierd.pack import Pack
@@ -60,9 +63,11 @@ class GpuTier:
         config: Config,
         epoch: int,
         registrar: Registrar,
+        direct: DirectReads | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        """index: the GPU's number in the core. Loads no library of a GPU."""
+        """index: the GPU's number in the core. direct: where layers are read past DRAM. Loads no
+        library of a GPU."""
         self.index = index
         self.number = budget.number
         self.name = budget.tier
@@ -84,22 +89,17 @@ class GpuTier:
             config.gpu_device, budget.number, chunk, budget.nbytes,
             copy_bandwidth=config.gpu_copy_bandwidth,
             copy_latency_us=config.gpu_copy_latency_us,
-            host=registrar.host,
+            host=registrar.host, direct=direct is not None,
         )  # fmt: skip
+        self.direct = direct
         self._registrar = registrar
         self._loop = loop
         self._stopped = False
         self.worker = GpuWorker(self.device, config.gpu_copies_in_flight, loop.call_soon_threadsafe)
         self.memory = GpuMemory(
-            index,
-            self.name,
-            self.worker,
-            self.slots,
-            loop,
-            self._submit,
-            self._lost,
-            self._unanswered,
+            self.name, self.worker, self.slots, loop, self._submit, self._lost, self._unanswered
         )
+        self.filling = GpuFilling(index, self.worker, self.slots, self.memory, self._submit, direct)
         self.fences = Fences(loop, self._fenced)
         self.sessions: dict[int, Session] = {}  #: of its clients
         self.scratch: dict[int, int] = {}  #: by client: what it uses beside its leases, in bytes
@@ -129,16 +129,34 @@ class GpuTier:
             self.state, self.reason = "failed", outcome.text
             if isinstance(outcome, DeviceFull):  # clients of an earlier daemon may have the memory
                 self._loop.call_later(RETRY_SECONDS, self._open)
+            self._go_on()
+        elif self.direct is not None:
+            info = outcome
+            self.direct.open(self.device, lambda refusal: self._tried_direct(info, refusal))
         else:
-            self.state, self.reason, self.info = "ready", "", outcome
-            log.info(
-                "tier %s is ready: %s (%s), %s of %s free, budget %s in chunks of %s",
-                self.name, outcome.name, self.device.kind, format_size(outcome.free_bytes),
-                format_size(outcome.total_bytes), format_size(self.core_config.budget_bytes),
-                format_size(self.device.chunk_bytes),
-            )  # fmt: skip
-            self._registrar.add_device(self.device)
-            self.place()
+            self._ready(outcome)
+
+    def _tried_direct(self, info: DeviceInfo, refusal: TierdError | None) -> None:
+        """What was chosen is in effect, or this GPU is not served: DRAM is no way around it."""
+        if self._stopped:
+            return
+        if refusal is None:
+            self._ready(info)
+            return
+        self.state, self.reason = "failed", f"gpu_direct: {refusal.text}"
+        log.error("tier %s is not served: %s", self.name, self.reason)
+        self._go_on()
+
+    def _ready(self, info: DeviceInfo) -> None:
+        self.state, self.reason, self.info = "ready", "", info
+        log.info(
+            "tier %s is ready: %s (%s), %s of %s free, budget %s in chunks of %s%s",
+            self.name, info.name, self.device.kind, format_size(info.free_bytes),
+            format_size(info.total_bytes), format_size(self.core_config.budget_bytes),
+            format_size(self.device.chunk_bytes), ", read past DRAM" if self.direct else "",
+        )  # fmt: skip
+        self._registrar.add_device(self.device)
+        self.place()
         self._go_on()
 
     def _lost(self, reason: str) -> None:
@@ -151,6 +169,7 @@ class GpuTier:
         """Decide nothing more."""
         self._stopped = True
         self.memory.stop()
+        self.filling.stop()
         self.fences.close()
         self.holders.stop()
 

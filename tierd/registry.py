@@ -16,7 +16,7 @@ from tierd_layouts.index import INDEX_FILE
 from tierd_layouts.names import check_model_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from tierd.access import AccessGroup
@@ -109,6 +109,8 @@ class Registry:
         self.failed: dict[str, str] = {}
         self.by_model: dict[int, Pack] = {}  #: replaced ones too
         self.readers: dict[int, AccessGroup] = {}  #: of every version that was ever in service
+        #: called with a pack before its files are closed
+        self.closing: Callable[[Pack], None] | None = None
         self._next_model = 1
 
     def identities(self) -> dict[str, Identity]:
@@ -163,5 +165,7 @@ class Registry:
 
     def close_idle(self, pack: Pack) -> None:
         """Close a forgotten pack that no read needs."""
-        if not pack.reads and pack.model not in self.by_model:
+        if not pack.reads and pack.model not in self.by_model and not pack.closed:
+            if self.closing is not None:
+                self.closing(pack)
             pack.close()

@@ -191,7 +191,7 @@ SETTINGS = (
     ),
     Setting(
         "gpu_direct", False, _boolean, _BOOL, "BOOL",
-        "read from the SSD into GPUs without DRAM, by cuFile: not in this version (default no)",
+        "what DRAM does not have is read into GPUs past it, by cuFile, or not at all (default no)",
         boolean=True,
     ),
     Setting("socket", None, _socket, _TEXT, "PATH", "listen here"),

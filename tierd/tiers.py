@@ -6,9 +6,13 @@ import re
 from typing import TYPE_CHECKING
 
 from tierd.errors import TierUnavailable
+from tierd.gpu.direct_reads import DirectReads
 from tierd.gpu.registrar import Registrar
 from tierd.gpu.registration import HostMemory
+from tierd.gpu_settings import played_library
 from tierd.gpu_tier import ARENA_NUMBERS, GpuTier
+from tierd.io.cufile import CuFileReader, file_id
+from tierd.io.cufile_library import CuFileLibrary
 from tierd_layouts.wire import DRAM_TIER
 
 if TYPE_CHECKING:
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 
     from tierd.config import Config
     from tierd.engine import Engine
+    from tierd.pack import Pack
     from tierd.registry import Registry
     from tierd.session import Session
 
@@ -28,11 +33,16 @@ class Tiers:
     def __init__(self, config: Config, epoch: int, loop: asyncio.AbstractEventLoop) -> None:
         #: of the DRAM arenas, for copies; None without GPUs
         self.registrar: Registrar | None = None
+        #: of the GPUs that are read into past DRAM; None: all is copied from there
+        self.direct: DirectReads | None = None
         self.gpus: tuple[GpuTier, ...] = ()
+        if config.gpu_direct:
+            library = CuFileLibrary(played_library())
+            self.direct = DirectReads(CuFileReader(library), loop.call_soon_threadsafe)
         if config.gpus:
             registrar = self.registrar = Registrar(HostMemory(), loop.call_soon_threadsafe)
             self.gpus = tuple(
-                GpuTier(index, budget, config, epoch, registrar, loop)
+                GpuTier(index, budget, config, epoch, registrar, self.direct, loop)
                 for index, budget in enumerate(config.gpus)
             )
 
@@ -69,13 +79,21 @@ class Tiers:
     def silent(self) -> dict[str, str]:
         """By name: the GPUs that do not answer, and since when."""
         texts = {gpu.name: gpu.worker.silent() for gpu in self.gpus}
+        texts["gpu_direct"] = None if self.direct is None else self.direct.silent()
         return {name: text for name, text in texts.items() if text is not None}
 
     def alive(self) -> bool:
         """Whether every thread that should serve does."""
         if self.registrar is not None and not self.registrar.alive():
             return False
+        if self.direct is not None and not self.direct.alive():
+            return False
         return all(gpu.worker.alive() for gpu in self.gpus)
+
+    def closing(self, pack: Pack) -> None:
+        """Its files are about to be closed."""
+        if self.direct is not None:
+            self.direct.forget([file_id(fd) for fd in pack.shards])
 
     def stop(self) -> None:
         """Decide nothing more."""
@@ -86,6 +104,8 @@ class Tiers:
         """Give the GPUs back. Blocks; raises TimeoutError when one does not answer."""
         if self.registrar is not None:
             self.registrar.close()
+        if self.direct is not None:
+            self.direct.close()  # before the memory that it fills
         for gpu in self.gpus:
             gpu.close()
 

@@ -1,7 +1,8 @@
 /* A libcufile.so.0 whose GPU memory is host memory. Environment variables make it misbehave:
    FAKE_VERSION (default 1150), FAKE_OPEN (code of cuFileDriverOpen), FAKE_POSIX=1 (reads count as
-   POSIX), FAKE_UNCOUNTED=1 (reads are not counted), FAKE_READ (result of cuFileRead), FAKE_STATS
-   (code of cuFileStatsStart). The layout of the statistics is cufile.h's, written down anew. */
+   POSIX), FAKE_UNCOUNTED=1 (reads are not counted), FAKE_READ (result of cuFileRead), FAKE_READ_MS
+   (what a read takes), FAKE_STATS (code of cuFileStatsStart). The layout of the statistics is
+   cufile.h's, written down anew. */
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -19,6 +20,8 @@ typedef struct {
 static Gpu gpus[2];
 static bool compatible[3] = {true, true, true};
 static int opened, files, buffers, level;
+enum { MOST = 64 };
+static struct { void *base; size_t length; } pinned[MOST];
 
 static int setting(const char *name, int otherwise) {
     const char *text = getenv(name);
@@ -52,14 +55,35 @@ Error cuFileHandleRegister(void **handle, Description *description) {
 }
 void cuFileHandleDeregister(void *handle) { (void)handle; files--; }
 Error cuFileBufRegister(void *base, size_t length, int flags) {
-    (void)base; (void)length; (void)flags;
-    buffers++;
-    return answer(0);
+    (void)flags;
+    for (int at = 0; at < MOST; at++)
+        if (!pinned[at].base) {
+            pinned[at].base = base;
+            pinned[at].length = length;
+            buffers++;
+            return answer(0);
+        }
+    return answer(5036);
 }
-Error cuFileBufDeregister(void *base) { (void)base; buffers--; return answer(0); }
+static size_t length_of(void *base) {
+    for (int at = 0; at < MOST; at++)
+        if (pinned[at].base == base) return pinned[at].length;
+    return 0;
+}
+Error cuFileBufDeregister(void *base) {
+    for (int at = 0; at < MOST; at++)
+        if (pinned[at].base == base) {
+            pinned[at].base = NULL;
+            buffers--;
+            return answer(0);
+        }
+    return answer(5022);
+}
 ssize_t cuFileRead(void *handle, void *base, size_t size, off_t offset, off_t at) {
     int forced = setting("FAKE_READ", 1);
     if (forced != 1) return forced;
+    usleep((useconds_t)setting("FAKE_READ_MS", 0) * 1000);
+    if ((size_t)at + size > length_of(base)) return -5036;  /* the real one would not go direct */
     if (size > 4096) size = size / 2 / 4096 * 4096 + 4096;  /* a short read is legal */
     ssize_t got = pread((int)(intptr_t)handle - 1000, (char *)base + at, size, offset);
     if (got > 0 && !setting("FAKE_UNCOUNTED", 0)) {

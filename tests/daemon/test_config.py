@@ -176,7 +176,11 @@ def test_auto_is_a_budget() -> None:
         (["--gpu", "0=1GiB", "--gpu-chunk", "3MiB"], "expected a power of 2 from 2MiB to 1GiB"),
         (["--gpu", "0=1GiB", "--gpu-chunk", "2GiB"], "expected a power of 2 from 2MiB to 1GiB"),
         (["--gpu", "0=1GiB", "--gpu-device", "cuda"], "expected one of cuda_vmm, cuda_ipc, memfd"),
-        (["--gpu-direct"], "flag --gpu-direct: gpu_direct: a layer reaches a GPU through DRAM"),
+        (["--gpu-direct"], "flag --gpu-direct: gpu_direct has no effect without a GPU"),
+        (
+            ["--gpu", "0=1GiB", "--gpu-device", "memfd", "--gpu-direct"],
+            "gpu_direct: cuFile reads into the memory of GPUs, gpu_device is memfd",
+        ),
         (["--gpu-device", "memfd"], "flag --gpu-device: gpu_device has no effect without a GPU"),
         (
             ["--gpu", "0=1GiB", "--gpu-copy-latency-us", "5"],

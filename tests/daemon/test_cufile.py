@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-import subprocess
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import xxhash
 
+from tests.daemon.played_cufile import build
 from tierd.errors import ChecksumMismatch, ReadError
-from tierd.io.cufile import CuFileReader, DirectJob, NotDirect
+from tierd.io.cufile import CuFileReader, DirectJob, NotDirect, file_id
 from tierd.io.cufile_library import CuFileLibrary, GpuDirectUnavailable
 from tierd.io.ssd_job import ExtentRead
 from tierd_layouts.records import BLOCK_BYTES
@@ -22,15 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FIRST, SECOND = BLOCK_BYTES + 8192, 12288
+PART = 2 << 20  # memory of a GPU in one piece: less than a block
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cufile") / "libcufile.so.0"
-    source = Path(__file__).with_name("fake_cufile.c")
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-o", path, source], check=True)
-    return path
+    return build(tmp_path_factory.mktemp("cufile"))
 
 
 @pytest.fixture
@@ -63,8 +62,11 @@ class Memory:
             second = ExtentRead(
                 self.fd, "shard", second.offset, second.nbytes + longer, second.xxh3
             )
-        address = ctypes.addressof(self.bytes)
-        return DirectJob("pack", "model.layers.0", (extent(4096, FIRST), second), address)
+        start, end = ctypes.addressof(self.bytes), FIRST + SECOND + longer
+        borders = [0, *range(PART, end, PART), end]
+        parts = tuple((start + at, after - at) for at, after in pairwise(borders))
+        extents = (extent(4096, FIRST), second)
+        return DirectJob("pack", "model.layers.0", extents, parts, self.read_back)
 
     def read_back(self, address: int, nbytes: int) -> bytes:
         return ctypes.string_at(address, nbytes)
@@ -77,8 +79,8 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
     os.close(made.fd)
 
 
-def reader(memory: Memory, library: Path) -> CuFileReader:
-    made = CuFileReader(memory.read_back, CuFileLibrary(str(library)))
+def reader(library: Path) -> CuFileReader:
+    made = CuFileReader(CuFileLibrary(str(library)))
     made.open()
     return made
 
@@ -98,7 +100,7 @@ def test_a_layer_of_two_extents_arrives_and_is_counted_as_direct(
     version: str,
 ) -> None:
     monkeypatch.setenv("FAKE_VERSION", version)
-    direct = reader(memory, library)
+    direct = reader(library)
     with caplog.at_level("INFO"):
         result = direct.read(memory.job())
     assert "none through DRAM" in caplog.text
@@ -116,7 +118,7 @@ def test_reads_through_dram_are_refused_and_so_are_all_that_follow(
     memory: Memory, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_POSIX", "1")
-    direct = reader(memory, library)
+    direct = reader(library)
     with pytest.raises(NotDirect, match=r"0 direct reads and \d+ through DRAM"):
         direct.read(memory.job())
     monkeypatch.delenv("FAKE_POSIX")
@@ -130,7 +132,7 @@ def test_reads_that_nothing_counts_prove_nothing(
     memory: Memory, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_UNCOUNTED", "1")
-    direct = reader(memory, library)
+    direct = reader(library)
     with pytest.raises(NotDirect, match="0 direct reads and 0 through DRAM, 0 bytes"):
         direct.read(memory.job())
     direct.close()
@@ -140,7 +142,7 @@ def test_a_corrupt_block_is_named(memory: Memory, library: Path) -> None:
     with memory.shard.open("r+b") as file:
         file.seek(4096 + BLOCK_BYTES + 5)
         file.write(b"\0\0\0\0\0\0\0\0")
-    direct = reader(memory, library)
+    direct = reader(library)
     with pytest.raises(ChecksumMismatch, match="block 1 of 2"):
         direct.read(memory.job())
     direct.close()
@@ -149,7 +151,7 @@ def test_a_corrupt_block_is_named(memory: Memory, library: Path) -> None:
 def test_a_shard_that_ends_early_is_named_and_the_memory_unpinned(
     memory: Memory, library: Path
 ) -> None:
-    direct = reader(memory, library)
+    direct = reader(library)
     with pytest.raises(ReadError, match="shard ends early"):
         direct.read(memory.job(longer=4096))
     assert counts(library) == (1, 0, 1)
@@ -161,7 +163,7 @@ def test_a_failed_read_says_what_cufile_said(
     memory: Memory, library: Path, monkeypatch: pytest.MonkeyPatch, result: str, said: str
 ) -> None:
     monkeypatch.setenv("FAKE_READ", result)
-    direct = reader(memory, library)
+    direct = reader(library)
     with pytest.raises(ReadError, match=said):
         direct.read(memory.job())
     direct.close()
@@ -195,11 +197,33 @@ def test_a_library_that_is_not_there_or_too_old_is_refused(tmp_path: Path) -> No
 def test_a_file_is_registered_once_and_forgotten_when_it_is_closed(
     memory: Memory, library: Path
 ) -> None:
-    direct = reader(memory, library)
+    direct = reader(library)
     direct.read(memory.job())
     direct.read(memory.job())
     assert counts(library)[0] == 1
-    direct.forget(memory.fd)
-    direct.forget(memory.fd)
+    direct.forget([file_id(memory.fd)])
+    direct.forget([file_id(memory.fd)])
     assert counts(library)[0] == 0
     direct.close()
+
+
+def test_a_descriptor_s_number_that_is_another_file_s_now_is_read_from_that_file(
+    memory: Memory, library: Path, tmp_path: Path
+) -> None:
+    direct = reader(library)
+    direct.read(memory.job())
+    memory.data = os.urandom(len(memory.data))
+    (tmp_path / "new").write_bytes(memory.data)
+    new = os.open(tmp_path / "new", os.O_RDONLY)
+    os.dup2(new, memory.fd)  # the pack was closed, and its number given to another
+    os.close(new)
+    direct.read(memory.job())
+    assert memory.bytes.raw == memory.data[4096:]
+    direct.close()
+    assert counts(library) == (0, 0, 0)
+
+
+def test_memory_of_another_size_than_the_layer_is_a_mistake(memory: Memory) -> None:
+    job = memory.job()
+    with pytest.raises(ValueError, match=f"{job.nbytes} bytes for GPU memory of {PART} bytes"):
+        replace(job, parts=job.parts[:1])

@@ -47,6 +47,7 @@ class _Memory:
     fd: int
     nbytes: int
     uses: int = 1
+    direct: bool = False  #: other devices may write into it
 
 
 @dataclass
@@ -295,6 +296,7 @@ class FakeDriver:
         _check(properties.location.type == names.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE)
         _check(properties.location.id in self.contexts, CUresult.CUDA_ERROR_INVALID_DEVICE)
         memory = self.new_memory(nbytes)
+        memory.direct = bool(properties.allocFlags.gpuDirectRDMACapable)
         return self._number(self.handles, memory)
 
     def new_memory(self, nbytes: int) -> _Memory:

@@ -37,6 +37,8 @@ STICKY = (CUresult.CUDA_ERROR_ECC_UNCORRECTABLE, CUresult.CUDA_ERROR_ILLEGAL_ADD
 class CUdevice_attribute(enum.IntEnum):
     CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102
     CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED = 103
+    CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED = 110
+    CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED = 116
 
 
 class CUmemAllocationType(enum.IntEnum):
@@ -81,10 +83,16 @@ class Location:
 
 
 @dataclass
+class AllocationFlags:
+    gpuDirectRDMACapable: int = 0
+
+
+@dataclass
 class Properties:
     type: int = 0
     requestedHandleTypes: int = 0
     location: Location = field(default_factory=Location)
+    allocFlags: AllocationFlags = field(default_factory=AllocationFlags)
 
 
 @dataclass

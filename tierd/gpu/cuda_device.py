@@ -30,14 +30,17 @@ class CudaDevice(Generic[Backing]):
         budget_bytes: int,
         *,
         host: HostMemory | None = None,
+        direct: bool = False,
         driver: CudaDriver | None = None,
     ) -> None:
-        """host: what of the host's memory is registered. driver: tests give one with a fake."""
+        """host: what of the host's memory is registered. direct: SSDs write into this GPU's memory.
+        driver: tests give one with a fake."""
         self.number = number
         self.chunk_bytes = chunk_bytes
         self._budget_bytes = budget_bytes
         self._host = host or HostMemory()
         self._driver = driver or CudaDriver(number)
+        self._direct = self._driver.direct = direct
         self._stream: CudaStream | None = None
         self._spans: Spans[Backing] = Spans(chunk_bytes)
         self._name = ""
@@ -78,6 +81,15 @@ class CudaDevice(Generic[Backing]):
         """What to do when this device does not work here."""
         raise NotImplementedError
 
+    def _check_direct(self, attribute: str) -> None:
+        """Raise DeviceUnavailable where SSDs are to write, and the driver says no to that."""
+        if self._direct and not self._driver.has(attribute):
+            raise DeviceUnavailable(
+                f"gpu:{self.number} ({self._name}): gpu_direct, and the driver says 0 to "
+                f"{attribute}",
+                "leave gpu_direct off",
+            )
+
     def _check(self) -> None:
         """Raise DeviceUnavailable or DeviceError unless this device works here: by doing it."""
         raise NotImplementedError
@@ -92,6 +104,15 @@ class CudaDevice(Generic[Backing]):
         target = self._spans[arena].target(offset, source.nbytes)
         assert self._stream is not None, "copy before open"
         return self._stream.copy(target, source)
+
+    def parts(self, arena: int, offset: int, nbytes: int) -> list[tuple[int, int]]:
+        return self._spans[arena].parts(offset, nbytes)
+
+    def enter(self) -> None:
+        self._driver.enter()
+
+    def fetch(self, address: int, nbytes: int) -> bytearray:
+        return self._driver.fetch(address, nbytes)
 
     def register(self, address: int, nbytes: int) -> None:
         self._driver.register(address, nbytes)

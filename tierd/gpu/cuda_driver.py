@@ -10,6 +10,7 @@ Source: the CUDA driver API reference on primary contexts, memory, virtual memor
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ class CudaDriver:
     def __init__(self, number: int, load: Callable[[], Any] = load_bindings) -> None:
         """number: N of `gpu:N`, as nvidia-smi counts. load: gives the module (tests: a fake)."""
         self.number = number
+        self.direct = False  #: memory that is created is for other devices to write into
         self._load = load
         self._api: Any = None
         self._device: Any = None
@@ -96,6 +98,12 @@ class CudaDriver:
             total_bytes=memory.total_bytes,
             free_bytes=memory.free_bytes,
         )
+
+    def enter(self) -> None:
+        """Make the GPU's context that of the calling thread, for libraries beside the driver."""
+        if self._context is None:
+            raise DeviceError(f"gpu:{self.number} is not open")
+        self._call("cuCtxSetCurrent", "", self._context)
 
     def has(self, attribute: str) -> bool:
         """attribute: the end of a CU_DEVICE_ATTRIBUTE_ name that is 0 or 1."""
@@ -180,6 +188,14 @@ class CudaDriver:
         what = f"{_size(nbytes)} from {source:#x} to {target:#x}"
         self._in_context("cuMemcpyHtoDAsync", what, target, source, nbytes, stream)
 
+    def fetch(self, address: int, nbytes: int) -> bytearray:
+        """Memory of one allocation of this GPU, copied to the host."""
+        found = bytearray(nbytes)
+        target = (ctypes.c_char * nbytes).from_buffer(found)
+        what = f"{_size(nbytes)} from {address:#x}"
+        self._in_context("cuMemcpyDtoH", what, ctypes.addressof(target), address, nbytes)
+        return found
+
     def mark(self, stream: Any) -> Any:
         """An event that passes when everything on the stream so far has. Undone by `drop_event`."""
         flags = self._api.CUevent_flags
@@ -218,6 +234,7 @@ class CudaDriver:
         found.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         found.location.id = self.number
         found.requestedHandleTypes = self._descriptor_kind()
+        found.allocFlags.gpuDirectRDMACapable = int(self.direct)
         return found
 
     def _descriptor_kind(self) -> Any:

@@ -45,11 +45,12 @@ class CudaIpcDevice(CudaDevice[None]):
         budget_bytes: int,
         *,
         host: HostMemory | None = None,
+        direct: bool = False,
         driver: CudaDriver | None = None,
         load: Callable[[], Any] = load_cupy,
     ) -> None:
         """load: gives CuPy's runtime (tests: a fake)."""
-        super().__init__(number, chunk_bytes, budget_bytes, host=host, driver=driver)
+        super().__init__(number, chunk_bytes, budget_bytes, host=host, direct=direct, driver=driver)
         self._load = load
         self._runtime: Any = None
         self._handle = b""
@@ -80,6 +81,7 @@ class CudaIpcDevice(CudaDevice[None]):
                 f"{format_size(ALIGNMENT_BYTES)}, not {format_size(self.chunk_bytes)}",
                 "choose another --gpu-chunk",
             )
+        self._check_direct("GPU_DIRECT_RDMA_SUPPORTED")
         self._allocate(ALIGNMENT_BYTES)
         self._free()
 
@@ -103,6 +105,9 @@ class CudaIpcDevice(CudaDevice[None]):
         span = self._spans[arena]
         for chunk in span.present(first, count):
             del span.chunks[chunk]
+
+    def parts(self, arena: int, offset: int, nbytes: int) -> list[tuple[int, int]]:
+        return [(self._spans[arena].target(offset, nbytes), nbytes)]
 
     def export(self, arena: int, chunk: int) -> Export:
         self._spans[arena].backing(chunk)

@@ -60,6 +60,7 @@ class CudaVmmDevice(CudaDevice[_Chunk]):
                     f"gpu:{self.number} ({self._name}): the driver says 0 to {attribute}",
                     self._advice,
                 )
+        self._check_direct("GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED")
         granularity = self._driver.granularity_bytes()
         if self.chunk_bytes % granularity:
             raise DeviceUnavailable(

@@ -118,6 +118,17 @@ class Device(Protocol):
         """Start to copy `source`, host memory in one piece, to `offset` in the arena, where every
         chunk has memory (or ValueError). Raises DeviceError: then nothing reads the source."""
 
+    def parts(self, arena: int, offset: int, nbytes: int) -> list[tuple[int, int]]:
+        """Where the range lies on the GPU: (address, bytes) of each allocation, in order. Every
+        chunk has memory, or ValueError."""
+
+    def enter(self) -> None:
+        """Calls of the calling thread to other libraries are about this GPU from now on.
+        Thread-safe. Raises DeviceError."""
+
+    def fetch(self, address: int, nbytes: int) -> bytearray:
+        """Bytes of one allocation on the GPU, back on the host. Thread-safe. Raises DeviceError."""
+
     def register(self, address: int, nbytes: int) -> None:
         """Make host memory that exists reachable for this process' GPUs. Thread-safe, may take
         0.1 s for each GB. Raises DeviceError."""

@@ -24,11 +24,13 @@ def make_device(
     copy_bandwidth: int | None = None,
     copy_latency_us: int = 0,
     host: HostMemory | None = None,
+    direct: bool = False,
 ) -> Device:
     """A device that is not open: no GPU library is loaded yet.
 
     copy_bandwidth (bytes per second), copy_latency_us: of `memfd` alone, else ValueError.
-    host: what of the DRAM arenas is registered, one for all GPUs.
+    host: what of the DRAM arenas is registered, one for all GPUs. direct: SSDs are to write into
+    its memory.
     """
     if kind == "memfd":
         return MemfdDevice(
@@ -38,5 +40,5 @@ def make_device(
     if copy_bandwidth is not None or copy_latency_us:
         raise ValueError(f"the copies of {kind} are as fast as the GPU makes them")
     if kind == "cuda_vmm":
-        return CudaVmmDevice(number, chunk_bytes, budget_bytes, host=host)
-    return CudaIpcDevice(number, chunk_bytes, budget_bytes, host=host)
+        return CudaVmmDevice(number, chunk_bytes, budget_bytes, host=host, direct=direct)
+    return CudaIpcDevice(number, chunk_bytes, budget_bytes, host=host, direct=direct)

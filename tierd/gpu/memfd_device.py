@@ -179,6 +179,15 @@ class MemfdDevice:
         self.unpinned_bytes += use.unpinned_bytes
         return MemfdCopy(copy, use)
 
+    def parts(self, arena: int, offset: int, nbytes: int) -> list[tuple[int, int]]:
+        return self._spans[arena].parts(offset, nbytes)
+
+    def enter(self) -> None:
+        pass
+
+    def fetch(self, address: int, nbytes: int) -> bytearray:
+        return bytearray(ctypes.string_at(address, nbytes))
+
     def register(self, address: int, nbytes: int) -> None:
         self._registered.add(address, nbytes)
 

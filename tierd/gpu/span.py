@@ -52,6 +52,16 @@ class Span(Generic[Backing]):
             )
         return self.base + offset
 
+    def parts(self, offset: int, nbytes: int) -> list[tuple[int, int]]:
+        """(address, bytes) of [offset, offset + nbytes) cut at the borders of chunks."""
+        address, end = self.target(offset, nbytes), offset + nbytes
+        found = []
+        while offset < end:
+            border = min((offset // self.chunk_bytes + 1) * self.chunk_bytes, end)
+            found.append((address, border - offset))
+            address, offset = address + border - offset, border
+        return found
+
     def _numbers(self, first: int, count: int) -> range:
         last = self.span_bytes // self.chunk_bytes
         if first < 0 or count <= 0 or first + count > last:

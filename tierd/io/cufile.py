@@ -6,36 +6,34 @@ not delivered, and the reader refuses all that come later. It never reads anothe
 
 Blocks are hashed on the host, so what was read is copied back for that, into memory that is not
 kept: promise 4 (a corrupt layer is never served) holds here too, at the price of a device-to-host
-copy. The counterpart for host memory is `ssd.ReaderPool`; the job is a `ReadJob` whose target is an
-address of GPU memory.
-
-Not wired to the daemon: in the core a layer reaches a GPU through a lease in DRAM ("Three tiers" in
-`core/README.md`), so there is no event for a read that ends on a GPU, and `gpu_direct = true` is
-refused at start (`gpu_settings`). Never run on hardware.
+copy. The counterpart for host memory is `ssd.ReaderPool`; the job is a `ReadJob` whose target is
+memory of a GPU. Never run on hardware.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import threading
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import xxhash
 
-from tierd.errors import ChecksumMismatch, ReadError
+from tierd.errors import ChecksumMismatch, ReadError, TierdError
 from tierd.io.cufile_library import CuFileError, CuFileLibrary, Reads
 from tierd.io.ssd_job import ReadResult
 from tierd_layouts.records import BLOCK_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from tierd.io.ssd_job import ExtentRead
 
 log = logging.getLogger(__name__)
+
+FileId = tuple[int, int]  # device, inode
 
 
 class NotDirect(ReadError):
@@ -44,16 +42,23 @@ class NotDirect(ReadError):
 
 @dataclass(frozen=True, slots=True)
 class DirectJob:
-    """Fill GPU memory at `address` with the extents of one layer, one after the other.
+    """Fill GPU memory with the extents of one layer, one after the other.
 
-    The memory must be one allocation of the GPU, and stay until `read` returned. Descriptors are
-    opened with O_DIRECT and stay open until the reader is closed, or `forget` was called.
+    parts: where that memory lies, in order: (address, bytes) of one allocation each. It stays until
+    `read` returned, as do the descriptors, which were opened with O_DIRECT. fetch: (address, bytes)
+    of one part -> these bytes, back from the GPU, for the checksum.
     """
 
     pack: str
     layer: str
     extents: tuple[ExtentRead, ...]
-    address: int
+    parts: tuple[tuple[int, int], ...]
+    fetch: Callable[[int, int], bytes | bytearray | memoryview]
+
+    def __post_init__(self) -> None:
+        room = sum(nbytes for _, nbytes in self.parts)
+        if room != self.nbytes:
+            raise ValueError(f"{self.name}: {self.nbytes} bytes for GPU memory of {room} bytes")
 
     @property
     def nbytes(self) -> int:
@@ -63,34 +68,47 @@ class DirectJob:
     def name(self) -> str:
         return f"pack {self.pack!r}, layer {self.layer!r}"
 
+    def places(self, start: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
+        """Bytes [start, start + nbytes) of the layer on the GPU: (address of the part, offset in
+        it, bytes), in order."""
+        end, begin = start + nbytes, 0
+        for address, size in self.parts:
+            first, last = max(start, begin), min(end, begin + size)
+            if first < last:
+                yield address, first - begin, last - first
+            begin += size
+
 
 @dataclass(frozen=True, slots=True)
 class DirectStatistics:
-    """`reads`, `failed`: layers. The rest is what cuFile counted."""
+    """`reads`, `failed`: layers. The rest is what cuFile counted when the last one was over, of
+    all GPUs."""
 
-    reads: int
-    failed: int
-    read_bytes: int
-    direct_reads: int
-    posix_reads: int
+    reads: int = 0
+    failed: int = 0
+    read_bytes: int = 0
+    direct_reads: int = 0
+    posix_reads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """An open shard, by a descriptor of our own: that of its pack may be closed any time."""
+
+    fd: int
+    handle: int
 
 
 class CuFileReader:
-    """One GPU. `read` blocks, without the GIL, in a thread that has the GPU's context; one layer
-    at a time, because the counters are of the whole process."""
+    """For all GPUs of the process, because the counters are. `read` and `forget` block, without
+    the GIL, in one thread, which has made the GPU's context its own; `statistics` does not."""
 
-    def __init__(
-        self,
-        read_back: Callable[[int, int], bytes | bytearray | memoryview],
-        library: CuFileLibrary | None = None,
-    ) -> None:
-        """read_back: (address, nbytes) -> these bytes of GPU memory, for the checksum."""
-        self._read_back = read_back
+    def __init__(self, library: CuFileLibrary | None = None) -> None:
         self._library = library or CuFileLibrary()
-        self._files: dict[int, int] = {}  # handles by descriptor
-        self._turn = threading.Lock()
+        self._files: dict[FileId, _File] = {}
         self._indirect: str | None = None
         self._reads = self._failed = 0
+        self._counted = Reads()
 
     def open(self) -> None:
         """Raises GpuDirectUnavailable."""
@@ -100,72 +118,88 @@ class CuFileReader:
         """Read and verify a layer. Raises NotDirect, ReadError or ChecksumMismatch; then what is
         in the memory is void, and nothing writes into it any more."""
         begin_ns = time.monotonic_ns()
-        with self._turn:
-            try:
-                if self._indirect is not None:
-                    raise NotDirect(f"{job.name} is not read: {self._indirect}")
-                self._read(job)
-                self._verify(job)
-            except CuFileError as error:
-                self._failed += 1
-                raise ReadError(f"{job.name} cannot be read into the GPU: {error}") from None
-            except ReadError:
-                self._failed += 1
-                raise
-            self._reads += 1
+        try:
+            if self._indirect is not None:
+                raise NotDirect(f"{job.name} is not read: {self._indirect}")
+            self._read(job)
+            self._verify(job)
+        except CuFileError as error:
+            self._failed += 1
+            raise ReadError(f"{job.name} cannot be read into the GPU: {error}") from None
+        except TierdError:
+            self._failed += 1
+            raise
+        self._reads += 1
         return ReadResult(job.nbytes, time.monotonic_ns() - begin_ns)
 
-    def forget(self, fd: int) -> None:
-        """The descriptor is about to be closed."""
-        with self._turn:
-            handle = self._files.pop(fd, None)
-            if handle is not None:
-                self._library.drop_file(handle)
+    def forget(self, files: Iterable[FileId]) -> None:
+        """Nothing of these is read any more."""
+        for identity in files:
+            file = self._files.pop(identity, None)
+            if file is not None:
+                self._library.drop_file(file.handle)
+                os.close(file.fd)
 
     def statistics(self) -> DirectStatistics:
-        """Raises CuFileError."""
-        counted = self._library.reads()
+        counted = self._counted
         return DirectStatistics(
             self._reads, self._failed, counted.nbytes, counted.direct, counted.posix
         )
 
     def close(self) -> None:
-        for fd in list(self._files):
-            self.forget(fd)
+        self.forget(list(self._files))
         self._library.close()
 
     def _read(self, job: DirectJob) -> None:
         handles = [self._handle(extent.fd) for extent in job.extents]
         before = self._library.reads()
-        self._library.add_memory(job.address, job.nbytes)
+        pinned: list[int] = []
         try:
+            for address, nbytes in job.parts:
+                self._library.add_memory(address, nbytes)
+                pinned.append(address)
             at = 0
             for handle, extent in zip(handles, job.extents, strict=True):
                 self._fill(job, handle, extent, at)
                 at += extent.nbytes
         finally:
-            # Memory that stays pinned is the device's to report when it is freed.
+            for address in pinned:
+                # Memory that stays pinned is the device's to report when it is freed.
+                with contextlib.suppress(CuFileError):
+                    self._library.drop_memory(address)
             with contextlib.suppress(CuFileError):
-                self._library.drop_memory(job.address)
+                self._counted = self._library.reads()
         self._check_direct(job, self._library.reads().since(before))
 
     def _handle(self, fd: int) -> int:
-        if fd not in self._files:
-            self._files[fd] = self._library.add_file(fd)
-        return self._files[fd]
+        """Of the file behind a pack's descriptor, whose number may be another file's next time."""
+        identity = file_id(fd)
+        file = self._files.get(identity)
+        if file is None:
+            own = os.dup(fd)
+            try:
+                file = _File(own, self._library.add_file(own))
+            except CuFileError:
+                os.close(own)
+                raise
+            self._files[identity] = file
+        return file.handle
 
     def _fill(self, job: DirectJob, handle: int, extent: ExtentRead, at: int) -> None:
         done = 0
-        while done < extent.nbytes:
-            got = self._library.read(
-                handle, job.address, extent.nbytes - done, extent.offset + done, at + done
-            )
-            if got == 0:
-                raise ReadError(
-                    f"{job.name}: {extent.file} ends early: expected {extent.nbytes} bytes at "
-                    f"offset {extent.offset}, got {done}"
+        for address, start, nbytes in job.places(at, extent.nbytes):
+            end = done + nbytes
+            while done < end:
+                left = end - done
+                got = self._library.read(
+                    handle, address, left, extent.offset + done, start + nbytes - left
                 )
-            done += got
+                if got == 0:
+                    raise ReadError(
+                        f"{job.name}: {extent.file} ends early: expected {extent.nbytes} bytes at "
+                        f"offset {extent.offset}, got {done}"
+                    )
+                done += got
 
     def _check_direct(self, job: DirectJob, counted: Reads) -> None:
         if counted.posix == 0 and counted.direct > 0 and counted.nbytes >= job.nbytes:
@@ -182,16 +216,24 @@ class CuFileReader:
         raise NotDirect(self._indirect)
 
     def _verify(self, job: DirectJob) -> None:
-        at = job.address
+        at = 0
         for extent in job.extents:
             for number, expected in enumerate(extent.xxh3):
                 start = number * BLOCK_BYTES
                 nbytes = min(BLOCK_BYTES, extent.nbytes - start)
-                found = xxhash.xxh3_64_intdigest(self._read_back(at + start, nbytes))
-                if found != expected:
+                hashed = xxhash.xxh3_64()
+                for address, offset, size in job.places(at + start, nbytes):
+                    hashed.update(job.fetch(address + offset, size))
+                if hashed.intdigest() != expected:
                     raise ChecksumMismatch(
                         f"{job.name}: {extent.file} is corrupt: block {number} of "
                         f"{len(extent.xxh3)} ({nbytes} bytes at offset {extent.offset + start}) "
-                        f"has xxh3 {found:016x}, expected {expected:016x}"
+                        f"has xxh3 {hashed.hexdigest()}, expected {expected:016x}"
                     )
             at += extent.nbytes
+
+
+def file_id(fd: int) -> FileId:
+    """What stays the same for every descriptor of a file, as long as one of them is open."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino

@@ -68,13 +68,7 @@ class ReadJob:
         verified: VerifiedBlocks | None = None,
     ) -> ReadJob:
         """fds: the open shards, in the order of `shards`. verified: None = one of its own."""
-        extents = tuple(
-            ExtentRead(
-                fds[extent.shard], shards[extent.shard].file,
-                extent.offset, extent.nbytes, extent.xxh3,
-            )
-            for extent in layer.extents
-        )  # fmt: skip
+        extents = extents_of(layer, shards, fds)
         return cls(pack, layer.name, extents, target, device, verified or VerifiedBlocks())
 
     def chunks(self, chunk_bytes: int) -> Iterator[Chunk]:
@@ -98,6 +92,17 @@ class ReadJob:
                     count=len(extent.xxh3),
                 )
                 start += nbytes
+
+
+def extents_of(layer: Layer, shards: Sequence[Shard], fds: Sequence[int]) -> tuple[ExtentRead, ...]:
+    """fds: the open shards, in the order of `shards`."""
+    return tuple(
+        ExtentRead(
+            fds[extent.shard], shards[extent.shard].file,
+            extent.offset, extent.nbytes, extent.xxh3,
+        )
+        for extent in layer.extents
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

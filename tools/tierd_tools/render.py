@@ -141,8 +141,19 @@ def gpu_row(gpu: Reply) -> str:
         + (f" at {size(speed)}/s" if speed else "")
         + (f", {size(gpu['unpinned_bytes'])} not pinned" if gpu["unpinned_bytes"] else "")
         + (f", {gpu['copies_failed']} failed" if gpu["copies_failed"] else "")
+        + (f"; {_past_dram(gpu['direct'])}" if gpu["direct"] else "")
         + (f"; of {asked} layers asked for {gpu['hits'] / asked:.1%} were there" if asked else "")
         + (f"; {gpu['reason']}" if gpu["reason"] else "")
+    )
+
+
+def _past_dram(direct: Reply) -> str:
+    """What came straight from the SSD, by our count and by cuFile's."""
+    return (
+        f"{size(direct['bytes'])} in {direct['layers']} layers past DRAM, of all GPUs cuFile "
+        f"counts {size(direct['cufile_bytes'])} in {direct['cufile_direct_reads']} direct reads "
+        f"and {direct['cufile_posix_reads']} through DRAM"
+        + (f", {direct['failed']} layers failed" if direct["failed"] else "")
     )
 
 

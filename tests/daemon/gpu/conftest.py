@@ -51,18 +51,22 @@ class Rig:
         return os.pread(fd, CHUNK, chunk * CHUNK)
 
 
-def make_rig(kind: Kind, *, budget: int = BUDGET, host: HostMemory | None = None) -> Rig:
+def make_rig(
+    kind: Kind, *, budget: int = BUDGET, host: HostMemory | None = None, direct: bool = False
+) -> Rig:
     """A device that is not open, of a GPU with MEMORY."""
     driver = FakeDriver(memory_bytes=MEMORY)
     runtime = FakeRuntime(driver)
     if kind == "memfd":
         device: Device = MemfdDevice(0, CHUNK, budget, memory_bytes=MEMORY, host=host)
     elif kind == "cuda_vmm":
-        device = CudaVmmDevice(0, CHUNK, budget, host=host, driver=CudaDriver(0, lambda: driver))
+        device = CudaVmmDevice(
+            0, CHUNK, budget, host=host, direct=direct, driver=CudaDriver(0, lambda: driver)
+        )
     else:
         device = CudaIpcDevice(
             0, CHUNK, budget,
-            host=host, driver=CudaDriver(0, lambda: driver), load=lambda: runtime,
+            host=host, direct=direct, driver=CudaDriver(0, lambda: driver), load=lambda: runtime,
         )  # fmt: skip
     return Rig(device, driver, runtime)
 

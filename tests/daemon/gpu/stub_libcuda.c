@@ -78,6 +78,7 @@ CALL(cuMemCreate)(u64 *handle, size_t nbytes, const Prop *prop, u64 flags)
 {
     SAY("cuMemCreate %zu: type %d handles %d location %d %d flags %llu", nbytes, prop->type,
         prop->handles, prop->location.type, prop->location.id, flags);
+    if (prop->flags[1]) SAY("for RDMA");
     if (nbytes > (size_t)64 << 20) return 2;
     int fd = memfd_create("stub", 0);
     if (ftruncate(fd, (off_t)nbytes)) return 2;
@@ -122,6 +123,12 @@ CALL(cuMemcpyHtoDAsync)(u64 target, const void *source, size_t nbytes, void *str
     SAY("cuMemcpyHtoDAsync %zu on %p", nbytes, stream);
     memcpy((void *)(uintptr_t)target, source, nbytes);
     usleep(SLOW_US);
+    return 0;
+}
+CALL(cuMemcpyDtoH)(void *target, u64 source, size_t nbytes)
+{
+    SAY("cuMemcpyDtoH %zu", nbytes);
+    memcpy(target, (void *)(uintptr_t)source, nbytes);
     return 0;
 }
 CALL(cuEventCreate)(void **event, unsigned flags)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.daemon.gpu.conftest import BUDGET, CHUNK, MEMORY, MIB, Rig, make_rig
+from tests.fake_cuda.names import CUdevice_attribute
 from tierd.gpu.device import Export
 from tierd.gpu.errors import DeviceFull, DeviceUnavailable
 from tierd.gpu.memfd_device import MemfdDevice
@@ -45,6 +47,59 @@ def test_a_read_only_source_is_copied_too(rig: Rig) -> None:
     rig.device.back(0, 0, 1)
     rig.device.copy(0, 0, memoryview(b"read-only")).wait()
     assert rig.content(0, 0)[:9] == b"read-only"
+
+
+def test_what_is_in_its_memory_can_be_fetched_by_any_thread_part_by_part(rig: Rig) -> None:
+    rig.device.back(0, 1, 3)
+    content = random.Random(1).randbytes(2 * CHUNK)
+    copy(rig.device, CHUNK + 4096, content)
+    parts = rig.device.parts(0, CHUNK + 4096, len(content))
+    assert sum(nbytes for _, nbytes in parts) == len(content)
+    if rig.device.kind != "cuda_ipc":
+        assert [nbytes for _, nbytes in parts] == [CHUNK - 4096, CHUNK, 4096], "one of each chunk"
+    found: list[bytearray] = []
+
+    def fetch() -> None:
+        rig.device.enter()
+        found.extend(rig.device.fetch(address, nbytes) for address, nbytes in parts)
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    thread.join(20)
+    assert b"".join(found) == content
+    with pytest.raises(ValueError, match="has no memory"):
+        rig.device.parts(0, CHUNK, 4 * CHUNK)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attribute"),
+    [("cuda_vmm", "GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED"),
+     ("cuda_ipc", "GPU_DIRECT_RDMA_SUPPORTED")],
+)  # fmt: skip
+def test_a_gpu_that_ssds_cannot_write_into_is_refused_where_they_should(
+    kind: Kind, attribute: str
+) -> None:
+    for direct in (False, True):
+        rig = make_rig(kind, direct=direct)
+        rig.driver.attributes[getattr(CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{attribute}")] = 0
+        if direct:
+            with pytest.raises(DeviceUnavailable, match=f"says 0 to {attribute}") as refused:
+                rig.device.open()
+            assert refused.value.advice == "leave gpu_direct off"
+        else:
+            rig.device.open()
+            rig.device.close()
+        assert rig.driver.live() == {}
+
+
+def test_chunks_that_ssds_write_into_are_made_for_that() -> None:
+    for direct in (False, True):
+        rig = make_rig("cuda_vmm", direct=direct)
+        rig.device.open()
+        rig.device.add_arena(0, BUDGET)
+        rig.device.back(0, 0, 1)
+        assert [memory.direct for memory in rig.driver.handles.values()] == [direct]
+        rig.device.close()
 
 
 def test_a_source_can_be_released_after_its_copy(rig: Rig) -> None:

@@ -47,6 +47,7 @@ beside("wait", pending.wait)
 fd = device.export(0, 1).fd
 print("read", os.pread(fd, 5, 5))
 os.close(fd)
+print("fetched", bytes(device.fetch(device.parts(0, CHUNK + 5, 5)[0][0], 5)))
 beside("register", lambda: device.register(1 << 30, 8192))
 device.unregister(1 << 30, 8192)
 for nbytes in (12288, 16384):
@@ -58,6 +59,11 @@ try:
     CudaVmmDevice(1, 64 * CHUNK, 64 * CHUNK).open()
 except GpuError as error:
     print(error)
+device.close()
+print("direct", flush=True)
+device = CudaVmmDevice(1, CHUNK, 8 * CHUNK, direct=True)
+device.open()
+device.enter()
 device.close()
 """
 
@@ -107,12 +113,20 @@ def test_structs_and_flags_arrive_as_the_driver_reads_them(said: str) -> None:
         assert f"{line}\n" in said
 
 
+def test_memory_that_ssds_write_into_is_asked_for_as_such(said: str) -> None:
+    before, after = said.split("direct\n")
+    assert "for RDMA" not in before
+    assert "for RDMA\n" in after
+    assert "cuDeviceGetAttribute 110 of 1\n" in after
+
+
 def test_what_the_driver_gives_is_understood(said: str) -> None:
     assert "name='Stub GPU'" in said
     assert f"uuid='GPU-{UUID(bytes=bytes(range(0, 32, 2)))}'" in said
     assert "driver='CUDA 13.0'" in said
     assert f"DeviceMemory(total_bytes={2 << 30}, free_bytes={1 << 30})" in said
     assert "read b'hello'" in said
+    assert "fetched bytearray(b'hello')" in said or "fetched b'hello'" in said
 
 
 @pytest.mark.parametrize("call", ["copy", "wait", "register"])

@@ -16,7 +16,7 @@ from tierd_tools.doctor.finding import Finding
 
 NAME = "SSD to GPU (cuFile)"
 LONGEST_SECONDS = 20.0
-_NOT_USED = "nothing is lost: in this version layers reach a GPU through DRAM"
+_NOT_USED = "nothing is lost: unless gpu_direct is chosen, layers reach a GPU through DRAM"
 
 
 def finding() -> Finding:
@@ -36,7 +36,8 @@ def finding() -> Finding:
         return Finding(NAME, "does not work", text, _NOT_USED)
     said = json.loads(lines[-1])
     if said["works"]:
-        return Finding(NAME, "works", "the driver opens with compatibility mode off", _NOT_USED)
+        text = "the driver opens with compatibility mode off"
+        return Finding(NAME, "works", text, "gpu_direct = true uses it")
     return Finding(NAME, "does not work", said["text"], f"{said['advice']}; {_NOT_USED}")
 
 

@@ -1,0 +1,143 @@
+"""The file that keeps what was measured on one card: $XDG_CACHE_HOME/tierd/crossover-*.json.
+
+Its name says card, driver and a digest of all that the times depend on beside them: with other
+kernels, another Triton or torch, another file is used. A file that cannot be understood is named in
+the log and measured anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import triton
+
+from tierd_kernels.gpu.plans import TOKEN_BLOCKS, VARIANTS, Plan
+
+Table = dict[int, dict[Plan | None, float]]
+"""Seconds by number of tokens and plan; None is expanding and a dense product."""
+
+FORMAT: Final = "tierd-crossovers-1"
+_DRIVER_VERSION: Final = Path("/sys/module/nvidia/version")
+
+_log = logging.getLogger(__name__)
+
+
+class CrossoverFile:
+    """Tables of one card by the matrix that they were measured with. Not thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Table]:
+        """What the file has; nothing if there is none or it is wrong, which the log then says."""
+        try:
+            return _parsed(json.loads(self.path.read_bytes()))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            _log.warning("%s is not used, measuring again: %r", self.path, error)
+            return {}
+
+    def add(self, key: str, table: Table) -> None:
+        """Put a table into the file, which other processes may have added to meanwhile."""
+        tables = self.read() | {key: table}
+        content = {
+            "format": FORMAT,
+            "tables": {
+                name: {
+                    str(tokens): [[_plain(plan), seconds] for plan, seconds in times.items()]
+                    for tokens, times in found.items()
+                }
+                for name, found in tables.items()
+            },
+        }
+        try:
+            _replace(self.path, json.dumps(content, indent=1))
+        except OSError as error:
+            _log.warning("%s is not written, every process measures: %s", self.path, error)
+
+
+def default_path(device: torch.device) -> Path:
+    """The file of a GPU, in the user's cache folder."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(folder) if os.path.isabs(folder) else Path.home() / ".cache"
+    card = torch.cuda.get_device_name(device)
+    name = "-".join([card, _driver_version(), _digest()])
+    return root / "tierd" / f"crossover-{re.sub('[^A-Za-z0-9.]+', '-', name)}.json"
+
+
+def _driver_version() -> str:
+    try:
+        return _DRIVER_VERSION.read_text().strip()
+    except OSError:  # not every sandbox shows the kernel's modules
+        return f"cuda{torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
+
+
+def _digest() -> str:
+    """Of the kernels, and of the versions of what compiles them and what they are compared to."""
+    digest = hashlib.sha256(f"{FORMAT} {triton.__version__} {torch.__version__}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _plain(plan: Plan | None) -> list[Any] | None:
+    if plan is None:
+        return None
+    return [plan.tokens, plan.splits, plan.warps, plan.stages, plan.variant]
+
+
+def _parsed(content: Any) -> dict[str, Table]:
+    """Raises ValueError, TypeError, KeyError, AttributeError for what this module did not write."""
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']!r} is not {FORMAT!r}")
+    return {
+        str(key): {
+            int(tokens): {_plan(plan): _seconds(seconds) for plan, seconds in times}
+            for tokens, times in table.items()
+        }
+        for key, table in content["tables"].items()
+    }
+
+
+def _plan(fields: Any) -> Plan | None:
+    if fields is None:
+        return None
+    tokens, splits, warps, stages, variant = fields
+    if (
+        tokens not in TOKEN_BLOCKS
+        or type(splits) is not int
+        or splits < 1
+        or (warps, stages, variant) not in VARIANTS
+    ):
+        raise ValueError(f"plan {fields} is none that there is")
+    return Plan(tokens, splits, warps, stages, variant)
+
+
+def _seconds(number: Any) -> float:
+    if type(number) is not float or not (0 < number < math.inf):
+        raise ValueError(f"a time of {number!r} seconds")
+    return number
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that nobody ever sees half of it. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -1,0 +1,78 @@
+"""Which variants of the fused product there are, and a sensible one where nothing was measured.
+
+A finite list: every plan that can be chosen is in `candidates`, and each of them is tested in the
+interpreter and compiled for every architecture. Which one is best is measured on the card
+(`crossover.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from tierd_kernels.gpu import decode
+
+if TYPE_CHECKING:
+    from tierd_layouts.tile_grid import TileGrid
+
+MOST_TOKENS: Final = 64
+TOKEN_BLOCKS: Final = (16, 32, 64)
+"""Tokens that a program multiplies with a tile at once. Tensor cores take 16 at least."""
+MOST_SPLITS: Final = 32
+DATA_CENTER_PROCESSORS: Final = 132
+"""Multiprocessors of an H100 or H200: for plans where no card is asked."""
+_RESIDENT: Final = (4, 8, 16)
+"""Programs for each multiprocessor that the splits of a plan aim at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a product is cut into programs, and how each of them runs.
+
+    tokens: of a program, one of TOKEN_BLOCKS. splits: parts that the columns are cut into, summed
+    in order by a second kernel. warps, stages: Triton's, of a program; stages above 1 let it read
+    the next tile while one is decoded. variant: of `decode_tile`, how values are fetched.
+    """
+
+    tokens: int
+    splits: int
+    warps: int
+    stages: int
+    variant: str
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What decides the order of a row's additions. Plans that share it give equal bits."""
+        return self.splits, self.warps
+
+
+VARIANTS: Final = tuple(
+    (warps, stages, variant) for variant in decode.VARIANTS for warps in (4, 8) for stages in (1, 3)
+)
+"""(warps, stages, variant) that can be chosen."""
+
+
+def token_block(tokens: int) -> int:
+    """The smallest of TOKEN_BLOCKS that holds so many tokens."""
+    return next(block for block in TOKEN_BLOCKS if tokens <= block)
+
+
+def candidates(grid: TileGrid, tokens: int, processors: int = DATA_CENTER_PROCESSORS) -> list[Plan]:
+    """All plans that are worth measuring for a matrix and 1 to MOST_TOKENS tokens.
+
+    The same splits for every number of tokens: see `Plan.order`.
+    """
+    block = token_block(tokens)
+    splits = sorted({_splits(grid, resident * processors) for resident in _RESIDENT})
+    return [Plan(block, many, *variant) for many in splits for variant in VARIANTS]
+
+
+def default_plan(grid: TileGrid, tokens: int, processors: int = DATA_CENTER_PROCESSORS) -> Plan:
+    """A plan for a matrix that was never measured."""
+    return Plan(token_block(tokens), _splits(grid, _RESIDENT[1] * processors), *VARIANTS[0])
+
+
+def _splits(grid: TileGrid, programs: int) -> int:
+    """How many parts of the columns give about so many programs; none is empty."""
+    wanted = -(-programs // max(grid.tile_rows, 1))
+    return max(1, min(wanted, grid.tile_cols, MOST_SPLITS))

@@ -1,0 +1,163 @@
+"""x @ W.T from a packed W: tiles decoded beside the tensor cores, columns summed in parts.
+
+Two kernels. A program of the first has one row of tiles, a part of its columns and a block of
+tokens; it leaves its sums in float32. The second adds the parts in their order, so that a result
+depends on nothing but its row, its token and the number of parts; no atomics, no float is added
+twice in another order.
+
+Tensor cores add 64 columns at most before the sum is a float32 like any other: how they round
+inside is theirs (they cut off), and over thousands of columns would be seen.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tierd_kernels.gpu.decode import NO_REASON, decode_tile
+from tierd_kernels.gpu.numbers import INTERPRETED, rounded, widened
+from tierd_kernels.torch_expand import NO_FAULT as _NO_FAULT
+from tierd_kernels.torch_expand import REASONS
+
+_NONE = tl.constexpr(_NO_FAULT)
+_REASONS = tl.constexpr(len(REASONS))
+
+
+@triton.jit
+def _bound(number):
+    """A loop's bound. Of an array, as the interpreter has, numpy makes no number any more."""
+    if INTERPRETED:
+        return number.handle.data.item()
+    return number
+
+
+@triton.jit
+def _single(number):
+    """As float32, exactly."""
+    if number.dtype == tl.bfloat16:
+        return widened(number.to(tl.uint16, bitcast=True))
+    return number.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "group_tiles", "splits", "most_escapes"])
+def multiply_tiles(
+    bitmap,
+    offsets,
+    heads,
+    scales,
+    values,
+    x,
+    parts,
+    faults,
+    values_bytes,
+    most_escapes,
+    rows,
+    cols,
+    tokens,
+    x_stride,
+    group_tiles,
+    splits,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MASKED: tl.constexpr,
+    PLANES: tl.constexpr,
+    VARIANT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Write the sums of split s to parts[s, token, row], float32 [splits, tokens, rows].
+
+    Programs: [tile rows, splits, blocks of TOKENS tokens]. bitmap .. values: see `decode_tile`.
+    x: of DTYPE, [tokens, cols], rows `x_stride` elements apart. faults: see `linear`.
+    group_tiles: tiles for which a scale of int8 and int4 holds.
+    """
+    tile_row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    tile_cols = (cols + 63) // 64
+    tiles = (rows + 63).to(tl.int64) // 64 * tile_cols
+    groups = (tile_cols + group_tiles - 1) // group_tiles
+    first = (split.to(tl.int64) * tile_cols // splits).to(tl.int32)
+    end = ((split + 1).to(tl.int64) * tile_cols // splits).to(tl.int32)
+    height = tl.minimum(rows - tile_row * 64, 64).to(tl.int32)
+
+    step = tl.arange(0, 64)
+    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    x_row = x + token[None, :].to(tl.int64) * x_stride
+    if scales is not None:
+        scale_row = scales.to(tl.pointer_type(tl.uint16)) + tile_row * groups * 64 + step
+    sums = tl.zeros([64, TOKENS], tl.float32)
+    fault = tl.full([], _NONE, tl.int64)
+    for tile_col in tl.range(_bound(first), _bound(end), num_stages=STAGES):
+        tile = tile_row * tile_cols + tile_col
+        left = tl.cast(tile_col, tl.int64) * 64
+        width = tl.minimum(cols - left, 64).to(tl.int32)
+        elements, reason = decode_tile(
+            bitmap,
+            offsets,
+            heads,
+            values,
+            values_bytes,
+            tiles,
+            most_escapes,
+            tile,
+            height,
+            width,
+            CODEC,
+            DTYPE,
+            MASKED,
+            PLANES,
+            VARIANT,
+        )
+        fault = tl.minimum(fault, tl.where(reason == NO_REASON, _NONE, tile * _REASONS + reason))
+        col = (left + step)[:, None]
+        turned = tl.load(x_row + col, mask=(token[None, :] < tokens) & (col < cols), other=0.0)
+        if INTERPRETED:  # the interpreter of Triton 3.6 would multiply the bits of bfloat16
+            elements, turned = _single(elements), _single(turned)
+        else:
+            # Nothing happens here. Triton 3.6 ends the process where it compiles tl.dot of a
+            # tl.reshape for sm_100.
+            elements = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [elements], dtype=elements.dtype, is_pure=True, pack=2
+            )
+        product = tl.dot(elements, turned, input_precision="ieee")
+        if CODEC == "int8" or CODEC == "int4":
+            scale = widened(tl.load(scale_row + tile_col // group_tiles * 64))
+            sums = tl.fma(product, tl.broadcast_to(scale[:, None], [64, TOKENS]), sums)
+        else:
+            # A plain sum would be made the dot's own accumulator again.
+            sums = tl.fma(product, tl.full([64, TOKENS], 1.0, tl.float32), sums)
+    if fault != _NONE:
+        tl.atomic_min(faults, fault)
+    row = tile_row * 64 + step
+    place = (split.to(tl.int64) * tokens + token[None, :]) * rows + row[:, None]
+    inside = (token[None, :] < tokens) & (row[:, None] < rows)
+    tl.store(parts + place, sums, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "splits"])
+def add_parts(
+    parts,
+    bias,
+    out,
+    rows,
+    tokens,
+    splits,
+    out_stride,
+    ROWS: tl.constexpr,
+):
+    """Write parts[0] + parts[1] + ... + bias, added in this order in float32, rounded once.
+
+    Programs: [blocks of ROWS rows, tokens]. bias: [rows] or None. out: rows `out_stride` apart.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1).to(tl.int64)
+    inside = row < rows
+    sums = tl.zeros([ROWS], tl.float32)
+    for split in range(_bound(splits)):
+        place = (tl.cast(split, tl.int64) * tokens + token) * rows + row
+        sums += tl.load(parts + place, mask=inside, other=0.0)
+    if bias is not None:
+        sums += _single(tl.load(bias + row, mask=inside, other=0.0))
+    tl.store(out + token * out_stride + row, rounded(sums, out.dtype.element_ty), mask=inside)

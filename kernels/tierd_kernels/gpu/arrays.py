@@ -11,8 +11,8 @@ from tierd_kernels.torch_matrix import check_matrix
 if TYPE_CHECKING:
     from tierd_kernels.torch_matrix import TorchMatrix
 
-ALIGNMENT_BYTES: Final = 16
-"""Where each array starts, so that records and words of the bitmap are aligned; 256 in a layer."""
+WORD_BYTES: Final = 4
+"""`bitmap` and `values` are read in words; in a layer every array starts on a multiple of 256."""
 MOST_TILES: Final = 2**31 - 1
 """Programs of a launch."""
 
@@ -28,6 +28,7 @@ def check_arrays(matrix: TorchMatrix) -> None:
         raise KernelError(
             f"the matrix has {matrix.grid.tiles} tiles, a launch at most {MOST_TILES}"
         )
-    for name, array in matrix.arrays().items():
-        if array.numel() and array.data_ptr() % ALIGNMENT_BYTES:
-            raise KernelError(f"{name} does not start on a multiple of {ALIGNMENT_BYTES} bytes")
+    for name in ("bitmap", "values"):
+        array = matrix.arrays().get(name)
+        if array is not None and array.numel() and array.data_ptr() % WORD_BYTES:
+            raise KernelError(f"{name} does not start on a multiple of {WORD_BYTES} bytes")

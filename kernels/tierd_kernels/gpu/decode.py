@@ -61,7 +61,7 @@ def decode_tile(
     """Return (elements [64, 64] of DTYPE, reason): the tile, zero where nothing is kept.
 
     bitmap, offsets, heads, values: pointers to uint8, the bytes of the arrays (absent: None);
-    `values` starts on a multiple of 16 bytes, `offsets` and `heads` on one of 4.
+    each starts on a multiple of 4 bytes.
     values_bytes: the size of `values`.   tiles: of the matrix, `tile` is below it.
     height, width: of the part of the tile that lies in the matrix, 1 to 64.
     DTYPE: of the matrix, as tl.bfloat16; for int8 and int4 any: levels are exact in all of them.

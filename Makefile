@@ -21,7 +21,7 @@ help:
 	@echo "make check     format, lint, types, import layers, the kernel stub"
 	@echo "make sanitize  the kernels' tests with AddressSanitizer and UBSan in the C++ modules"
 	@echo "make fuzz      hostile files, guided by coverage, sanitized (SECONDS=60; findings: build/fuzz)"
-	@echo "make gpu-acceptance   on a node with a GPU, offline, 8 minutes (WHEELS=folder, MODELS=folder)"
+	@echo "make gpu-acceptance   on a node with a GPU, offline, 8 minutes (WHEELS=folder, MODELS=folder, ONLY='part ...')"
 	@echo "make venv      the environment alone"
 
 venv: $(STAMP)
@@ -72,7 +72,8 @@ bench: $(STAMP)
 # With the Python that has the node's packages: no environment is made, nothing is fetched.
 gpu-acceptance:
 	@PYTHONPATH=tools '$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))' \
-	    -m tierd_tools.gpu_acceptance $(if $(WHEELS),--wheels '$(WHEELS)') $(if $(MODELS),--models '$(MODELS)')
+	    -m tierd_tools.gpu_acceptance $(if $(WHEELS),--wheels '$(WHEELS)') $(if $(MODELS),--models '$(MODELS)') \
+	    $(if $(ONLY),--only '$(ONLY)')
 
 stub: $(STAMP)
 	@for module in $(MODULES); do \

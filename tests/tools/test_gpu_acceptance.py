@@ -9,10 +9,11 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tierd_tools.benchmark import Row
 from tierd_tools.gpu_acceptance import __main__ as acceptance
 from tierd_tools.gpu_acceptance import environment, report
-from tierd_tools.gpu_acceptance.parts import Parts
-from tierd_tools.gpu_acceptance.promises import PROMISES
+from tierd_tools.gpu_acceptance.parts import Outcome, Parts, Running
+from tierd_tools.gpu_acceptance.promises import PROMISES, Promise
 
 if TYPE_CHECKING:
     import pytest
@@ -24,11 +25,23 @@ def python(program: str) -> list[str]:
     return [sys.executable, "-c", program]
 
 
+def as_promised(promise: Promise, times: float) -> dict[str, Any]:
+    """A row whose ratio is so many times its bound."""
+    bounds = [bound for bound in (promise.at_least, promise.at_most) if bound is not None]
+    figures = (1.0, times * (bounds or [1.0])[0])
+    ours, theirs = figures if promise.invert else figures[::-1]
+    return promise.measured(ours, theirs).as_json()
+
+
 # ----------------------------------------------------------------------------------- the whole run
 
 
 def run(
-    out: Path, monkeypatch: pytest.MonkeyPatch, *, build: str = "pass", problem: str = "no libcuda"
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *options: str,
+    build: str = "pass",
+    problem: str = "no libcuda",
 ) -> tuple[int, dict[str, Any]]:
     """The exit status and the JSON of a run whose build is a program, on a machine whose driver
     has this problem."""
@@ -37,7 +50,8 @@ def run(
     monkeypatch.setattr(environment, "NEEDED", ())
     monkeypatch.setattr(acceptance, "_LOOK", f"print({problem!r})")
     monkeypatch.setattr(acceptance, "BENCH_OUT", out / "bench")
-    status = acceptance.main(["--out", str(out), "--tests", "tests/gpu/test_probe_ipc.py"])
+    few = ["--out", str(out), "--tests", "tests/gpu/test_probe_ipc.py"]
+    status = acceptance.main([*few, *options])
     return status, json.loads((out / "acceptance.json").read_text())
 
 
@@ -56,7 +70,8 @@ def test_without_a_gpu_it_runs_to_its_end_and_every_row_says_why(
     assert found["doctor"]["findings"]
     table = (tmp_path / "acceptance.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.count("| no GPU: no libcuda |") == len(found["rows"]) + len(PROMISES) + 1
+    assert table.count("| not run on hardware: no GPU: no libcuda |") == len(found["rows"])
+    assert table.count("| no GPU: no libcuda |") == len(PROMISES) + 1
     for name in ("build", "look", "tests", "doctor", "models", *PROMISES):
         assert f"| {name} |" in table
 
@@ -77,13 +92,46 @@ def test_rows_that_a_benchmark_writes_are_taken_and_missed_bounds_fail(
     def bench(self: Any, name: str, why: str | None) -> list[dict[str, Any]]:
         assert why is None
         slow = name == "gpu_killed"
-        return [promise.measured(2.0 if slow else 1.0, 1.0).as_json() for promise in PROMISES[name]]
+        return [as_promised(promise, 2.0 if slow else 1.0) for promise in PROMISES[name]]
 
     monkeypatch.setattr(acceptance.Acceptance, "_bench", bench)
-    monkeypatch.setattr(acceptance.Acceptance, "_models", lambda self, models, why: why)
+    made = Outcome("models", 0.0, 1.0, 0, "", "")
+    monkeypatch.setattr(acceptance.Acceptance, "_models", lambda self, models, why: made)
     status, found = run(tmp_path, monkeypatch, problem="")
     assert status == 1
     assert found["failed"] == ["slots of a killed client are reused, against the bound: 2"]
+
+
+def test_parts_that_were_not_chosen_are_skipped_and_are_no_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tmp_path / "bench" / "gpu_expand.json"
+    program = (
+        f"import pathlib; path = pathlib.Path({str(said)!r}); path.parent.mkdir(exist_ok=True);"
+        "path.write_text('[]'); path.with_suffix('.md').write_text('| a table |')"
+    )
+    real = Parts.run
+
+    def bench(self: Parts, name: str, seconds: float, command: list[str], **rest: Any) -> Outcome:
+        return real(self, name, seconds, python(program) if name in PROMISES else command, **rest)
+
+    monkeypatch.setattr(Parts, "run", bench)
+    status, found = run(tmp_path, monkeypatch, "--only", "gpu_expand", problem="")
+    assert status == 0
+    assert found["tables"] == {"gpu_expand": "| a table |"}
+    assert {row["reason"] for row in found["rows"]} == {"not chosen: ONLY=gpu_expand"}
+    reasons = {part["name"]: part["reason"] for part in found["parts"]}
+    assert [name for name, reason in reasons.items() if not reason] == [
+        "build", "look", "gpu_expand",
+    ]  # fmt: skip
+    assert "| a table |" in (tmp_path / "acceptance.md").read_text()
+
+
+def test_a_part_that_there_is_none_of_is_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert acceptance.main(["--out", str(tmp_path), "--only", "gpu_expand gpu_speed"]) == 2
+    assert "no part gpu_speed" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------- parts
@@ -105,6 +153,24 @@ def test_what_a_part_leaves_over_later_ones_may_use(tmp_path: Path) -> None:
     parts = Parts(60, tmp_path, {})
     parts.skip("first", 20, "not here")
     assert parts.run("second", 5, python("pass")).allowed > 20
+
+
+def test_a_part_may_run_beside_others_and_has_its_own_time(tmp_path: Path) -> None:
+    parts = Parts(60, tmp_path, {})
+    beside = parts.start("beside", 30, python("import time; time.sleep(0.5); exit(3)"))
+    assert isinstance(beside, Running)
+    assert not parts.run("other", 5, python("pass")).reason
+    assert parts.finish(beside).status == 3
+    assert [outcome.name for outcome in parts.outcomes] == ["other", "beside"]
+
+
+def test_what_others_leave_over_is_not_all_for_one_that_hangs(tmp_path: Path) -> None:
+    parts = Parts(60, tmp_path, {})
+    parts.skip("first", 40, "not here")
+    program = "import os, time; print(os.environ['TIERD_PART_SECONDS'], flush=True); time.sleep(9)"
+    outcome = parts.run("hangs", 1, python(program), most=1.5)
+    assert outcome.reason == "it did not end within 2 s"
+    assert (tmp_path / "hangs.log").read_text() == "2\n"
 
 
 def test_no_part_begins_after_the_time_of_all(tmp_path: Path) -> None:
@@ -177,3 +243,16 @@ def test_pytests_report_is_counted_with_reasons(tmp_path: Path) -> None:
     assert found.failed == ["a::two: assert 1", "a::five: broke"]
     assert found.skipped == {"no GPU": 2}
     assert report.read_tests(tmp_path / "none.xml") is None
+
+
+def test_what_was_not_run_and_what_binds_is_said_in_words() -> None:
+    rows = [
+        Row("fast", 2.0, 1.0, "us", at_least=1.5, binds="bytes: 3 MB").as_json(),
+        Row("slow", 1.0, 1.0, "us", at_least=1.5, binds="instructions | many").as_json(),
+        Row("absent", None, None, "us", not_applicable="no Triton").as_json(),
+        Row("played", 1.0, 1.0, "us", not_applicable="measured on shared memory").as_json(),
+    ]
+    lines = [*map(report._line, rows), *report._binding(rows)]
+    assert "| not run on hardware: no Triton |" in lines[2]
+    assert "| measured on shared memory |" in lines[3]
+    assert lines[-2:] == ["- slow: MISSED instructions / many", "- fast: bytes: 3 MB"]

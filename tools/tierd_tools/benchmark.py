@@ -30,6 +30,7 @@ class Row:
     at_most: float | None = None
     not_applicable: str | None = None  #: why this machine cannot judge the row
     invert: bool = False  #: the ratio is theirs / ours: for times, where less is better
+    binds: str | None = None  #: what keeps the figure where it is, as far as it was measured
 
     @property
     def ratio(self) -> float | None:
@@ -62,6 +63,8 @@ class Row:
         result["met"] = self.met
         if self.not_applicable is not None:
             result["reason"] = self.not_applicable
+        if self.binds is not None:
+            result["binds"] = self.binds
         return result
 
 

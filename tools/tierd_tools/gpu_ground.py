@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 WORK: Final = Path("build/bench/gpu")
 TIER: Final = "gpu:0"
 OPEN_SECONDS: Final = 60.0
+SMALL_OFFLOADED: Final = random_model.Shape(
+    hidden=512, intermediate=1024, layers=8, heads=8, kv_heads=4, vocabulary=1000
+)
+"""Of a few MB a layer: a GPU's budget is at least 2 MiB."""
 _DEVICES: Final = ("cuda_vmm", "cuda_ipc", "memfd")
 
 
@@ -78,6 +82,19 @@ def models() -> Path:
     if not (folder / "packs").is_dir():
         prepare(folder, None)
     return folder
+
+
+def offloaded(here: Ground) -> Path:
+    """The folder with `model` and `pack`: small where shared memory plays the GPU."""
+    from tierd_tools.gpu_acceptance.models import OFFLOADED, prepare_offloaded
+
+    if here.but is not None:
+        folder = WORK / "small"
+        prepare_offloaded(folder, SMALL_OFFLOADED)
+    else:
+        folder = Path(os.environ.get("TIERD_GPU_MODELS", WORK / "models"))
+        prepare_offloaded(folder, OFFLOADED)
+    return folder / "offloaded"
 
 
 def wait_ready(socket: str) -> None:

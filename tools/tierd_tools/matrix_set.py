@@ -34,6 +34,11 @@ def random_dense(rows: int, cols: int, sparsity: float) -> torch.Tensor:
     """Normally distributed bf16 weights, the smallest ones zero."""
     generator = torch.Generator().manual_seed(rows)
     dense = torch.randn(rows, cols, generator=generator).mul_(0.02).to(torch.bfloat16)
+    return pruned(dense, sparsity)
+
+
+def pruned(dense: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """The same tensor of bf16 weights, its smallest ones set to zero."""
     encode.prune_magnitude(dense.view(torch.uint16).numpy(), "BF16", sparsity)
     return dense
 

@@ -55,17 +55,33 @@ def config(shape: Shape) -> dict[str, object]:
     }
 
 
-def write(model_dir: Path, shape: Shape, seed: int = 0) -> None:
-    """Write config.json and one safetensors shard a layer; a finished folder is left as it is."""
+def write(
+    model_dir: Path,
+    shape: Shape,
+    seed: int = 0,
+    *,
+    sparsity: float | None = None,
+    alike: bool = False,
+) -> None:
+    """Write config.json and one safetensors shard a layer; a finished folder is left as it is.
+
+    sparsity: of the linear layers, their smallest weights zero. alike: all layers have the weights
+    of the first, which is all the same where only bytes and time count, and sooner done.
+    """
     if (model_dir / "config.json").exists():
         return
     import torch
     from safetensors.torch import save_file
 
+    from tierd_tools.matrix_set import pruned
+
     generator = torch.Generator().manual_seed(seed)
 
-    def weight(rows: int, cols: int) -> torch.Tensor:
+    def values(rows: int, cols: int) -> torch.Tensor:
         return (torch.randn(rows, cols, generator=generator) * INIT_STD).to(torch.bfloat16)
+
+    def weight(rows: int, cols: int) -> torch.Tensor:
+        return values(rows, cols) if sparsity is None else pruned(values(rows, cols), sparsity)
 
     model_dir.mkdir(parents=True, exist_ok=True)
     head_dim = shape.hidden // shape.heads
@@ -79,25 +95,27 @@ def write(model_dir: Path, shape: Shape, seed: int = 0) -> None:
     save(
         "model-embedding.safetensors",
         {
-            "model.embed_tokens.weight": weight(shape.vocabulary, shape.hidden),
+            "model.embed_tokens.weight": values(shape.vocabulary, shape.hidden),
             "model.norm.weight": ones.clone(),
         },
     )
+    kv = shape.kv_heads * head_dim
+    tensors: dict[str, torch.Tensor] = {}
     for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}"
-        kv = shape.kv_heads * head_dim
-        tensors = {
-            f"{prefix}.self_attn.q_proj.weight": weight(shape.hidden, shape.hidden),
-            f"{prefix}.self_attn.k_proj.weight": weight(kv, shape.hidden),
-            f"{prefix}.self_attn.v_proj.weight": weight(kv, shape.hidden),
-            f"{prefix}.self_attn.o_proj.weight": weight(shape.hidden, shape.hidden),
-            f"{prefix}.mlp.gate_proj.weight": weight(shape.intermediate, shape.hidden),
-            f"{prefix}.mlp.up_proj.weight": weight(shape.intermediate, shape.hidden),
-            f"{prefix}.mlp.down_proj.weight": weight(shape.hidden, shape.intermediate),
-            f"{prefix}.input_layernorm.weight": ones.clone(),
-            f"{prefix}.post_attention_layernorm.weight": ones.clone(),
-        }
-        save(f"model-layer-{layer:03d}.safetensors", tensors)
+        if not tensors or not alike:
+            tensors = {
+                "self_attn.q_proj.weight": weight(shape.hidden, shape.hidden),
+                "self_attn.k_proj.weight": weight(kv, shape.hidden),
+                "self_attn.v_proj.weight": weight(kv, shape.hidden),
+                "self_attn.o_proj.weight": weight(shape.hidden, shape.hidden),
+                "mlp.gate_proj.weight": weight(shape.intermediate, shape.hidden),
+                "mlp.up_proj.weight": weight(shape.intermediate, shape.hidden),
+                "mlp.down_proj.weight": weight(shape.hidden, shape.intermediate),
+                "input_layernorm.weight": ones.clone(),
+                "post_attention_layernorm.weight": ones.clone(),
+            }
+        named = {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
+        save(f"model-layer-{layer:03d}.safetensors", named)
     index = {"metadata": {"format": "pt"}, "weight_map": weight_map}
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     # config.json last: its presence says that the folder is complete.

@@ -49,6 +49,7 @@ def _measure(here: Ground, folder: Path, tierd: ModelProcess, memory: ModelProce
                 ours.append(seconds)
                 expanding.append(expanded)
                 theirs.append(other)
+        same = tierd.call("logits", 2) == memory.call("logits", 2)
         tierd.call("close")
     mine, other = statistics.median(ours) * 1e3, statistics.median(theirs) * 1e3
     rest = mine - statistics.median(expanding) * 1e3
@@ -57,4 +58,5 @@ def _measure(here: Ground, folder: Path, tierd: ModelProcess, memory: ModelProce
         TOKEN[0].measured(rest, other, here.but),
         TOKEN[1].measured(mine, other, here.but),
         TOKEN[2].measured(equal, 1.0, here.but),
+        TOKEN[3].measured(float(same), 1.0, here.but),
     ]

@@ -2,7 +2,8 @@
 
 OUT/packs/large and OUT/packs/small are packs, OUT/reference is the checkpoint that `large` unpacks
 to: the model in memory that it is compared with. `large` is the first checkpoint in MODELS, else
-random weights.
+random weights. OUT/offloaded/pack and OUT/offloaded/model are one model whose layers are so large
+that moving them takes longer than launching what computes with them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from tierd_tools import pack, random_model, unpack
 #: 0.7 GB in bf16, 0.27 GB packed: what one process makes within half a minute.
 LARGE = random_model.Shape(
     hidden=2048, intermediate=5632, layers=6, heads=32, kv_heads=4, vocabulary=32000
+)
+#: 2.9 GB in bf16: 14 decoder layers of 201 MB.
+OFFLOADED = random_model.Shape(
+    hidden=3072, intermediate=8192, layers=14, heads=24, kv_heads=8, vocabulary=8000
 )
 
 
@@ -34,6 +39,15 @@ def prepare(out: Path, models: Path | None) -> None:
     random_model.write_pack(out / "packs" / "small", random_model.TINY)
 
 
+def prepare_offloaded(out: Path, shape: random_model.Shape = OFFLOADED) -> None:
+    """What is there already stays. The checkpoint is pruned by half before it is packed, so that
+    both are one model."""
+    model, pack_dir = out / "offloaded" / "model", out / "offloaded" / "pack"
+    random_model.write(model, shape, sparsity=0.5, alike=True)
+    if not pack_dir.exists():
+        pack.pack(model, pack_dir)
+
+
 def _first(models: Path) -> Path:
     """The first Hugging Face checkpoint in the folder, or the folder itself where it is one."""
     found = [
@@ -46,3 +60,4 @@ def _first(models: Path) -> Path:
 
 if __name__ == "__main__":
     prepare(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    prepare_offloaded(Path(sys.argv[1]))

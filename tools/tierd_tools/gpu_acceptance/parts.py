@@ -32,8 +32,21 @@ class Outcome:
         return {**asdict(self), "seconds": round(self.seconds, 1), "allowed": round(self.allowed)}
 
 
+@dataclass(slots=True)
+class Running:
+    """A part that was started."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    begin: float
+    allowed: float
+    log: Path
+    good: Sequence[int]
+
+
 class Parts:
-    """Runs parts one after the other. What a part does not use, later ones may."""
+    """Runs parts one after the other, or one beside others. What a part does not use, later ones
+    may."""
 
     def __init__(self, seconds: float, folder: Path, environ: Mapping[str, str]) -> None:
         """seconds: for all of them together. folder: of the logs."""
@@ -61,33 +74,54 @@ class Parts:
         command: Sequence[str],
         good: Sequence[int] = (0,),
         output: Path | None = None,
+        most: float | None = None,
     ) -> Outcome:
-        """seconds: its own budget. good: the statuses that are no failure of the part. output:
-        where its stdout goes, if not into its log."""
+        """seconds: its own budget; most: with what others left over. good: the statuses that are no
+        failure of the part. output: where its stdout goes, if not into its log."""
+        started = self.start(name, seconds, command, good, output, most)
+        return started if isinstance(started, Outcome) else self.finish(started)
+
+    def start(
+        self,
+        name: str,
+        seconds: float,
+        command: Sequence[str],
+        good: Sequence[int] = (0,),
+        output: Path | None = None,
+        most: float | None = None,
+    ) -> Running | Outcome:
+        """As `run`, but others may run beside it until `finish`. An Outcome: it was too late."""
         self._granted += seconds
         allowed = min(self._granted, self._seconds) - self.seconds
+        allowed = allowed if most is None else min(allowed, most)
         log = self._folder / f"{name}.log"
         if allowed < 1:
             reason = f"the {self._seconds:g} s of the whole run were used up before it"
             return self._done(Outcome(name, 0.0, 0.0, None, reason, ""))
-        begin = time.monotonic()
         with log.open("wb") as err, (output or log).open("ab" if output is None else "wb") as out:
             process = subprocess.Popen(
                 command, stdout=out, stderr=err, stdin=subprocess.DEVNULL,
-                env=self._environ, start_new_session=True,
+                env={**self._environ, "TIERD_PART_SECONDS": f"{allowed:.0f}"},
+                start_new_session=True,
             )  # fmt: skip
-            try:
-                status: int | None = process.wait(allowed)
-            except subprocess.TimeoutExpired:
-                status = None
-            _end(process)
-        spent = time.monotonic() - begin
+        return Running(name, process, time.monotonic(), allowed, log, good)
+
+    def finish(self, running: Running) -> Outcome:
+        """Wait for it, until its time is over."""
+        left = running.begin + running.allowed - time.monotonic()
+        try:
+            status: int | None = running.process.wait(max(left, 0.1))
+        except subprocess.TimeoutExpired:
+            status = None
+        _end(running.process)
+        spent = time.monotonic() - running.begin
         reason = ""
         if status is None:
-            reason = f"it did not end within {allowed:.0f} s"
-        elif status not in good:
-            reason = f"it ended with {status}: {_last(log)}"
-        return self._done(Outcome(name, spent, allowed, status, reason, str(log)))
+            reason = f"it did not end within {running.allowed:.0f} s"
+        elif status not in running.good:
+            reason = f"it ended with {status}: {_last(running.log)}"
+        name, allowed = running.name, running.allowed
+        return self._done(Outcome(name, spent, allowed, status, reason, str(running.log)))
 
     def _done(self, outcome: Outcome) -> Outcome:
         self.outcomes.append(outcome)

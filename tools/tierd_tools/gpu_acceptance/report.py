@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 Cells = dict[str, Any]
@@ -65,6 +65,8 @@ def markdown(result: dict[str, Any]) -> str:
         "| row | ours | theirs | unit | ratio | bound | met |",
         "|---|---|---|---|---|---|---|",
         *(_line(row) for row in result["rows"]),
+        *_binding(result["rows"]),
+        *(line for name, table in result["tables"].items() for line in _table(name, table)),
         "",
         "| part | seconds | outcome |",
         "|---|---|---|",
@@ -86,10 +88,31 @@ def _line(row: Cells) -> str:
         bound = f">= {row['at_least']:g}"
     elif row.get("at_most") is not None:
         bound = f"<= {row['at_most']:g}"
-    met = {True: "yes", False: "**NO**", None: row.get("reason") or "-"}[row["met"]]
+    why = row.get("reason") or "-"
+    if row["ours"] is None and row.get("reason"):
+        why = f"not run on hardware: {why}"
+    met = {True: "yes", False: "**NO**", None: why}[row["met"]]
     figures = [_figure(row[key]) for key in ("ours", "theirs")]
     ratio = _figure(row["ratio"])
     return f"| {_cell(row['row'])} | {figures[0]} | {figures[1]} | {row['unit']} | {ratio} | {bound} | {_cell(met)} |"  # noqa: E501
+
+
+def _binding(rows: list[Cells]) -> Iterator[str]:
+    """Of each row that has it; those that missed their bound come first."""
+    bound = sorted(
+        (row for row in rows if row.get("binds")), key=lambda row: row["met"] is not False
+    )
+    if not bound:
+        return
+    yield from ("", "What binds the rows (those that missed their bound first):", "")
+    for row in bound:
+        missed = " MISSED" if row["met"] is False else ""
+        yield f"- {_cell(row['row'])}:{missed} {_cell(row['binds'])}"
+
+
+def _table(name: str, table: str) -> Iterator[str]:
+    yield from ("", f"Table of `{name}`:", "")
+    yield from table.splitlines()
 
 
 def _figure(value: float | None) -> str:
@@ -125,6 +148,12 @@ def _doctor(doctor: Cells | None) -> Iterator[str]:
         return
     for finding in doctor["findings"]:
         yield f"- {finding['name']}: {finding['verdict']}: {_cell(finding['text'])}"
+
+
+def read_tables(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """What benchmarks wrote beside their rows: Markdown, by benchmark."""
+    paths = {name: folder / f"{name}.md" for name in names}
+    return {name: path.read_text() for name, path in paths.items() if path.is_file()}
 
 
 def read_answers(path: Path) -> list[Cells]:

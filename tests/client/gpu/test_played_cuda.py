@@ -17,11 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.daemon.conftest import RunningDaemon
+from tests.daemon.played_cufile import build
 from tests.e2e.gpu_client import damaged_blocks
 from tests.fake_cuda.driver import FakeDriver
 from tests.fake_cuda.runtime import FakeRuntime
+from tierd.gpu_settings import PLAYED_VARIABLE
 from tierd_client import Client, load_model
-from tierd_client.errors import TierUnavailable, UnsupportedDevice
+from tierd_client.errors import ReadFailed, TierUnavailable, UnsupportedDevice
 from tierd_client.gpu import cuda_driver, cuda_memory, dlpack, ipc_memory
 from tierd_client.gpu.cuda_memory import CudaMemory
 from tierd_tools.pack import pack
@@ -113,16 +115,17 @@ def expected(folder: Path) -> torch.Tensor:
 
 
 @pytest.fixture
-def start(folder: Path, tmp_path: Path) -> Iterator[Callable[[str, int], str]]:
-    """Starts a daemon with one GPU of a kind and a budget; returns its socket."""
+def start(folder: Path, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Starts a daemon with one GPU of a kind and a budget, more flags and environment; returns its
+    socket."""
     daemons: list[RunningDaemon] = []
 
-    def start(kind: str, budget_bytes: int) -> str:
+    def start(kind: str, budget_bytes: int, *more: str, **environ: str) -> str:
         flags = ["--models", str(folder / "packs"), "--dram", "64MiB", "--gpu-device", kind]
         flags += ["--gpu", f"0={budget_bytes}", "--gpu-chunk", str(CHUNK_BYTES)]
-        environment = {"PYTHONPATH": str(SITE)}
+        environment = {"PYTHONPATH": str(SITE), **environ}
         socket = str(tmp_path / "tierd.sock")
-        daemons.append(RunningDaemon(socket, tmp_path / "log", flags, environment))
+        daemons.append(RunningDaemon(socket, tmp_path / "log", [*flags, *more], environment))
         daemons[-1].wait_ready()
         return socket
 
@@ -191,6 +194,60 @@ def test_a_model_that_does_not_fit_computes_the_right_bits(
                 assert SlowFence.made > 3 * SIZES["num_hidden_layers"]
         (gpu,) = operator.ask("status")["gpus"]
         assert gpu["used_bytes"] <= DOES_NOT
+
+
+@pytest.fixture(scope="module")
+def cufile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("cufile"))
+
+
+def tokens(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.generate(
+            IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget_bytes"),
+    [("cuda_vmm", FITS), ("cuda_vmm", DOES_NOT), ("cuda_ipc", DOES_NOT), ("memfd", DOES_NOT)],
+)
+def test_a_model_that_is_read_past_dram_writes_the_right_tokens(
+    kind: str,
+    budget_bytes: int,
+    start: Callable[..., str],
+    folder: Path,
+    expected: torch.Tensor,
+    client_driver: FakeDriver,
+    cufile: Path,
+) -> None:
+    socket = start(kind, budget_bytes, "--gpu-direct", **{PLAYED_VARIABLE: str(cufile)})
+    with Client(socket) as operator:
+        model = load(socket)
+        with model.tierd:
+            assert torch.equal(logits(model), expected)
+            reference = AutoModelForCausalLM.from_pretrained(folder / "reference")
+            assert torch.equal(tokens(model), tokens(reference))
+        status = operator.ask("status")
+    (gpu,), direct = status["gpus"], status["gpus"][0]["direct"]
+    assert direct["layers"] > SIZES["num_hidden_layers"]
+    assert direct["cufile_bytes"] == direct["bytes"]
+    assert direct["cufile_posix_reads"] == 0
+    assert (gpu["copied_bytes"], status["ssd"]["reads"]) == (0, 0)
+    assert status["dram"]["resident_bytes"] == 0, "nothing passed DRAM"
+
+
+def test_a_model_whose_reads_cufile_counts_as_not_direct_is_not_served_by_them(
+    start: Callable[..., str], client_driver: FakeDriver, cufile: Path
+) -> None:
+    environment = {PLAYED_VARIABLE: str(cufile), "FAKE_POSIX": "1"}
+    with Client(start("cuda_vmm", FITS, "--gpu-direct", **environment)) as operator:
+        with pytest.raises(ReadFailed, match="this is not direct"):
+            logits(load(operator.socket))
+        (gpu,) = operator.ask("status")["gpus"]
+        assert "this is not direct" in gpu["reason"]
 
 
 @pytest.mark.parametrize("kind", ["memfd", "cuda_vmm"])

@@ -5,8 +5,8 @@ One client runs through a model that fits neither the GPU nor DRAM. The GPU is s
 takes is held against its slowest stage alone: the bytes that this stage really moved, at the
 bandwidth that was set. In the last of these rows nothing is set and the compute is a model's.
 
-Beside it: what two and four processes take of the GPU and of the SSD, against one; and what a lease
-costs on the GPU, against one in DRAM.
+Beside it: how long one layer takes from the SSD to the GPU; what two and four processes take of the
+GPU and of the SSD, against one; and what a lease costs on the GPU, against one in DRAM.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import tierd_client
 from tierd_tools import random_model, random_pack
-from tierd_tools.bench import tiers_processes
+from tierd_tools.bench import tiers_latency, tiers_processes
 from tierd_tools.benchmark import Row, interleaved
 from tierd_tools.diagnostics import ask
 from tierd_tools.light_client import LightClient
@@ -77,6 +77,7 @@ def run() -> list[Row]:
     random_pack.write(pack, LAYERS, LAYER_BYTES)
     return [
         *_overlap(pack),
+        *tiers_latency.run(),
         _real_stages(),
         *tiers_processes.rows(pack, WORK / "log"),
         *_acquire(pack),

@@ -1,8 +1,8 @@
 """How long does one layer take from the SSD to the GPU, when both stages are equally fast?
 
 Each block is copied as soon as it was read and verified. So it should take one stage and the copy
-of the last block, not the sum of both. Nothing is read ahead: the client has no plan, and each layer
-is asked for when neither DRAM nor the GPU has it.
+of the last block, not the sum of both. Nothing is read ahead: the client has no plan, and each
+layer is asked for when neither DRAM nor the GPU has it.
 """
 
 from __future__ import annotations

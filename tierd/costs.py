@@ -202,18 +202,21 @@ class Costs:
     # -------------------------------------------------------------------------------- what is said
 
     def predictions(self) -> dict[int, Prediction]:
-        """By client: of those whose plan is a cycle, on devices that were measured."""
+        """By client: of those whose plan is a cycle, on devices and links that were measured."""
         bandwidths = {
             device.id: device.cost.bandwidth(device.setting)
             for device in self.devices.values()
             if device.cost is not None
         }
+        stack = self._engine.stack
+        links = {} if stack is None else stack.copy_bandwidths()
         loads = [
             load
-            for load in loads_of(self._engine.machine.books)
-            if load.device in bandwidths or not load.ssd_bytes
+            for load in (loads_of(self._engine.machine.books) if stack is None else stack.loads())
+            if (load.device in bandwidths or not load.ssd_bytes)
+            and (load.gpu in links or not load.copy_bytes)
         ]
-        return {found.client: found for found in predict(loads, bandwidths)}
+        return {found.client: found for found in predict(loads, bandwidths, links)}
 
     def config(self) -> list[dict[str, Any]]:
         """The settings in effect: what a measurement chose instead of a default says so."""

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tierd.copy_meter import CopyMeter
 from tierd.core.stack_model import CopyDone, CopyFailed
 from tierd.errors import TierdError
 from tierd.gpu.copies import CopyJob
@@ -71,6 +72,7 @@ class GpuFilling:
         self._direct = direct
         self._stopped = False
         self._copies: dict[int, LayerCopy] = {}  # under way, by slot
+        self._meter = CopyMeter(index, worker, submit)
 
     def stop(self) -> None:
         """Decide nothing more; what the threads do is ended by their owners."""
@@ -103,6 +105,7 @@ class GpuFilling:
             self._failed(copy.slot, name, outcome)
         else:
             self._filled(copy.slot)
+            self._meter.copied()
 
     # ------------------------------------------------------------------------------------ past DRAM
 

@@ -52,6 +52,7 @@ def status_of(gpu: GpuTier, engine: Engine) -> Reply:
         "copy_bytes_per_s": (
             worker.copied_bytes * _SECOND_NS // worker.busy_ns if worker.busy_ns else None
         ),
+        "link_bytes_per_s": engine.stack.copy_bandwidths().get(gpu.index),
         "unpinned_bytes": gpu.device.unpinned_bytes,
         "direct": _direct_of(gpu),
         "clients_scratch_bytes": sum(gpu.scratch.values()),

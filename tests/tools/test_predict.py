@@ -91,6 +91,9 @@ def test_the_command_prints_what_binds(capsys: pytest.CaptureFixture[str]) -> No
     assert "ssd binds" in capsys.readouterr().out
     assert tierctl.main([*ARGV, *LAYERS, "--gpu", "200MB", "--copy", "0.1GB/s"]) == 0
     assert "copy binds" in capsys.readouterr().out
+    slow_link = [*ARGV, *LAYERS, "--gpu", "200MB", "--copy", "0.1GB/s"]
+    assert tierctl.main([*slow_link, "--direct"]) == 0
+    assert "ssd binds" in capsys.readouterr().out, "nothing is copied"
 
 
 def test_the_command_reads_a_pack_and_prints_json(
@@ -111,6 +114,7 @@ def test_the_command_reads_a_pack_and_prints_json(
         (["--layers", "3"], "--model PACK"),
         ([*LAYERS, "--model", "x"], "--model PACK"),
         ([*LAYERS, "--copy", "1GB"], "--gpu"),
+        ([*LAYERS, "--direct"], "--direct is how a GPU reads: give --gpu"),
         ([*LAYERS, "--clients", "100000"], "100000 clients with 24 layers each are too much"),
         (["--layers", "100000000", "--layer-bytes", "1MB"], "at most 100000 layers in all"),
         ([*LAYERS, "--compute", "-1"], "--compute -1"),

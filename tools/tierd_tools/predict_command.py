@@ -34,6 +34,7 @@ def add(command: Command) -> None:
     sub.add_argument(
         "--copy", type=_bandwidth, metavar="BANDWIDTH", help="DRAM to GPU (default 25GB/s)"
     )
+    sub.add_argument("--direct", action="store_true", help="the GPU reads past DRAM (gpu_direct)")
     compute = sub.add_mutually_exclusive_group()
     compute.add_argument(
         "--compute", type=float, metavar="SECONDS", help="of a token, with everything resident"
@@ -79,6 +80,8 @@ def _predict(arguments: argparse.Namespace) -> Any:
         raise BadSetting("give --model PACK, or --layers N and --layer-bytes SIZE")
     if arguments.copy is not None and arguments.gpu is None:
         raise BadSetting("--copy is the bandwidth to a GPU: give --gpu SIZE too")
+    if arguments.direct and arguments.gpu is None:
+        raise BadSetting("--direct is how a GPU reads: give --gpu SIZE too")
     for name in ("compute", "latency"):
         value = getattr(arguments, name)
         if value is not None and not 0 <= value <= LONGEST:
@@ -93,6 +96,7 @@ def _predict(arguments: argparse.Namespace) -> Any:
             latency_ns=int(arguments.latency * 1000),
             gpu_bytes=arguments.gpu,
             copy_bytes_per_s=arguments.copy or predict.USUAL_COPY,
+            direct=arguments.direct,
         ),
         compute_seconds=None if compute is None else compute * arguments.tokens_per_pass,
         memory_bandwidth=arguments.memory_bandwidth,

@@ -7,7 +7,7 @@ the copy is an ordinary pack of the elements moved about, and the kernel puts th
 
 - rows: as on disk, tile rows one after the other; in a tile, rows of 64.
 - columns: tile columns one after the other.
-- squares: 8 x 8 tiles after one another, in each as `rows`.
+- squares: 4 x 4 tiles after one another, in each as `rows`.
 - blocks: tiles as on disk; in a tile, 8 x 8 blocks of 64, as tensor cores like their operands.
 """
 
@@ -24,7 +24,7 @@ from tierd_kernels.gpu.product import _bound
 
 ORDERS: Final = ("rows", "columns", "squares", "blocks")
 TILE: Final = 64
-SQUARE: Final = 8
+SQUARE: Final = 4
 """Tiles; a matrix in the order `squares` has multiples of it both ways."""
 
 
@@ -59,8 +59,8 @@ def _place(row, col, tall, wide, ORDER: tl.constexpr):
     if ORDER == "columns":
         return col * tall + row
     if ORDER == "squares":
-        square = row // 8 * (wide // 8) + col // 8
-        return square * 64 + row % 8 * 8 + col % 8
+        square = row // 4 * (wide // 4) + col // 4
+        return square * 16 + row % 4 * 4 + col % 4
     return row * wide + col
 
 

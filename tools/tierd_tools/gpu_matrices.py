@@ -42,7 +42,7 @@ class KernelGround:
     but: str | None = None
     device: torch.device = HOST
     clock: Clock = HostClock()  # noqa: RUF009  # it has no state
-    shapes: tuple[tuple[int, int], ...] = SMALL_SHAPES
+    shapes: tuple[tuple[int, int], ...] = ()
     least_bytes: int = 1
     """What one side goes through before it comes to the same matrix again."""
 
@@ -57,7 +57,7 @@ def kernel_ground() -> KernelGround:
         if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
             return KernelGround("Triton was imported to compile: TRITON_INTERPRET=1 is needed")
         os.environ["TRITON_INTERPRET"] = "1"
-        return KernelGround(None, BY_INTERPRETER)
+        return KernelGround(None, BY_INTERPRETER, shapes=SMALL_SHAPES)
     device = torch.device("cuda", torch.cuda.current_device())
     properties: Any = torch.cuda.get_device_properties(device)
     return KernelGround(

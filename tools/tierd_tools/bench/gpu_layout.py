@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tierd_tools.benchmark import Row
     from tierd_tools.gpu_matrices import KernelGround
 
-SHAPE, SMALL = (8192, 8192), (512, 512)
+SHAPE, SMALL = (8192, 8192), (256, 512)
 SPLITS = 8
 
 

@@ -63,6 +63,8 @@ def test_a_layer_that_dram_has_not_is_read_past_it() -> None:
     assert not of(Read, actions)
     assert not of(Copy, actions)
     assert has_nothing_in_dram(stack)
+    told = {one.what: one.text for one in stack.gpus[0].story(key(1))}
+    assert told["direct read"] == "past DRAM, which has it not"
     [grant] = of(Grant, feed(stack, CopyDone(2, 0, read.slot)))
     assert (grant.client, grant.offset, grant.waited_ns) == (FIRST, read.offset, 2)
     assert not stack.dram.books.slots
@@ -124,6 +126,8 @@ def test_a_client_of_dram_that_has_all_of_it_keeps_no_direct_gpu_waiting() -> No
     actions = feed(stack, Acquire(1, FIRST, 1, key(0)))
     [read] = of(DirectRead, actions)
     assert not of(Copy, actions)
+    told = {one.what: one.text for one in stack.gpus[0].story(key(0))}
+    assert told["direct read"] == "past DRAM, which has it, but no room to keep it meanwhile"
     assert [one.client for one in of(Grant, feed(stack, CopyDone(2, 0, read.slot)))] == [FIRST]
 
 

@@ -77,6 +77,18 @@ def test_what_is_being_read_for_another_client_is_copied_from_when_it_is_asked_f
     assert [grant.client for grant in of(Grant, feed(stack, CopyDone(3, 0, copy.slot)))] == [FIRST]
 
 
+def test_the_record_of_a_gpu_says_how_a_layer_came_and_why_it_did_not() -> None:
+    stack = stack_of(4, 2, (1, 1))
+    _, copy = asked(stack, key(1))
+    feed(stack, ModelRemoved(5, 0))
+    feed(stack, CopyFailed(6, 0, copy.slot, "model_removed", "stopped"))
+    story = [(one.what, one.text) for one in stack.gpus[0].story(key(1))]
+    assert ("copy", f"from slot {copy.from_slot} of DRAM, while that is read") in story
+    assert ("stop", "its copy: model 'm0' was removed") in story
+    times = [entry.at_ns for entry in stack.gpus[0].record.entries()]
+    assert times == sorted(times)
+
+
 def test_two_gpus_copy_what_one_read_brings() -> None:
     stack = stack_of(4, 2, (1, 1), gpus=2)
     actions = feed(stack, Acquire(0, 10, 1, key(1)), Acquire(0, 20, 1, key(1)))

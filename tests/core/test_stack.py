@@ -106,6 +106,7 @@ def test_a_layer_that_dram_put_off_is_asked_for_again_when_the_read_before_it_fa
     [only] = stack.feeds.feeds.values()
     assert only.full
     assert [read.key for _, read in only.parked] == [key(1)]
+    assert "put off" in [one.what for one in stack.gpus[0].story(key(1))]
     failed = feed(stack, ReadFailed(1, 0, "read_failed", "EIO"))
     assert [a.key for a in failed if isinstance(a, Read)] == [key(1)]
     actions = settle(stack, failed, 2)

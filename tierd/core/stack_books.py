@@ -10,7 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from tierd.core.machine import TierMachine
-from tierd.core.model import Refuse
+from tierd.core.model import Refuse, Tick
 from tierd.core.residency import SlotState
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ class StackBooks:
         """The slot in DRAM that the layer is being read into at present."""
         slot = self.in_dram(key)
         return slot if slot is not None and slot.state is SlotState.READING else None
+
+    def tell(self, gpu: int, what: str, key: LayerKey, reason: str, *values: object) -> None:
+        """Records what was decided between the machines, in the record of the GPU: nothing happened
+        in that machine, so it stands with a moment of time."""
+        tick = Tick(self.now)
+        self.gpus[gpu].record.keep(self.now, tick, [], [(what, key, reason, *values)])
 
     def refuse(self, plan: Plan, code: str, text: str) -> None:
         self.actions.append(Refuse(plan.client, plan.request, code, text))

@@ -14,13 +14,22 @@ from __future__ import annotations
 import heapq
 from typing import TYPE_CHECKING
 
-from tierd.core.model import Acquire, ClientGone, ClientJoined, Grant, Later, ReadFailed, Release
+from tierd.core.model import (
+    Acquire,
+    ClientGone,
+    ClientJoined,
+    Grant,
+    Later,
+    ReadFailed,
+    Refuse,
+    Release,
+)
 from tierd.core.residency import SlotState
 from tierd.core.stack_feed import Copying
 from tierd.core.stack_model import Copy, DirectRead, StopCopy, Unload
 
 if TYPE_CHECKING:
-    from tierd.core.model import Evict, LayerKey, Read, Refuse
+    from tierd.core.model import Evict, LayerKey, Read
     from tierd.core.residency import Slot
     from tierd.core.stack_books import StackBooks
     from tierd.core.stack_feed import Feed
@@ -53,7 +62,7 @@ class FeedCopies:
         while feed.open and feed.parked and not feed.full:
             number, read = heapq.heappop(feed.parked)
             if feed.direct and self._books.in_dram(read.key) is None:
-                self._read_directly(feed, read)
+                self._read_directly(feed, read, "which has it not")
                 continue
             if feed.direct and not feed.joined:
                 self.join(feed)
@@ -69,7 +78,7 @@ class FeedCopies:
         if not feed.direct or self._books.in_dram(event.key) is not None:
             return False
         _, read = feed.asking.pop(event.request)
-        self._read_directly(feed, read)
+        self._read_directly(feed, read, "which has it no more")
         self._ended(feed)
         return True
 
@@ -109,8 +118,9 @@ class FeedCopies:
             if isinstance(action, Grant):
                 copying.lease = action.lease
                 return
-            if not copying.broken:  # else it ends by itself
+            if isinstance(action, Refuse) and not copying.broken:  # else it ends by itself
                 self._books.actions.append(StopCopy(feed.gpu, copying.read.slot))
+                self._books.tell(feed.gpu, "stop", copying.read.key, "its copy: {}", action.text)
             self._ended(feed)
         elif action.request in feed.asking:
             self._answer_before_copy(feed, action)
@@ -122,11 +132,14 @@ class FeedCopies:
                 feed.copying[read.slot] = Copying(read, lease=action.lease)
                 self._copy(feed, read, action.slot, action.arena, action.offset, filling=False)
             case Later() if feed.direct:
-                self._read_directly(feed, read)
+                self._read_directly(feed, read, "which has it, but no room to keep it meanwhile")
                 self._ended(feed)
             case Later():
                 heapq.heappush(feed.parked, (number, read))
                 feed.full = True
+                self._books.tell(feed.gpu, "put off", read.key, "DRAM has no room for it beside "
+                    "what is copied to this GPU",
+                )  # fmt: skip
             case _:
                 self._fail(feed, read, action)
                 self._ended(feed)
@@ -173,8 +186,10 @@ class FeedCopies:
                 read.nbytes, slot, arena, offset, read.reason, filling,
             )
         )  # fmt: skip
+        meanwhile = ", while that is read" if filling else ""
+        self._books.tell(feed.gpu, "copy", read.key, "from slot {} of DRAM{}", slot, meanwhile)
 
-    def _read_directly(self, feed: Feed, read: Read) -> None:
+    def _read_directly(self, feed: Feed, read: Read, why: str) -> None:
         feed.copying[read.slot] = Copying(read)
         self._books.actions.append(
             DirectRead(
@@ -182,6 +197,7 @@ class FeedCopies:
                 read.nbytes, read.reason,
             )
         )  # fmt: skip
+        self._books.tell(feed.gpu, "direct read", read.key, "past DRAM, {}", why)
 
     def copying(self, gpu: int, slot: int) -> tuple[Feed, Copying] | None:
         """What is under way to this slot, and its feed."""

@@ -33,6 +33,7 @@ class Walk:
         self._lowered_bytes = lowered_bytes
         self._status = RawClient(socket)  # another connection: it never says hello
         self._request = 0
+        self._layer = 0  #: that was asked for last
         self.client: GpuClient
         self.model: GpuModel
         self.grant: Grant | None = None  #: what it holds
@@ -83,12 +84,12 @@ class Walk:
         self.client.receive(self._request)
 
     def wait_for_ssd(self) -> None:
-        self._request = self.client.send("acquire", model_id=self.model.model_id, layer=0)
-        self._until(lambda status: status["dram"]["in_flight_bytes"], "it is read from the SSD")
+        self._ask()
+        self._meet(lambda status: status["dram"]["in_flight_bytes"], "it is read from the SSD")
 
     def wait_for_copy(self) -> None:
         # Nobody has a lease in DRAM but who copies from it.
-        self._until(lambda status: status["dram"]["leased_bytes"], "it is copied to the GPU")
+        self._meet(lambda status: status["dram"]["leased_bytes"], "it is copied to the GPU")
 
     def wait_for_grant(self) -> None:
         self.client.wait_readable()
@@ -144,6 +145,24 @@ class Walk:
         self.client.wait_readable()
 
     # ------------------------------------------------------------------------------------- waiting
+
+    def _ask(self) -> None:
+        fields = {"model_id": self.model.model_id, "layer": self._layer}
+        self._request = self.client.send("acquire", **fields)
+
+    def _meet(self, condition: Callable[[dict[str, Any]], object], what: str) -> None:
+        """A layer that was asked for on its way: if one came unseen, the next one."""
+
+        def met(status: dict[str, Any]) -> bool:
+            if condition(status):
+                return True
+            if self.client.replied(self._request, 0):
+                self.model.release(self.client.receive(self._request))
+                self._layer = (self._layer + 1) % self._layers
+                self._ask()
+            return False
+
+        self._until(met, what)
 
     def _is_wanted(self, status: dict[str, Any]) -> bool:
         wanted = self.client.attend()

@@ -49,6 +49,7 @@ from tierd.core.stack_model import (
     TierBudgetChanged,
 )
 from tierd.core.stack_outlook import loads_of_stack
+from tierd.core.stack_roster import Roster
 
 if TYPE_CHECKING:
     from tierd.core.machine import TierMachine
@@ -62,11 +63,7 @@ class TierStack:
         self.config = config
         self.feeds = Feeds(config)
         self.measured: dict[int, GpuMeasured] = {}  #: by GPU, the last figure
-        self.fencing: dict[int, int] = {}  #: clients that are gone, not yet fenced -> their GPU
-        self._gpu_of: dict[int, int] = {}  #: by client; those of DRAM are not in it
-        self._gpu_of_arena: dict[int, int] = {}
-        self._models: dict[int, ModelAdded] = {}
-        self._placed: dict[int, list[int]] = {}  #: by model: its GPUs
+        self._roster = Roster(self.feeds.books)
 
     @property
     def dram(self) -> TierMachine:
@@ -130,12 +127,12 @@ class TierStack:
         feeds = self.feeds
         match event:
             case Acquire():
-                gpu = self._tier_of(event.client)
+                gpu = self._roster.tier_of(event.client)
                 feeds.deliver(gpu, event)
                 if gpu is not None:
                     feeds.plans.asked(event.client, gpu, event.key)
             case Release():
-                feeds.deliver(self._tier_of(event.client), event)
+                feeds.deliver(self._roster.tier_of(event.client), event)
             case CopyDone():
                 done = ReadDone(event.at_ns, event.slot)
                 self._copied(event, done)
@@ -143,20 +140,20 @@ class TierStack:
                 failed = ReadFailed(event.at_ns, event.slot, event.code, event.text)
                 self._copied(event, failed)
             case Plan():
-                gpu = self._tier_of(event.client)
-                if gpu is not None and gpu in self._placed.get(event.model, ()):
+                gpu = self._roster.tier_of(event.client)
+                if gpu is not None and gpu in self._roster.placed.get(event.model, ()):
                     feeds.plan(gpu, event)
                 else:
                     feeds.deliver(gpu, event)
             case PlanOver():
-                gpu = self._tier_of(event.client)
+                gpu = self._roster.tier_of(event.client)
                 feeds.deliver(gpu, event)
                 feeds.plans.over(event)
             case Hint():
-                feeds.deliver(self._tier_of(event.client), event)
+                feeds.deliver(self._roster.tier_of(event.client), event)
                 feeds.plans.hinted(event)
             case DiscardDone():
-                feeds.deliver(self._gpu_of_arena.get(event.arena), event)
+                feeds.deliver(self._roster.gpu_of_arena.get(event.arena), event)
             case JoinedGpu() | ClientJoined() | ClientGone() | Fenced():
                 self._come_or_go(event)
             case Tick():
@@ -164,13 +161,13 @@ class TierStack:
                     feeds.deliver(gpu, event)
             case TierBudgetChanged():
                 if event.gpu is not None:
-                    self._check_gpu(event.gpu)
+                    self._roster.check_gpu(event.gpu)
                 changed = BudgetChanged(event.at_ns, event.request, event.budget_bytes)
                 feeds.deliver(event.gpu, changed)
             case GpuMeasured():
-                self._check_gpu(event.gpu)
+                self._roster.check_gpu(event.gpu)
                 if event.bytes_per_s < 1:
-                    raise self._illegal(f"no GPU copies like this: {event}")
+                    raise self._roster.illegal(f"no GPU copies like this: {event}")
                 self.measured[event.gpu] = event
             case GpuArenaAdded() | ArenaAdded() | ModelPlaced() | ModelAdded() | ModelRemoved():
                 self._set_up(event)
@@ -181,10 +178,11 @@ class TierStack:
         found = None
         if 0 <= event.gpu < len(self.gpus):
             found = self.feeds.copies.copying(event.gpu, event.slot)
+        slot = f"slot {event.slot} of GPU {event.gpu}"
         if found is None:
-            raise self._illegal(f"slot {event.slot} of GPU {event.gpu} is not being copied to")
+            raise self._roster.illegal(f"{slot} is not being copied to")
         if isinstance(event, CopyDone) and (why := not_whole(found[1])) is not None:
-            raise self._illegal(f"slot {event.slot} of GPU {event.gpu} cannot be whole: {why}")
+            raise self._roster.illegal(f"{slot} cannot be whole: {why}")
         self.feeds.books.todo.append((event.gpu, read))
         self.feeds.copies.copied(*found)
 
@@ -192,90 +190,59 @@ class TierStack:
         client = event.client
         match event:
             case JoinedGpu():
-                self._check_new(client)
-                self._check_gpu(event.gpu)
+                self._roster.check_new(client)
+                self._roster.check_gpu(event.gpu)
                 joined = ClientJoined(event.at_ns, client, event.weight)
                 self.feeds.deliver(event.gpu, joined)
-                self._gpu_of[client] = event.gpu
+                self._roster.gpu_of[client] = event.gpu
             case ClientJoined():
-                self._check_new(client)
+                self._roster.check_new(client)
                 self.feeds.deliver(None, event)
             case ClientGone():
-                gpu = self._tier_of(client)
+                gpu = self._roster.tier_of(client)
                 if gpu is None:
                     self.feeds.deliver(None, event)
                     return
                 self.feeds.deliver(gpu, ClientGone(event.at_ns, client, holder=client))
-                del self._gpu_of[client]
-                self.fencing[client] = gpu
+                del self._roster.gpu_of[client]
+                self._roster.fencing[client] = gpu
                 self.feeds.plans.forget(client, gpu)
             case Fenced():
-                if client not in self.fencing:
-                    raise self._illegal(f"client {client} is not on its way out of a GPU")
+                if client not in self._roster.fencing:
+                    raise self._roster.illegal(f"client {client} is not on its way out of a GPU")
                 gone = HolderGone(event.at_ns, client)
-                self.feeds.deliver(self.fencing.pop(client), gone)
+                self.feeds.deliver(self._roster.fencing.pop(client), gone)
 
     def _set_up(
         self, event: GpuArenaAdded | ArenaAdded | ModelPlaced | ModelAdded | ModelRemoved
     ) -> None:
         match event:
             case ArenaAdded():
-                self._check_new_arena(event.arena)
+                self._roster.check_new_arena(event.arena)
                 self.feeds.deliver(None, event)
             case GpuArenaAdded():
-                self._check_new_arena(event.arena)
-                self._check_gpu(event.gpu)
+                self._roster.check_new_arena(event.arena)
+                self._roster.check_gpu(event.gpu)
                 added = ArenaAdded(event.at_ns, event.arena, event.span_bytes, event.warm_bytes)
                 self.feeds.deliver(event.gpu, added)
-                self._gpu_of_arena[event.arena] = event.gpu
+                self._roster.gpu_of_arena[event.arena] = event.gpu
             case ModelAdded():
                 self.feeds.deliver(None, event)
-                self._models[event.model] = event
-                self._placed[event.model] = []
+                self._roster.models[event.model] = event
+                self._roster.placed[event.model] = []
             case ModelPlaced():
-                model = self._model(event.model)
-                self._check_gpu(event.gpu)
+                model = self._roster.model(event.model)
+                self._roster.check_gpu(event.gpu)
                 placed = ModelAdded(
                     event.at_ns, event.model, model.name, event.arena, model.layer_bytes
                 )
                 self.feeds.deliver(event.gpu, placed)
-                self._placed[event.model].append(event.gpu)
+                self._roster.placed[event.model].append(event.gpu)
             case ModelRemoved():
-                self._model(event.model)
-                del self._models[event.model]
+                self._roster.model(event.model)
+                del self._roster.models[event.model]
                 # GPUs first: what they still read then fails in DRAM, with the same code.
-                for gpu in self._placed.pop(event.model):
+                for gpu in self._roster.placed.pop(event.model):
                     self.feeds.deliver(gpu, event)
                 self.feeds.deliver(None, event)
                 self.feeds.plans.drop(event.model)
-
-    # ------------------------------------------------------------------------------------- what is
-
-    def _tier_of(self, client: int) -> int | None:
-        """The client's GPU; None for DRAM, whose machine knows whether it is connected."""
-        if client < 0:
-            raise self._illegal(f"client {client}: ids below 0 belong to the stack")
-        return self._gpu_of.get(client)
-
-    def _check_new(self, client: int) -> None:
-        if self._tier_of(client) is not None or client in self.dram.books.clients:
-            raise self._illegal(f"client {client} is connected")
-        if client in self.fencing:
-            raise self._illegal(f"client {client} left GPU {self.fencing[client]}: not fenced yet")
-
-    def _check_new_arena(self, arena: int) -> None:
-        if arena in self._gpu_of_arena or self.dram.books.memory.has_arena(arena):
-            raise self._illegal(f"arena {arena} exists")
-
-    def _model(self, model: int) -> ModelAdded:
-        found = self._models.get(model)
-        if found is None:
-            raise self._illegal(f"model {model} is not served")
-        return found
-
-    def _check_gpu(self, gpu: int) -> None:
-        if not 0 <= gpu < len(self.gpus):
-            raise self._illegal(f"there is no GPU {gpu}; this node has {len(self.gpus)}")
-
-    def _illegal(self, text: str) -> IllegalEvent:
-        return self.dram.books.illegal(text)

@@ -56,6 +56,7 @@ Error cuFileHandleRegister(void **handle, Description *description) {
 void cuFileHandleDeregister(void *handle) { (void)handle; files--; }
 Error cuFileBufRegister(void *base, size_t length, int flags) {
     (void)flags;
+    if ((uintptr_t)base % 65536 || length % 65536) return answer(5036);  /* pages of a GPU */
     for (int at = 0; at < MOST; at++)
         if (!pinned[at].base) {
             pinned[at].base = base;

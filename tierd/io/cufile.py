@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 FileId = tuple[int, int]  # device, inode
 
+#: What PCI devices reach of a GPU begins and ends on these (nvidia_p2p_get_pages, dma-buf).
+GPU_PAGE_BYTES = 64 << 10
+
 
 class NotDirect(ReadError):
     """cuFile's counters do not show that a layer came straight from the SSD."""
@@ -156,17 +159,18 @@ class CuFileReader:
         pinned: list[int] = []
         try:
             for address, nbytes in job.parts:
-                self._library.add_memory(address, nbytes)
-                pinned.append(address)
+                base, end = _pages(address, nbytes)
+                self._library.add_memory(base, end - base)
+                pinned.append(base)
             at = 0
             for handle, extent in zip(handles, job.extents, strict=True):
                 self._fill(job, handle, extent, at)
                 at += extent.nbytes
         finally:
-            for address in pinned:
+            for base in pinned:
                 # Memory that stays pinned is the device's to report when it is freed.
                 with contextlib.suppress(CuFileError):
-                    self._library.drop_memory(address)
+                    self._library.drop_memory(base)
             with contextlib.suppress(CuFileError):
                 self._counted = self._library.reads()
         self._check_direct(job, self._library.reads().since(before))
@@ -188,12 +192,12 @@ class CuFileReader:
     def _fill(self, job: DirectJob, handle: int, extent: ExtentRead, at: int) -> None:
         done = 0
         for address, start, nbytes in job.places(at, extent.nbytes):
+            base, _ = _pages(address, nbytes)
             end = done + nbytes
             while done < end:
                 left = end - done
-                got = self._library.read(
-                    handle, address, left, extent.offset + done, start + nbytes - left
-                )
+                into = address - base + start + nbytes - left
+                got = self._library.read(handle, base, left, extent.offset + done, into)
                 if got == 0:
                     raise ReadError(
                         f"{job.name}: {extent.file} ends early: expected {extent.nbytes} bytes at "
@@ -231,6 +235,12 @@ class CuFileReader:
                         f"has xxh3 {hashed.hexdigest()}, expected {expected:016x}"
                     )
             at += extent.nbytes
+
+
+def _pages(address: int, nbytes: int) -> tuple[int, int]:
+    """What is pinned for a part: whole pages of the GPU, which its allocation has."""
+    end = address + nbytes
+    return address - address % GPU_PAGE_BYTES, end + -end % GPU_PAGE_BYTES
 
 
 def file_id(fd: int) -> FileId:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING
 
@@ -103,3 +104,20 @@ def test_no_descriptor_is_left_open(shard: Path) -> None:
     probe(shard)
     probe(shard, go_on=lambda: False)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("good_reads", [0, 20])
+def test_a_read_that_fails_is_the_reason_and_ends_the_probe(
+    shard: Path, monkeypatch: pytest.MonkeyPatch, good_reads: int
+) -> None:
+    really, reads = os.preadv, iter(range(1 << 30))
+
+    def preadv(fd: int, targets: list[memoryview], offset: int) -> int:
+        if next(reads) >= good_reads:
+            raise OSError(errno.EIO, "Input/output error")
+        return really(fd, targets, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    result = probe(shard)
+    assert result.samples == ()
+    assert "Input/output error" in result.reason

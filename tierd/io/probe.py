@@ -137,22 +137,23 @@ class Probe:
 
         def work(number: int) -> tuple[int, int]:
             """(bytes, ns spent in reads) of one thread."""
-            target = memory[number * chunk : (number + 1) * chunk]
             done = spent_ns = 0
-            while time.monotonic_ns() < until_ns and self._go_on():
-                with self._lock:
-                    place = next(places, None)
-                if place is None:
-                    break
-                if bucket is not None:
-                    wait_ns = bucket.take(chunk, at_ns=time.monotonic_ns())
-                    if time.monotonic_ns() + wait_ns >= until_ns:
+            # Released also when a read fails: its frames would keep the buffer from being closed.
+            with memory[number * chunk : (number + 1) * chunk] as target:
+                while time.monotonic_ns() < until_ns and self._go_on():
+                    with self._lock:
+                        place = next(places, None)
+                    if place is None:
                         break
-                    time.sleep(wait_ns / SECOND_NS)
-                begin_ns = time.monotonic_ns()
-                got = os.preadv(place[0], [target], place[1])
-                spent_ns += time.monotonic_ns() - begin_ns
-                done += got
+                    if bucket is not None:
+                        wait_ns = bucket.take(chunk, at_ns=time.monotonic_ns())
+                        if time.monotonic_ns() + wait_ns >= until_ns:
+                            break
+                        time.sleep(wait_ns / SECOND_NS)
+                    begin_ns = time.monotonic_ns()
+                    got = os.preadv(place[0], [target], place[1])
+                    spent_ns += time.monotonic_ns() - begin_ns
+                    done += got
             return done, spent_ns
 
         begin_ns = time.monotonic_ns()

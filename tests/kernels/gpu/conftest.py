@@ -8,6 +8,7 @@ folder that use `device` are then marked `gpu`.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -43,3 +44,13 @@ def host(device: torch.device) -> torch.device:
     if device.type != "cpu":
         pytest.skip("watches the host's memory: with the interpreter only")
     return device
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_checks_no_overflow() -> None:
+    """It computes integers a second time for them, and looks only where it debugs."""
+    if not ON_GPU:
+        from triton.runtime.interpreter import interpreter_builder
+
+        options = replace(interpreter_builder.options, sanitize_overflow=False)
+        interpreter_builder.options = options

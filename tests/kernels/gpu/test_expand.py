@@ -236,10 +236,16 @@ def test_the_first_wrong_tile_is_named_with_its_first_reason(
     for name, elements in changes.items():
         for at, value in elements.items():
             arrays[name][at] = arrays[name][at] | value if name == "bitmap" else value
-    bad = replace(good, **arrays)
-    fault = agree(bad, device, measure=True)
+    fault = agree(replace(good, **arrays), device, measure=True)
     assert fault_text(fault).startswith(text)
-    with pytest.raises(KernelError, match=text):
+
+
+def test_without_a_cell_a_wrong_tile_is_an_error_that_names_it(
+    device: torch.device, random_packed: Matrices
+) -> None:
+    good = random_packed(0, 64, 64, "BF16", ("int8", False))
+    bad = replace(good, offsets=good.offsets + np.uint32(1))
+    with pytest.raises(KernelError, match="tile 0: offsets do not fit its record"):
         expanded(from_arrays(bad, device))
 
 

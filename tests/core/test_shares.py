@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from tierd.core.errors import IllegalEvent
 from tierd.core.machine import TierMachine
 from tierd.core.model import (
     Acquire,
@@ -19,6 +20,7 @@ from tierd.core.model import (
     Read,
     ReadDone,
     Release,
+    WeightChanged,
 )
 from tierd.sim.clients import Profile
 from tierd.sim.scenario import Device, Model, Scenario
@@ -72,6 +74,23 @@ def test_a_weight_of_three_times_gets_three_times_the_bytes() -> None:
     machine = machine_of(300, 100)
     order = served_in_order(machine, asks_for_all(machine, 1, 60) + asks_for_all(machine, 2, 60))
     assert order[:40].count(1) in (29, 30, 31)
+
+
+def test_another_weight_counts_from_then_on_also_for_what_waits() -> None:
+    machine = machine_of(100, 100)
+    actions = asks_for_all(machine, 1, 60) + asks_for_all(machine, 2, 60)
+    machine.handle(WeightChanged(0, 1, 300))
+    machine.check()
+    assert [client.weight for client in machine.snapshot().clients] == [300, 100]
+    assert served_in_order(machine, actions)[:40].count(1) in (29, 30, 31)
+
+
+def test_a_weight_of_nothing_is_illegal() -> None:
+    machine = machine_of(100)
+    with pytest.raises(IllegalEvent, match="a weight of 0"):
+        machine.handle(WeightChanged(0, 1, 0))
+    with pytest.raises(IllegalEvent, match="client 7 is not connected"):
+        machine.handle(WeightChanged(0, 7, 100))
 
 
 def test_who_was_idle_has_saved_nothing_up() -> None:

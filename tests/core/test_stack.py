@@ -213,6 +213,28 @@ def test_the_next_leader_takes_the_plan_over_and_the_last_one_takes_it_away() ->
     assert [client for client in stack.dram.books.clients if client < 0] == []
 
 
+def weights(stack: TierStack) -> list[int]:
+    """Of the pseudo-clients, in DRAM."""
+    return [client.weight for client in stack.dram.books.clients.values() if client.id < 0]
+
+
+def test_a_gpu_has_the_share_of_the_disk_that_its_clients_have_together() -> None:
+    stack = stack_of(8, 2, (1,) * 6)
+    feed(stack, JoinedGpu(0, 50, 0, weight=300))
+    settle(stack, feed(stack, Acquire(0, 50, 1, key(0))))
+    assert weights(stack) == [], "nobody plans"
+    settle(stack, feed(stack, Plan(1, FIRST, 1, 0, (0, 1, 2))))
+    assert weights(stack) == [100]
+    settle(stack, feed(stack, Plan(2, 50, 2, 0, (3, 4))))
+    assert weights(stack) == [400]
+    settle(stack, feed(stack, Plan(3, 50, 3, 0, (4, 5))))
+    assert weights(stack) == [400]
+    settle(stack, feed(stack, PlanOver(4, FIRST, 0)))
+    assert weights(stack) == [300]
+    settle(stack, feed(stack, ClientGone(5, 50)))
+    assert weights(stack) == []
+
+
 ILLEGAL: list[tuple[StackEvent, str]] = [
     (CopyDone(0, 0, 0), "is not being copied to"),
     (CopyDone(0, 9, 0), "is not being copied to"),

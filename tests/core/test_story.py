@@ -27,6 +27,7 @@ from tierd.core.model import (
     Read,
     ReadDone,
     Release,
+    WeightChanged,
 )
 
 LAYER = 2 << 20
@@ -117,6 +118,7 @@ def test_what_a_replay_needs_is_remembered_beyond_the_ring() -> None:
     machine.handle(ModelAdded(4, 8, "gone", 0, (LAYER,)))
     settle(machine, Plan(5, 5, 1, 7, (0, 1, 2)))
     settle(machine, Plan(5, 6, 1, 8, (0,)))
+    settle(machine, WeightChanged(5, 5, 300))
     assert machine.record.opening() == []
     settle(machine, ModelRemoved(6, 8))
     settle(machine, ClientGone(7, 6))
@@ -125,6 +127,7 @@ def test_what_a_replay_needs_is_remembered_beyond_the_ring() -> None:
     opening = machine.record.opening()
     assert [type(event) for event in opening] == [ArenaAdded, ModelAdded, ClientJoined, Plan]
     assert opening[-1] == Plan(5, 5, 1, 7, (0, 1, 2))
+    assert [event.weight for event in opening if isinstance(event, ClientJoined)] == [300]
 
 
 def test_a_plan_that_was_refused_is_not_one_that_a_replay_needs() -> None:

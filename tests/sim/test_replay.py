@@ -19,6 +19,7 @@ from tierd.core.model import (
     ModelAdded,
     Plan,
     Release,
+    WeightChanged,
 )
 from tierd.sim.clients import Profile
 from tierd.sim.errors import BadRecording
@@ -77,11 +78,12 @@ def test_compute_times_leave_stalls_and_pauses_out() -> None:
             (Acquire(140, 1, 4, LayerKey(0, 2), True), [grant(2, 1)]),  # stalled until 140
             (Release(145, 1, 2), [grant(4, 2)]),
             (Acquire(150, 1, 5, LayerKey(0, 3)), []),  # never granted: no use
+            (WeightChanged(155, 1, 70), []),
             (ClientGone(160, 1), []),
         ),
     )
     (client,) = clients_of(recording)
-    assert (client.weight, client.joined_ns) == (50, 100)
+    assert (client.weight, client.joined_ns) == (70, 100)
     assert [use.key.layer for use in client.uses] == [0, 1, 2]
     assert [use.pause_ns for use in client.uses] == [10, 0, 0]
     assert [use.compute_ns for use in client.uses] == [18, 5, 15]
@@ -197,6 +199,20 @@ def test_unruly_days_can_be_replayed_too(seed: int) -> None:
         (row,) = replay(recording, [policy], bandwidth=10**9)
         assert row.uses >= 0
         assert row.read_bytes >= 0
+
+
+def test_a_weight_that_changed_is_the_clients_from_the_start_of_the_run() -> None:
+    """A run has numbers of its own for clients: the event itself would name somebody else."""
+    _, recording = recorded(day())
+    before = recording.moments
+    place = next(i for i, moment in enumerate(before) if isinstance(moment.event, ClientJoined))
+    joined = before[place].event
+    assert isinstance(joined, ClientJoined)
+    changed = Moment(before[place].at_ns, WeightChanged(joined.at_ns, joined.client, 300), ())
+    moments = (*before[: place + 1], changed, *before[place + 1 :])
+    again = dataclasses.replace(recording, moments=moments)
+    assert [client.weight for client in clients_of(again)].count(300) == 1
+    assert replay(again, ["next-use"])[0].uses == replay(recording, ["next-use"])[0].uses
 
 
 def test_a_day_whose_budget_changed_is_run_again_under_the_last_one() -> None:

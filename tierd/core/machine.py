@@ -45,6 +45,7 @@ from tierd.core.model import (
     Release,
     Tick,
     Unpin,
+    WeightChanged,
 )
 from tierd.core.pins import Pins
 from tierd.core.placement import Range
@@ -122,6 +123,8 @@ class TierMachine:
                 self._hint(event)
             case ClientJoined():
                 self._client_joined(event)
+            case WeightChanged():
+                self._weight_changed(event)
             case ClientGone():
                 self._client_gone(event)
             case ArenaAdded():
@@ -259,6 +262,14 @@ class TierMachine:
             raise self._books.illegal(f"client {event.client} is connected")
         self._books.clients[event.client] = Client(event.client, event.weight)
         self._books.ledger.open(event.client)
+
+    def _weight_changed(self, event: WeightChanged) -> None:
+        client = self._books.client(event.client)
+        if event.weight < 1:
+            raise self._books.illegal(f"client {event.client}: a weight of {event.weight}")
+        client.weight = event.weight
+        for device in self._books.devices.values():
+            device.weigh(client.id, event.weight)
 
     def _hint(self, event: Hint) -> None:
         plan = self._books.client(event.client).plan

@@ -91,6 +91,15 @@ class ClientJoined:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightChanged:
+    """`client` has another weight from now on. What was read for it before stays charged."""
+
+    at_ns: int
+    client: int
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What `client` will ask for of `model`; replaces its earlier plan.
 
@@ -282,6 +291,7 @@ Event = (
     | ModelAdded
     | ModelRemoved
     | ClientJoined
+    | WeightChanged
     | Plan
     | PlanOver
     | Hint

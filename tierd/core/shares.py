@@ -127,6 +127,14 @@ class Device:
             found = self._shares[client] = Share(client, weight, self.virtual)
         return found
 
+    def weigh(self, client: int, weight: int) -> None:
+        """Another weight from now on, also for what waits; its tag stays."""
+        share = self._shares.get(client)
+        if share is not None:
+            if share.entry is not None:
+                self.backlog_weight += weight - share.weight
+            share.weight = weight
+
     def charged_bytes(self, client: int) -> int:
         """The client's part of all that was read for somebody."""
         share = self._shares.get(client)

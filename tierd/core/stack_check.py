@@ -90,6 +90,8 @@ def _check_in_dram(feeds: Feeds, feed: Feed) -> None:
     if feed.direct and (feed.parked or feed.joined is not feed.holds):
         raise InvariantBroken(f"direct feed {feed.id} keeps a place in DRAM for nothing")
     client = feeds.books.dram.books.clients.get(feed.id)
+    if client is not None and client.weight != feed.weight_now:
+        raise InvariantBroken(f"feed {feed.id} weighs {client.weight} in DRAM")
     leased = {} if client is None else {lease: slot.key for lease, slot in client.leases.items()}
     copied = {
         copying.lease: copying.read.key

@@ -85,7 +85,7 @@ class FeedCopies:
     def join(self, feed: Feed) -> None:
         """The feed is a client of DRAM from now on."""
         feed.joined = True
-        self._books.todo.append((None, ClientJoined(self._books.now, feed.id)))
+        self._books.todo.append((None, ClientJoined(self._books.now, feed.id, feed.weight)))
 
     def leave(self, feed: Feed) -> None:
         """The feed is no client of DRAM any more."""

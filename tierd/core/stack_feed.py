@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from typing import TYPE_CHECKING
 
-from tierd.core.model import Plan
+from tierd.core.model import DEFAULT_WEIGHT, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +50,8 @@ class Feed:
     waiting: dict[int, Plan] = field(default_factory=dict)  #: by client: plans until it is open
     offered: dict[int, Plan] = field(default_factory=dict)  #: by client: not yet answered by a GPU
     users: dict[int, Plan] = field(default_factory=dict)  #: by client: admitted, oldest first
+    weights: dict[int, int] = field(default_factory=dict)  #: of users, by client
+    weight: int = DEFAULT_WEIGHT  #: that DRAM knows
     parked: list[tuple[int, Read]] = field(default_factory=list)  #: heap by number
     asking: dict[int, tuple[int, Read]] = field(default_factory=dict)  #: by request, at DRAM
     filling: dict[int, Copying] = field(default_factory=dict)  #: by request: early copies
@@ -83,6 +85,11 @@ class Feed:
     def asked_for(self, request: int) -> bool:
         """Whether the request is one for a layer that DRAM has not answered."""
         return request in self.asking or request in self.filling or request in self.orphans
+
+    @property
+    def weight_now(self) -> int:
+        """Its share of the disk: that of all who need what it brings, as if each asked DRAM."""
+        return sum(self.weights.values()) or DEFAULT_WEIGHT
 
     @property
     def leader(self) -> int | None:

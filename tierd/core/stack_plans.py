@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tierd.core.model import Hint
+from tierd.core.model import Hint, WeightChanged
 
 if TYPE_CHECKING:
     from tierd.core.model import LayerKey, Plan, PlanOver
@@ -66,6 +66,8 @@ class FeedPlans:
             self._leave(client)
             self.using[client] = feed
         feed.users[client] = plan
+        feed.weights[client] = self._books.gpus[feed.gpu].books.clients[client].weight
+        self._weigh(feed)
         self.declare(feed)
         self.declare_if_all_stays(feed)
 
@@ -103,6 +105,8 @@ class FeedPlans:
             for client in feed.users:
                 del self.using[client]
             feed.users.clear()
+            feed.weights.clear()
+            self._weigh(feed)
             self._books.settle(feed)
 
     def _leave(self, client: int) -> None:
@@ -110,10 +114,19 @@ class FeedPlans:
         feed = self.using.pop(client, None)
         if feed is not None:
             led = feed.leader == client
-            del feed.users[client]
+            del feed.users[client], feed.weights[client]
+            self._weigh(feed)
             if led and feed.users:
                 self.declare(feed)
             self._books.settle(feed)
+
+    def _weigh(self, feed: Feed) -> None:
+        """Tells DRAM another weight; a feed that is no client there brings it along when it is."""
+        if feed.weight != feed.weight_now:
+            feed.weight = feed.weight_now
+            if feed.joined:
+                weighs = WeightChanged(self._books.now, feed.id, feed.weight)
+                self._books.todo.append((None, weighs))
 
     # ------------------------------------------------------------------------------ what DRAM hears
 

@@ -9,7 +9,7 @@ remembered beyond it (`opening`).
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from tierd.core.model import (
     PlanOver,
     Refuse,
     Unpin,
+    WeightChanged,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _REMEMBERED = frozenset(
     (
         *(ArenaAdded, BudgetChanged, ModelAdded, ModelRemoved, ClientJoined, ClientGone),
-        *(Plan, PlanOver, Pin, Unpin),
+        *(WeightChanged, Plan, PlanOver, Pin, Unpin),
     )
 )
 
@@ -127,6 +128,9 @@ class Story:
                 self._models.pop(event.model, None)
             case ClientJoined():
                 self._clients[event.client] = event
+            case WeightChanged():
+                joined = self._clients[event.client]
+                self._clients[event.client] = replace(joined, weight=event.weight)
             case ClientGone():
                 self._clients.pop(event.client, None)
                 self._plans.pop(event.client, None)

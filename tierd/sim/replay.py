@@ -35,6 +35,7 @@ from tierd.core.model import (
     ReadFailed,
     Release,
     Tick,
+    WeightChanged,
 )
 from tierd.sim.errors import BadRecording
 from tierd.sim.reference import min_with_bypass
@@ -56,7 +57,7 @@ DISCARD_NS = 200_000
 #: has one budget.
 _REMADE = (
     *(Acquire, Release, Plan, PlanOver, Hint, ClientJoined, ClientGone),
-    *(ReadDone, ReadFailed, DiscardDone, Adopted, HolderGone, Tick, BudgetChanged),
+    *(ReadDone, ReadFailed, DiscardDone, Adopted, HolderGone, Tick, BudgetChanged, WeightChanged),
 )
 
 

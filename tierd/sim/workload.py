@@ -25,6 +25,7 @@ from tierd.core.model import (
     PlanOver,
     Refuse,
     Release,
+    WeightChanged,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class RecordedClient:
     """One connection. `says[i]`: what it says of its plans before use `i`."""
 
     client: int
-    weight: int
+    weight: int  #: its last one
     joined_ns: int
     uses: list[Use] = field(default_factory=list)
     says: dict[int, list[Plan | PlanOver | Hint]] = field(default_factory=dict)
@@ -96,6 +97,8 @@ class _Reader:
         match event:
             case ClientJoined():
                 self._join(event, moment.at_ns)
+            case WeightChanged() if event.client in self._connected:
+                self._connected[event.client].weight = event.weight
             case Plan() | PlanOver() | Hint() if event.client in self._connected:
                 if not any(isinstance(action, Refuse) for action in moment.actions):
                     self._connected[event.client].say(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,8 +13,11 @@ from tierd.sim.__main__ import main, replay_command
 from tierd.sim.clients import Profile
 from tierd.sim.errors import BrokenPromise
 from tierd.sim.scenario import Device, Model, Scenario, cycle, drawn
-from tierd.sim.simulation import Simulation, Summary
+from tierd.sim.simulation import Simulation
 from tierd.sim.world import World
+
+if TYPE_CHECKING:
+    from tierd.sim.summaries import Summary
 
 G = 2 << 20
 BLOCK = 40

@@ -14,13 +14,14 @@ from tierd.core.stack_model import Copy, Unload
 from tierd.sim.__main__ import main, replay_command
 from tierd.sim.errors import BrokenPromise
 from tierd.sim.fleet import Fleet, Size, drawn_fleet
-from tierd.sim.fleet_simulation import FleetSimulation, FleetSummary
+from tierd.sim.fleet_simulation import FleetSimulation
 from tierd.sim.scenario import Device
 from tierd.sim.world import World
 
 if TYPE_CHECKING:
     from tierd.core.model import Grant, Later
     from tierd.core.stack_feed import Feed
+    from tierd.sim.summaries import FleetSummary
 
 G = 2 << 20
 SMALL = Size(clients=8, models=4, gpus=2, layers=8, events=1_500)

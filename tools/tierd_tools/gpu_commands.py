@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -162,9 +163,11 @@ class _Steps:
         if self._calls > 1:
             self.seconds.append(time.perf_counter() - self._begin_s)
             self.read_bytes += _read_bytes() - self._begin_bytes
+        if self._forget and not self._calls:
+            os.sync()
         self._calls += 1
         for folder in self._forget:
-            ssd_counter.drop_from_page_cache(folder)
+            ssd_counter.forget_pages(folder)
         self._begin_bytes = _read_bytes()
         self._begin_s = time.perf_counter()
 

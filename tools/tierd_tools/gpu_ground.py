@@ -28,7 +28,7 @@ WORK: Final = Path("build/bench/gpu")
 TIER: Final = "gpu:0"
 OPEN_SECONDS: Final = 60.0
 SMALL_OFFLOADED: Final = random_model.Shape(
-    hidden=512, intermediate=1024, layers=8, heads=8, kv_heads=4, vocabulary=1000
+    hidden=512, intermediate=1024, layers=6, heads=8, kv_heads=4, vocabulary=1000
 )
 """Of a few MB a layer: a GPU's budget is at least 2 MiB."""
 _DEVICES: Final = ("cuda_vmm", "cuda_ipc", "memfd")

@@ -1,6 +1,7 @@
 """A process that runs one model, told what to do over a pipe: from a daemon, or in memory.
 
-Spawned, so that each has a CUDA context of its own, and can be killed. What it can do:
+Each has a CUDA context of its own, and can be killed. They are forked from a server that has
+imported what they need, once for all of them, and does nothing else. What they can do:
 `gpu_commands`.
 """
 
@@ -13,13 +14,18 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 ANSWER_SECONDS: Final = 120.0
+_IMPORTED: Final = (
+    *("torch", "transformers", "transformers.generation.utils", "accelerate"),
+    *("transformers.models.llama.modeling_llama", "tierd_client.load", "tierd_tools.gpu_commands"),
+)
 
 
 class ModelProcess:
     """Commands are sent with `begin` and their answer taken with `end`, or both with `call`."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*_IMPORTED])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()

@@ -23,6 +23,11 @@ def read_bytes(file: Path) -> int:
 def drop_from_page_cache(folder: Path) -> None:
     """Write back and forget every page of the files below `folder`."""
     os.sync()
+    forget_pages(folder)
+
+
+def forget_pages(folder: Path) -> None:
+    """As `drop_from_page_cache`, of files that were written back already."""
     for file in folder.rglob("*"):
         if file.is_file():
             fd = os.open(file, os.O_RDONLY)

@@ -206,7 +206,7 @@ class Daemon:
         match = recovery.match(
             self.slots, self.registry.served.values(), dict(inheritance.groups()), held
         )
-        self.engine.hold_reads()
+        self.engine.transfers.hold_reads()
         self.engine.submit(Adopted(now, tuple(match.adopted)))
         for number in match.forgotten:
             self.slots.clear(number)
@@ -225,7 +225,7 @@ class Daemon:
         for arena, ranges in kept.items():
             for begin, end in ranges:
                 self.arenas.exists(arena, begin, end - begin)
-        self.engine.resume_reads()
+        self.engine.transfers.resume_reads()
 
     def _assemble(self, loop: asyncio.AbstractEventLoop, budget: int, pages: Pages) -> None:
         self.tiers = Tiers(self.config, self.epoch, loop)
@@ -251,9 +251,9 @@ class Daemon:
         self.holders = Holders(loop, self.slots.set_holders)
         self.costs = Costs(
             self.config, self.registry, self.pool, self.engine,
-            lambda: self.stopping or bool(self.outstanding or self.engine.reads),
+            lambda: self.stopping or bool(self.outstanding or self.engine.transfers.reads),
         )  # fmt: skip
-        self.engine.after_read = self.costs.read_done
+        self.engine.transfers.after_read = self.costs.read_done
 
     def _say_ready(self, loop: asyncio.AbstractEventLoop) -> None:
         seconds = (time.monotonic_ns() - self.started_ns) / 1e9

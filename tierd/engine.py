@@ -8,35 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from tierd.copy_sources import CopySources
 from tierd.core import model as core_model
 from tierd.core.machine import TierMachine
 from tierd.core.model import (
     Admit,
     Discard,
-    DiscardDone,
     Done,
     Evict,
     Grant,
     Later,
     Read,
-    ReadDone,
-    ReadFailed,
     Refuse,
     Tick,
 )
 from tierd.core.stack import TierStack
 from tierd.core.stack_model import Copy, DirectRead, StackConfig, StopCopy, Unload
-from tierd.errors import ReadError
-from tierd.gpu_filling import Source
-from tierd.io.ssd_job import ReadJob, ReadResult
-from tierd.io.verified import VerifiedBlocks
 from tierd.operators import Operators
 from tierd.pressure import Pressure
+from tierd.transfers import Transfers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -45,13 +37,11 @@ if TYPE_CHECKING:
     from tierd.core.model import CoreConfig
     from tierd.core.stack_model import StackAction, StackEvent
     from tierd.io.ssd import ReaderPool
-    from tierd.pack import Pack
     from tierd.registry import Registry
     from tierd.session import Session
     from tierd.slots import Slots
     from tierd.tiers import Tiers
 
-log = logging.getLogger(__name__)
 
 TICK_NS = 1_000_000_000  # while a decision of the core is a matter of time
 TELL_SECONDS = 0.002  # after which clients can see whether memory is wanted: not in every answer
@@ -84,20 +74,13 @@ class Engine:
             direct = tuple(gpu.direct is not None for gpu in tiers.gpus)
             stack = StackConfig(config, gpus, early=True, direct=direct)
             self.core = self.stack = TierStack(stack)
-            registry.closing = tiers.closing
             self.machine = self.stack.dram
         self._tiers = tiers
         self.slots = slots
-        self.reads = 0  #: in flight
-        self._arenas = arenas
-        self._pool = pool
-        self._registry = registry
+        self.transfers = Transfers(self.submit, slots, arenas, pool, registry, tiers)
         self._sessions = sessions
         self._events: collections.deque[StackEvent] = collections.deque()
         self._deciding = False
-        self._held: list[tuple[Read, Pack]] | None = None
-        self._verified: dict[int, VerifiedBlocks] = {}  # by slot of DRAM that is being filled
-        self._sources = CopySources()
         self._tick: asyncio.TimerHandle | None = None
         self._tick_at_ns = 0
         self._telling: asyncio.TimerHandle | None = None
@@ -106,8 +89,6 @@ class Engine:
         self._requests = 0
         self.pressure = Pressure(slots.table, self.now())  #: in DRAM
         self.operators = Operators(self, registry)
-        #: called with the device of every layer that was read
-        self.after_read: Callable[[int], None] | None = None
 
     @staticmethod
     def now() -> int:
@@ -141,7 +122,8 @@ class Engine:
         now_ns = self.now()
         self.pressure.tell(self.machine.pressed, now_ns)
         if self.stack is not None:
-            for gpu in self._gpus.gpus:
+            assert self._tiers is not None
+            for gpu in self._tiers.gpus:
                 gpu.pressure.tell(self.stack.pressed(gpu.index), now_ns)
 
     def command(
@@ -175,37 +157,29 @@ class Engine:
         """Decide nothing more, and leave the slot table as it is: whoever holds a lease may read
         on, and the next daemon will respect it."""
         self._stopped = True
+        self.transfers.stop()
         for timer in (self._tick, self._telling):
             if timer is not None:
                 timer.cancel()
-
-    def hold_reads(self) -> None:
-        """Start no read before `resume_reads`: a read takes memory."""
-        self._held = []
-
-    def resume_reads(self) -> None:
-        held, self._held = self._held or [], None
-        for read, pack in held:
-            self._start_read(read, pack)
 
     def _execute(self, action: StackAction) -> None:
         match action:
             case Grant():
                 self._grant(action)
             case Read():
-                self._read(action)
+                self.transfers.read(action)
             case Evict():
-                self.slots.clear(action.slot)
+                self.transfers.evict(action.slot)
             case Copy():
-                self._copy(action)
+                self.transfers.copy(action)
             case StopCopy():
-                self._gpus.gpus[action.gpu].filling.stop_copy(action.slot)
+                self.transfers.stop_copy(action)
             case DirectRead():
-                self._read_directly(action)
+                self.transfers.read_directly(action)
             case Unload():
-                self._gpus.gpus[action.gpu].slots.clear(action.slot)
+                self.transfers.unload(action)
             case Discard():
-                self._discard(action)
+                self.transfers.discard(action)
             case Later():
                 if session := self._sessions.get(action.client):
                     session.told_later(action)
@@ -228,91 +202,3 @@ class Engine:
             grant.lease, pid=pid, start_time=started, slot=grant.slot, generation=grant.generation
         )
         session.lease_granted(grant)
-
-    def _discard(self, discard: Discard) -> None:
-        arena, offset, nbytes = discard.arena, discard.offset, discard.nbytes
-        if arena not in self._arenas.by_id:
-            self._gpus.of_arena(arena).memory.discard(discard)
-            return
-
-        def done() -> None:
-            self.submit(DiscardDone(self.now(), arena, offset, nbytes))
-
-        self._sources.when_free(
-            arena, offset, nbytes, lambda: self._arenas.discard(arena, offset, nbytes, done)
-        )
-
-    @property
-    def _gpus(self) -> Tiers:
-        assert self._tiers is not None, "an action for a GPU where none is configured"
-        return self._tiers
-
-    def _copy(self, copy: Copy) -> None:
-        pack = self._registry.by_model[copy.key.model]
-        memory = self._arenas.by_id[copy.from_arena].buffer(copy.from_offset, copy.nbytes)
-        source = Source(memory)
-        if copy.filling:
-            place = self._sources.begin(copy.from_arena, copy.from_offset, copy.nbytes)
-            verified = self._verified[copy.from_slot]
-            source = Source(memory, verified, lambda: self._sources.end(place))
-        self._gpus.gpus[copy.gpu].filling.copy(copy, pack, source)
-
-    def _read_directly(self, read: DirectRead) -> None:
-        pack = self._registry.by_model[read.key.model]
-        pack.reads += 1
-        self.reads += 1
-
-        def over() -> None:
-            self.reads -= 1
-            pack.reads -= 1
-            self._registry.close_idle(pack)
-
-        self._gpus.gpus[read.gpu].filling.read(read, pack, over)
-
-    def _read(self, read: Read) -> None:
-        pack = self._registry.by_model[read.key.model]
-        pack.reads += 1  # from here on, though it may wait: the pack must not be closed meanwhile
-        self._verified[read.slot] = VerifiedBlocks()  # a copy may follow from now on
-        if self._held is not None:
-            self._held.append((read, pack))
-        else:
-            self._start_read(read, pack)
-
-    def _start_read(self, read: Read, pack: Pack) -> None:
-        layer = pack.index.layers[read.key.layer]
-        self.slots.filling(
-            read.slot,
-            generation=read.generation,
-            arena=read.arena,
-            offset=read.offset,
-            nbytes=read.nbytes,
-            key=pack.keys[read.key.layer],
-        )
-        log.debug("reading %s %s into slot %d (%s)", pack.name, layer.name, read.slot, read.reason)
-        self.reads += 1
-        target = self._arenas.by_id[read.arena].buffer(read.offset, read.nbytes)
-        job = ReadJob.of_layer(
-            pack.name, layer, pack.index.shards, pack.shards, target, pack.device,
-            self._verified[read.slot],
-        )  # fmt: skip
-        self._pool.submit(job, lambda outcome: self._read_done(read, pack, target, outcome))
-
-    def _read_done(
-        self, read: Read, pack: Pack, target: memoryview, outcome: ReadResult | ReadError
-    ) -> None:
-        target.release()
-        self.reads -= 1
-        pack.reads -= 1
-        del self._verified[read.slot]
-        self._registry.close_idle(pack)
-        if self._stopped:
-            return
-        if isinstance(outcome, ReadError):
-            log.error("%s", outcome.text)
-            self.submit(ReadFailed(self.now(), read.slot, outcome.code, outcome.text))
-        else:
-            self.slots.resident(read.slot)
-            self._arenas.exists(read.arena, read.offset, read.nbytes)
-            self.submit(ReadDone(self.now(), read.slot))
-            if self.after_read is not None:
-                self.after_read(pack.device)

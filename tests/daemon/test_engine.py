@@ -85,14 +85,14 @@ async def test_a_read_that_is_held_back_survives_the_removal_of_its_pack(
         registry,
         {},
     )
-    engine.hold_reads()
+    engine.transfers.hold_reads()
     engine.submit(ArenaAdded(0, 0, 1 << 30))
     engine.submit(ModelAdded(0, 1, "tiny", 0, (LAYER_BYTES,)))
     engine.submit(ClientJoined(0, 1))
     engine.submit(Acquire(0, 1, 1, LayerKey(1, 0)))
     engine.submit(ModelRemoved(1, 1))
     registry.forget(pack)
-    engine.resume_reads()
+    engine.transfers.resume_reads()
     assert len(started) == 1
     assert not pack.closed
 

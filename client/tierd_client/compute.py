@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from tierd_client.arithmetic_counters import ArithmeticCounters
 from tierd_client.blocks import blocked_product
+from tierd_client.device_kernels import VARIABLE, TorchKernels, device_kernels, kernels_name
+from tierd_client.device_products import DeviceProducts
 from tierd_client.errors import UnsupportedDevice, UnsupportedOperation
-from tierd_client.expansions import Expansions
 from tierd_client.scratch import HOST, Scratch
 from tierd_client.streams import CudaStreams
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from tierd_client.streams import Streams
     from tierd_client.tensors import PackedTensor
 
-__all__ = ["FUSED_ROWS", "Arithmetic", "ArithmeticCounters", "Compute", "blocked_product"]
+__all__ = ["FUSED_ROWS", "Arithmetic", "Compute", "blocked_product"]
 
 #: Fused multiplication up to this many rows of x; above, blocks and dense products win
 #: (`make bench ONLY=kernels` has the rows around it).
@@ -37,8 +39,9 @@ class Compute(StrEnum):
 
     DENSE: always the whole matrix expanded, then exactly one `F.linear`: the bits of the in-memory
     model. The weights of a lossy codec (int8, int4) are rounded to the model's dtype first.
-    FUSED: up to FUSED_ROWS rows straight from the packed form, in float32, rounded once, a lossy
-    codec's weights unrounded; more rows as DENSE, but a block of the matrix at a time. Not on GPUs.
+    FUSED: few rows straight from the packed form, in float32, rounded once, a lossy codec's weights
+    unrounded; more rows as DENSE. On the CPU few are FUSED_ROWS, and more go a block of the matrix
+    at a time; on a GPU few is what was measured there.
     """
 
     DENSE = "dense"
@@ -46,35 +49,21 @@ class Compute(StrEnum):
 
     @classmethod
     def chosen(cls, name: str | None, device: torch.device) -> Compute:
-        """What a user's choice for `device` means; None is FUSED on the CPU, DENSE on a GPU.
+        """What a user's choice for `device` means; None is FUSED, if there are kernels for it.
 
         Raises ValueError for an unknown name, UnsupportedDevice for one that the device has not.
         """
-        host = device.type == HOST.type
+        fused = device.type == HOST.type or kernels_name() != TorchKernels.name
         if name is None:
-            return cls.FUSED if host else cls.DENSE
+            return cls.FUSED if fused else cls.DENSE
         if name not in list(cls):
             raise ValueError(f"compute {name!r} is unknown: {', '.join(cls)}")
-        if name == cls.FUSED and not host:
+        if name == cls.FUSED and not fused:
             raise UnsupportedDevice(
-                f'compute "fused" on {device} is refused: there are no fused kernels for GPUs yet; '
-                'use compute="dense"'
+                f'compute "fused" on {device} is refused: {VARIABLE}={TorchKernels.name} asks for '
+                'operations of torch, which only expand; unset it, or use compute="dense"'
             )
         return cls(name)
-
-
-@dataclass(slots=True)
-class ArithmeticCounters:
-    """Calls and time of the three ways to use a packed weight: expanded whole (the product that
-    follows is excluded), fused, and blocked (the products are included). On a GPU the time is the
-    GPU's own, of those expansions that it is through with."""
-
-    expansions: int = 0
-    expand_ns: int = 0
-    fused_calls: int = 0
-    fused_ns: int = 0
-    blocked_calls: int = 0
-    blocked_ns: int = 0
 
 
 class Arithmetic:
@@ -93,16 +82,29 @@ class Arithmetic:
         device: torch.device = HOST,
         streams: Streams | None = None,
     ) -> None:
-        self.compute = Compute.chosen(compute, device)
+        self.compute = compute
         self.device = device
         if streams is None and device.type != HOST.type:
             streams = CudaStreams(device)
-        self._expansions = None if streams is None else Expansions(device, streams)
+        self._products = None
+        if streams is not None:
+            kernels = device_kernels(device)
+            self._products = DeviceProducts(device, streams, kernels, leases, self.fused)
         self._leases = leases
         self._local = threading.local()
         self._scratches: weakref.WeakSet[Scratch] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._counters = ArithmeticCounters()
+
+    @property
+    def fused(self) -> bool:
+        """Whether few tokens are multiplied without expanding."""
+        return self.compute is Compute.FUSED
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels compute: "cpu", or as TIERD_GPU_KERNELS names those of a GPU."""
+        return HOST.type if self._products is None else self._products.kernels.name
 
     def linear(self, stored: Stored, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x: [..., in_features] of the weight's dtype. Returns [..., out_features].
@@ -117,23 +119,22 @@ class Arithmetic:
             )
         lease = self._leases.current(stored.layer)
         if lease is not None:
-            return self._multiply(lease[stored.name], x, bias)
+            return self._multiply(stored, lease[stored.name], x, bias)
         lease = self._leases.enter(stored.layer)
         try:
-            return self._multiply(lease[stored.name], x, bias)
+            return self._multiply(stored, lease[stored.name], x, bias)
         finally:
             self._leases.leave(stored.layer)
 
     def _multiply(
-        self, weight: PackedTensor, x: torch.Tensor, bias: torch.Tensor | None
+        self, stored: Stored, weight: PackedTensor, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         if not weight.packed:
             return _product(x, weight, None, bias)
-        if self._expansions is not None:
-            with self._expansions.expanded(weight) as matrix:
-                return _product(x, weight, matrix, bias)
+        if self._products is not None:
+            return self._products.linear(stored, weight, x, bias, _product)
         begin = perf_counter_ns()
-        if self.compute is Compute.FUSED:
+        if self.fused:
             few = math.prod(x.shape[:-1]) <= FUSED_ROWS
             out = weight.linear(x, bias) if few else weight.blocked(x, bias, self._scratch())
             elapsed = perf_counter_ns() - begin
@@ -157,19 +158,24 @@ class Arithmetic:
             self._scratches.add(scratch)
         return scratch
 
+    def begin_pass(self) -> None:
+        """A pass of the whole model begins in this thread. Raises TensorCorrupt for what a GPU
+        found wrong meanwhile."""
+        if self._products is not None:
+            self._products.begin_pass()
+
     def counters(self) -> ArithmeticCounters:
         """A copy of the sums."""
+        if self._products is not None:
+            return self._products.counters()
         with self._lock:
-            found = replace(self._counters)
-        if self._expansions is not None:
-            found.expansions, found.expand_ns = self._expansions.totals()
-        return found
+            return replace(self._counters)
 
     @property
     def scratch_bytes(self) -> int:
         """Private memory of all threads' scratch buffers; on a GPU with room for temporaries."""
-        if self._expansions is not None:
-            return self._expansions.nbytes
+        if self._products is not None:
+            return self._products.scratch_bytes
         return sum(scratch.nbytes for scratch in list(self._scratches))
 
 

@@ -186,6 +186,12 @@ class Connection:
             self._stop_reading()
         self.check()
 
+    def peek(self, request: int) -> Reply | None:
+        """The reply to `request` if it is here; it stays for `wait_reply`. Does not wait."""
+        if request not in self._replies and self._reader is None:
+            self.look()
+        return self._replies.get(request)
+
     def abandon(self, request: int) -> None:
         """Nobody will wait for this reply: give back what it brings, now or when it comes."""
         with self._lock:

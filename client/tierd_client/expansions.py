@@ -1,86 +1,115 @@
-"""Packed matrices expanded on a GPU, which nobody waits for: where to, how long, what was wrong.
+"""Matrices expanded on a GPU, which nobody waits for: where to, and which one beforehand.
 
-A matrix is expanded and then multiplied in the order of one stream. How long the expansion took,
-and whether a tile's contents were wrong, is known when the GPU is through with it: it is looked up
-when the next one is given to it, or when somebody asks. Only a matrix that was never met is waited
-for.
+A matrix is expanded and then multiplied in the order of one stream. While that goes on, the matrix
+that followed it the last time is expanded in another stream, if its layer's lease is there. Only a
+matrix that was never met is waited for.
 """
 
 from __future__ import annotations
 
-import math
 import threading
-from collections import deque
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from tierd_client.errors import TensorCorrupt
-from tierd_client.scratch import DeviceScratch
-from tierd_kernels.torch_expand import NO_FAULT, TILE_BYTES, fault_text, new_faults
-from tierd_layouts.tile_grid import TILE
+import torch
+
+from tierd_client import device_tensors
+from tierd_client.device_scratch import DeviceScratch
+from tierd_client.errors import TierdError
+from tierd_client.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
-    import torch
-
-    from tierd_client.streams import Event, Streams
+    from tierd_client.device_kernels import DeviceKernels
+    from tierd_client.fault_cells import FaultCells
+    from tierd_client.lease import Lease
+    from tierd_client.names import Stored
+    from tierd_client.streams import Streams
     from tierd_client.tensors import PackedTensor
 
-#: Of temporaries for each matrix that is being expanded, at most: enough that the GPU, and not the
-#: launching of its kernels, takes the time.
-ROOM_BYTES = 128 << 20
+
+class Glimpses(Protocol):
+    """What is asked of a model's leases."""
+
+    def glimpse(self, layer: int) -> AbstractContextManager[Lease | None]:
+        """The lease of a layer if it is there without waiting. What is given to the stream that is
+        current at the end is fenced."""
 
 
-@dataclass(slots=True)
-class _Mark:
-    """One expansion under way: its time, and a cell for the first wrong tile, here and there."""
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """What a buffer was filled with before anybody asked: the matrix as one lease had it."""
 
-    begin: Event
-    end: Event
-    cell: torch.Tensor
-    host_cell: torch.Tensor
-    where: str = ""
+    name: str
+    lease: weakref.ref[Lease]
+
+
+class _Place(threading.local):
+    """What one thread expanded last, and before that."""
+
+    def __init__(self) -> None:
+        self.last: tuple[str, str] = ("", "")
 
 
 class Expansions:
     """Those of one model on one device. Thread-safe."""
 
-    def __init__(self, device: torch.device, streams: Streams) -> None:
-        self._device = device
+    def __init__(
+        self,
+        device: torch.device,
+        streams: Streams,
+        kernels: DeviceKernels,
+        cells: FaultCells,
+        leases: Glimpses,
+    ) -> None:
         self._streams = streams
+        self._kernels = kernels
+        self._cells = cells
+        self._leases = leases
         self._scratch = DeviceScratch(device, streams)
-        self._lock = threading.Lock()
-        self._limits: dict[str, tuple[int, int]] = {}
-        self._pending: deque[_Mark] = deque()
-        self._idle: list[_Mark] = []
-        self._wrong: deque[str] = deque()
-        self._count = self._ns = 0
+        self._watch = Stopwatch(streams)
+        self._place = _Place()
+        #: Which matrix followed two others, the last time.
+        self._followers: dict[tuple[str, str], Stored] = {}
+        self._no_room = False
         self._room_bytes = 0  # that one expansion needed
+        #: Expansions that began before their matrix was asked for, and those of them that were then
+        #: used.
+        self.ahead = self.used_ahead = 0
 
     @contextmanager
-    def expanded(self, weight: PackedTensor) -> Iterator[torch.Tensor]:
+    def expanded(self, stored: Stored, weight: PackedTensor) -> Iterator[torch.Tensor]:
         """The whole matrix in scratch, for what this thread gives its stream inside.
 
         The first time that a matrix of the model is met, the device is waited for: what is wrong
-        with it is raised before anything is computed with it. Bytes that go wrong later, which no
-        pack does, are raised for the next matrix after the device is through. Raises TensorCorrupt.
+        with it is raised before anything is computed with it. Later faults are in the cells.
+        Raises TensorCorrupt.
         """
-        self._collect()
-        with self._lock:
-            wrong = self._wrong.popleft() if self._wrong else None
-        if wrong is not None:
-            raise TensorCorrupt(wrong)
-        with self._scratch.borrowed(weight.shape, weight.dtype) as matrix:
-            self._expand(weight, matrix)
+
+        def wanted(ahead: object) -> bool:
+            return (
+                isinstance(ahead, _Ahead)
+                and ahead.name == weight.name
+                and ahead.lease() is weight.lease
+            )
+
+        with self._scratch.borrowed(weight.shape, weight.dtype, wanted) as (matrix, there):
+            if there:
+                self.used_ahead += 1
+            else:
+                self._expand(weight, matrix)
             yield matrix
+            following = self._following(stored)
+            if following is not None:  # into the other buffer
+                self._expand_ahead(following)
 
     def totals(self) -> tuple[int, int]:
         """How many there were, and the nanoseconds of those that the GPU is through with."""
-        self._collect()
-        with self._lock:
-            return self._count, self._ns
+        return self._watch.totals()
 
     @property
     def nbytes(self) -> int:
@@ -88,35 +117,40 @@ class Expansions:
         return self._scratch.nbytes + self._scratch.buffers * self._room_bytes
 
     def _expand(self, weight: PackedTensor, out: torch.Tensor) -> None:
-        known = self._limits.get(weight.name)
-        limits = known or weight.limits()
-        with self._lock:
-            mark = self._idle.pop() if self._idle else None
-        if mark is None:
-            event, cell = self._streams.event, new_faults(self._device)
-            mark = _Mark(event(), event(), cell, self._streams.host_cell())
-        mark.where = weight.where
-        tiles = math.prod(-(-length // TILE) for length in weight.shape)
-        stream = self._streams.current()
-        mark.begin.record(stream)
-        mark.cell.fill_(NO_FAULT)
-        faults = mark.cell if known else None  # None: wait, and raise at once
-        weight.expand_into(out, faults=faults, limits=limits, room_bytes=ROOM_BYTES)
-        self._limits[weight.name] = limits
-        mark.host_cell.copy_(mark.cell, non_blocking=True)
-        mark.end.record(stream)
-        with self._lock:
-            self._pending.append(mark)
-            self._count += 1
-            self._room_bytes = max(self._room_bytes, min(tiles * TILE_BYTES, ROOM_BYTES))
+        cell = self._cells.cell(weight.name, weight.where)
+        with self._watch.running():
+            device_tensors.expand(weight, out, self._kernels, cell)
+        if not self._cells.met(weight.name):
+            self._cells.raise_unmet(weight.name)
+            needed = self._kernels.temporary_bytes(weight.torch_matrix())
+            self._room_bytes = max(self._room_bytes, needed)
 
-    def _collect(self) -> None:
-        """Look at what the GPU is through with; the others stay."""
-        with self._lock:
-            while self._pending and self._pending[0].end.query():
-                mark = self._pending.popleft()
-                self._ns += round(mark.begin.elapsed_time(mark.end) * 1e6)
-                fault = int(mark.host_cell)
-                if fault != NO_FAULT:
-                    self._wrong.append(f"{mark.where}: {fault_text(fault)}")
-                self._idle.append(mark)
+    def _following(self, stored: Stored) -> Stored | None:
+        """Note that this thread is at a matrix; returns the one that it may expand next."""
+        before, last = self._place.last
+        self._followers[before, last] = stored
+        self._place.last = last, stored.name
+        return self._followers.get(self._place.last)
+
+    def _expand_ahead(self, stored: Stored) -> None:
+        if self._no_room or not self._cells.met(stored.name):
+            return  # it would be waited for
+        try:
+            self._try_ahead(stored)
+        except torch.OutOfMemoryError:
+            self._no_room = True  # for a second buffer: nothing needs it
+        except TierdError:
+            pass  # it is said where the matrix is asked for
+
+    def _try_ahead(self, stored: Stored) -> None:
+        with (
+            self._streams.aside(),
+            self._leases.glimpse(stored.layer) as lease,
+        ):
+            if lease is None:
+                return
+            weight, label = lease[stored.name], _Ahead(stored.name, weakref.ref(lease))
+            with self._scratch.filled_ahead(weight.shape, weight.dtype, label) as matrix:
+                if matrix is not None:
+                    self._expand(weight, matrix)
+                    self.ahead += 1

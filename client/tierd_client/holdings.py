@@ -21,6 +21,7 @@ class Held:
     users: int
     wanted: bool = False
     left: int = 0  # larger for what was left later
+    fresh: bool = False  # nobody has entered since it was granted
 
 
 class Holdings:
@@ -45,6 +46,15 @@ class Holdings:
         """A lease that was granted to a thread that enters."""
         held = self._held[layer] = Held(lease, users=1)
         return held
+
+    def add_wanted(self, layer: int, lease: Lease) -> Held:
+        """A lease that was granted before anybody enters."""
+        held = self._held[layer] = Held(lease, users=0, wanted=True, fresh=True)
+        return held
+
+    def get(self, layer: int) -> Held | None:
+        """What there is of a layer."""
+        return self._held.get(layer)
 
     def join(self, layer: int) -> Held | None:
         """One more thread enters; None when there is no lease."""

@@ -259,6 +259,12 @@ class PendingLease:
             return opened.acquire(self._layer)
         return opened.granted(self._layer, reply)
 
+    @property
+    def granted(self) -> bool:
+        """Whether `resolve` gives the lease without waiting for the daemon: its grant is here."""
+        reply = self._opened.connection.peek(self._request) if self._finalizer.alive else None
+        return reply is not None and reply.refusal is None and not reply.fields.get("later")
+
     def cancel(self) -> None:
         """Give the request up: its grant is released when it arrives. Again does nothing."""
         if self._finalizer.detach() is not None and self._opened.in_this_life:

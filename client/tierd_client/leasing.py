@@ -14,7 +14,7 @@ layer. Leaving needs no turn and nobody asks ahead meanwhile, so somebody always
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from tierd_client.errors import ClientClosed, LeaseLimit, LeaseLost, Refused, Vi
 from tierd_client.holdings import Held, Holdings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from tierd_client.lease import Lease, PendingLease
     from tierd_client.opened import OpenedModel
@@ -130,6 +130,9 @@ class LayerLeases:
         inside[layer] -= 1
         if not inside[layer]:
             del inside[layer]
+        self._end_use(layer)
+
+    def _end_use(self, layer: int) -> None:
         with self._left:
             held = self._holdings.leave(layer)
             self._used_at = monotonic()
@@ -141,6 +144,54 @@ class LayerLeases:
                 self._leaving += 1
         if ended:
             self._release([held.lease])
+
+    @contextmanager
+    def glimpse(self, layer: int) -> Iterator[Lease | None]:
+        """The lease of `layer` if it is here without waiting for the daemon; nobody enters.
+
+        What this thread gave the stream that is current at the end is fenced. Raises what
+        `OpenedModel.acquire` raises.
+        """
+        held = self._use_if_here(layer)
+        if held is None and self._collect(layer):
+            held = self._use_if_here(layer)
+        if held is None:
+            yield None
+            return
+        try:
+            yield held.lease
+        finally:
+            self._end_use(layer)
+
+    def _use_if_here(self, layer: int) -> Held | None:
+        with self._lock:
+            held = self._holdings.get(layer)
+            if held is not None:
+                held.users += 1
+            return held
+
+    def _collect(self, layer: int) -> bool:
+        """Take in the lease that was asked for ahead, if its grant has come and nobody asks."""
+        if layer not in self._pending or not self._turn.acquire(blocking=False):
+            return False
+        try:
+            with self._lock:
+                pending = self._pending.get(layer)
+                if pending is None or self._closed or not pending.granted:
+                    return False
+                del self._pending[layer]
+                self._asking = layer
+            try:
+                lease = pending.resolve()
+            finally:
+                self._asking = None
+            with self._lock:
+                self._counters.leases += 1
+                self._counters.ahead += 1
+                self._holdings.add_wanted(layer, lease)
+            return True
+        finally:
+            self._turn.release()
 
     def _release(self, leases: list[Lease]) -> None:
         """Give back leases that were taken out of the holdings and added to `_leaving`."""
@@ -168,7 +219,8 @@ class LayerLeases:
         self._asked_by.pop(layer, None)
         held = self._holdings.join(layer)
         if held is not None:
-            self._counters.kept += held.users == 1
+            self._counters.kept += held.users == 1 and not held.fresh
+            held.fresh = False
         return held
 
     def _acquire(self, layer: int) -> Held:

@@ -46,12 +46,12 @@ def load_model(
     device: "cpu", "cuda" or "cuda:N": where it computes. tier: from what, "dram" or "gpu:N"; the
     default is "dram" for the CPU and the tier of that number for a GPU. The CPU reads a tier
     "gpu:N" only when the daemon plays that GPU (--gpu-device memfd).
-    compute: "fused" is the default on the CPU, "dense" on a GPU, where "fused" is refused.
-    "dense" gives the bits of the in-memory model (under torch.no_grad, as `generate` runs
-    it); "fused" multiplies a few tokens straight from the packed form, in float32 with one
-    rounding, and more of them with blocks of it that stay in cache. The in-memory model of a pack
-    in a lossy codec (int8, int4) is that of `tierctl unpack`, with the quantised weights rounded to
-    its dtype; "fused" multiplies a few tokens with the unrounded ones.
+    compute: "fused" is the default. "dense" gives the bits of the in-memory model (under
+    torch.no_grad, as `generate` runs it); "fused" multiplies a few tokens straight from the packed
+    form, in float32 with one rounding, and more of them with blocks of it that stay in cache, or on
+    a GPU as "dense". The in-memory model of a pack in a lossy codec (int8, int4) is that of
+    `tierctl unpack`, with the quantised weights rounded to its dtype; "fused" multiplies a few
+    tokens with the unrounded ones.
     socket: see `Client`. tokens_per_pass: how many tokens a forward pass mostly serves (a batch, or
     what a speculative pass verifies), for the daemon's figures per token. The model has
     `model.tierd`, with `.statistics()` and `.close()`. Norms and biases stay on the meta device
@@ -102,10 +102,23 @@ def _load(source: Source, compute: Compute, tokens_per_pass: int) -> Any:
     copied_bytes = _copy_now(opened, placement.copied_now)
     attendant = Attendant(leases, lambda: arithmetic.scratch_bytes)
     served = Served(leases, attendant, arithmetic, sites, copied_bytes, source.close)
-    model.register_forward_pre_hook(eager(lambda module, args: leases.begin_pass()))
-    model.register_forward_hook(eager(lambda module, args, output: leases.end_pass()))
+    _mark_passes(model, leases, arithmetic)
     serve(model, served)
     return model
+
+
+def _mark_passes(model: Any, leases: LayerLeases, arithmetic: Arithmetic) -> None:
+    @eager
+    def begin(module: Any, args: Any) -> None:
+        leases.begin_pass()
+        arithmetic.begin_pass()
+
+    @eager
+    def end(module: Any, args: Any, output: Any) -> None:
+        leases.end_pass()
+
+    model.register_forward_pre_hook(begin)
+    model.register_forward_hook(end)
 
 
 def _empty_model(opened: OpenedModel, directory: Path) -> tuple[Any, dict[str, Stored]]:

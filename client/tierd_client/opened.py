@@ -17,7 +17,7 @@ from tierd_client.errors import (
 )
 from tierd_client.lease import Lease, PendingLease
 from tierd_client.shared import integer, receive
-from tierd_layouts.layer_reader import packed_matrix
+from tierd_client.stored_matrices import StoredMatrices
 from tierd_layouts.wire import MAX_HINT_STEPS
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from tierd_client.protocol import Reply
     from tierd_client.statistics import Counters
     from tierd_layouts.index import Layer, Tensor
-    from tierd_layouts.packed_matrix import PackedMatrix
 
 
 class OpenedModel:
@@ -62,8 +61,8 @@ class OpenedModel:
         self.model_id, self.arena = shared.model_id, shared.arena
         self.table, self.mapping = shared.table, shared.memory
         self._populate = shared.populate
-        #: By tensor: where its layer lay when it was last used, and its arrays there.
-        self._matrices: dict[str, tuple[int, PackedMatrix]] = {}
+        #: Its packed matrices where they lie.
+        self.matrices = StoredMatrices(self.mapping)
         self._numbers = {layer.name: number for number, layer in enumerate(self.index.layers)}
 
     def __repr__(self) -> str:
@@ -97,15 +96,6 @@ class OpenedModel:
             if record.name == name:
                 return record
         return None
-
-    def packed_matrix(self, layer: Layer, record: Tensor, offset: int) -> PackedMatrix:
-        """A matrix of a layer that lies at `offset` of the arena. A layer mostly comes back to
-        where it was, so its arrays are made once."""
-        place, matrix = self._matrices.get(record.name, (-1, None))
-        if matrix is None or place != offset:
-            matrix = packed_matrix(self.mapping.buffer(offset, layer.nbytes), record)
-            self._matrices[record.name] = offset, matrix
-        return matrix
 
     def plan(
         self,

@@ -27,7 +27,8 @@ class ModelStatistics:
     entries: layers entered; leases: of them, those that asked the daemon; ahead: of these, those
     that were asked ahead; kept: entries for which the lease was kept since an earlier one;
     stall_ns: time that entries waited. expansions, expand_ns: packed matrices expanded whole into
-    scratch; fused_calls, fused_ns: multiplied without it; blocked_calls, blocked_ns: multiplied a
+    scratch, of them expanded_ahead on a GPU before they were asked for, used_ahead of these not in
+    vain; fused_calls, fused_ns: multiplied without it; blocked_calls, blocked_ns: multiplied a
     block at a time, expanding included.
     copied_bytes (norms, biases) and scratch_bytes are the model's own memory beside the arena.
     """
@@ -39,6 +40,8 @@ class ModelStatistics:
     stall_ns: int
     expansions: int
     expand_ns: int
+    expanded_ahead: int
+    used_ahead: int
     fused_calls: int
     fused_ns: int
     blocked_calls: int
@@ -71,7 +74,7 @@ class Served:
         self._finalizer = weakref.finalize(self, _end, leases, attendant, fork.current(), end)
 
     def __repr__(self) -> str:
-        where = f"{self.compute} on {self.device} from {self.tier}"
+        where = f"{self.compute} on {self.device} by {self.kernels}, from {self.tier}"
         return f"<tierd: model {self.leases.opened.name!r}, {where}>"
 
     @property
@@ -89,6 +92,11 @@ class Served:
         """How packed weights are multiplied."""
         return self._arithmetic.compute
 
+    @property
+    def kernels(self) -> str:
+        """Which kernels multiply: "cpu", or on a GPU what TIERD_GPU_KERNELS says."""
+        return self._arithmetic.kernels
+
     def statistics(self) -> ModelStatistics:
         """Totals since the model was loaded."""
         leasing, arithmetic = self.leases.counters(), self._arithmetic.counters()
@@ -100,6 +108,8 @@ class Served:
             stall_ns=leasing.stall_ns,
             expansions=arithmetic.expansions,
             expand_ns=arithmetic.expand_ns,
+            expanded_ahead=arithmetic.expanded_ahead,
+            used_ahead=arithmetic.used_ahead,
             fused_calls=arithmetic.fused_calls,
             fused_ns=arithmetic.fused_ns,
             blocked_calls=arithmetic.blocked_calls,

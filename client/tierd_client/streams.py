@@ -8,6 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 
 class Event(Protocol):
@@ -35,8 +36,12 @@ class Streams(Protocol):
     def event(self) -> Event:
         """A new mark that knows its time."""
 
-    def host_cell(self) -> torch.Tensor:
-        """int64 [1] on the host, which the GPU writes to without anybody waiting."""
+    def aside(self) -> AbstractContextManager[Any]:
+        """Inside, this thread gives its work to another stream, the same one for all threads."""
+
+    def cells(self, count: int, value: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two int64 [count] of `value`: on the GPU, and on the host where a copy from there makes
+        nobody wait."""
 
 
 class CudaStreams:
@@ -44,6 +49,7 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._aside: Any = None
 
     def current(self) -> Any:
         return torch.cuda.current_stream(self._device)
@@ -52,6 +58,15 @@ class CudaStreams:
         make: Callable[..., Event] = torch.cuda.Event
         return make(enable_timing=True)
 
-    def host_cell(self) -> torch.Tensor:
+    def aside(self) -> AbstractContextManager[Any]:
+        if self._aside is None:
+            make: Callable[..., Any] = torch.cuda.Stream
+            self._aside = make(self._device)
+        found: AbstractContextManager[Any] = torch.cuda.stream(self._aside)
+        return found
+
+    def cells(self, count: int, value: int) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode(False):
-            return torch.empty(1, dtype=torch.int64, pin_memory=True)
+            there = torch.full((count,), value, dtype=torch.int64, device=self._device)
+            here = torch.full((count,), value, dtype=torch.int64, pin_memory=True)
+        return there, here

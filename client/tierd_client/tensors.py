@@ -1,15 +1,16 @@
 """One stored tensor of a leased layer: expanded, multiplied, or looked at in place.
 
-On the host the kernels of `tierd_kernels` do it, on a GPU (`_by_torch`) operations of torch.
+On the host the kernels of `tierd_kernels` do it, on a GPU those of `device_kernels`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tierd_client import device_tensors
 from tierd_client.errors import BadTensorArgument, PackedView, TensorCorrupt, UnsupportedDevice
+from tierd_client.tensor_arguments import check_out, check_x
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,13 +108,13 @@ class PackedTensor:
         if out is None:
             out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         else:
-            self._check_out(out)
+            check_out(self, out)
         if not self.packed:
             if out.numel():
                 out.detach().copy_(self.unchecked_view())
             return out
-        if self._by_torch:
-            self.expand_into(out)
+        if self._on_device:
+            device_tensors.expand(self, out)
             return out
         import tierd_kernels
 
@@ -123,41 +124,17 @@ class PackedTensor:
             raise self._corrupt(error) from error
         return out
 
-    def expand_into(
-        self,
-        out: torch.Tensor,
-        *,
-        faults: torch.Tensor | None = None,
-        limits: tuple[int, int] | None = None,
-        room_bytes: int | None = None,
-    ) -> None:
-        """Expand a packed tensor by torch operations into `out`, of its shape, dtype and device.
-
-        faults, room_bytes: see `tierd_kernels.torch_expand.expand`; with faults nothing is waited
-        for. limits: what `limits` returned. Raises TensorCorrupt.
-        """
+    def torch_matrix(self) -> TorchMatrix:
+        """A packed tensor's arrays in the arena, as torch sees them. The first time that the
+        model's tensor is met its device is waited for. Raises TensorCorrupt."""
         import tierd_kernels
-        from tierd_kernels import torch_expand
 
-        self._lease.check()
-        room_bytes = torch_expand.ROOM_BYTES if room_bytes is None else room_bytes
+        lease = self._lease
+        lease.check()
         try:
-            matrix = self._torch_matrix(limits)
-            torch_expand.expand(matrix, out, faults=faults, room_bytes=room_bytes)
+            return lease.opened.matrices.torch(lease.layer, self._record, lease.offset)
         except tierd_kernels.KernelError as error:
             raise self._corrupt(error) from error
-
-    def limits(self) -> tuple[int, int]:
-        """The most planes and escapes that a tile of a packed tensor has. Waits for the device."""
-        import tierd_kernels
-        from tierd_kernels import torch_matrix
-
-        self._lease.check()
-        try:
-            found = torch_matrix.measured(self._torch_matrix(None))
-        except tierd_kernels.KernelError as error:
-            raise self._corrupt(error) from error
-        return found.most_planes, found.most_escapes
 
     def view(self) -> torch.Tensor:
         """The bytes in the arena as a tensor, without a copy; dense-stored tensors only.
@@ -200,24 +177,31 @@ class PackedTensor:
         x: [..., in_features] of the tensor's dtype, on its device. bias: [out_features], any float
         dtype; for a compressed tensor on the host it is added in float32 before the rounding.
         Returns [..., out_features]. A dense-stored tensor is one torch.nn.functional.linear on the
-        view; on a GPU a compressed one is that too, expanded into new memory for the call.
+        view; on a GPU a compressed one is that too, expanded into new memory for the call, unless
+        the product of so many tokens is faster without. A GPU is waited for.
         """
-        if self.packed and not self._by_torch:
+        if self.packed and not self._on_device:
             return self._fused(x, bias).to(x.dtype)
         import torch
 
-        self._check_x(x)
+        check_x(self, x)
+        product = device_tensors.linear(self, x, bias) if self.packed else None
+        if product is not None:
+            return product
         weight = self.dense() if self.packed else self.unchecked_view()
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     def linear_f32(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """As `linear`, the float32 result before the rounding. A dense-stored weight, and any on a
-        GPU, is converted to float32 whole, in private memory, for the call."""
-        if self.packed and not self._by_torch:
+        """As `linear`, the float32 result before the rounding. Where `linear` expands, and of a
+        dense-stored tensor, the weight is converted to float32 whole, in private memory."""
+        if self.packed and not self._on_device:
             return self._fused(x, bias)
         import torch
 
-        self._check_x(x)
+        check_x(self, x)
+        product = device_tensors.linear(self, x, bias, torch.float32) if self.packed else None
+        if product is not None:
+            return product
         weight = self.dense() if self.packed else self.unchecked_view()
         return torch.nn.functional.linear(
             x.float(), weight.float(), None if bias is None else bias.float()
@@ -228,7 +212,7 @@ class PackedTensor:
 
         import tierd_kernels
 
-        self._check_x(x)
+        check_x(self, x)
         rows, cols = self.shape
         tokens = x.numel() // cols if cols else math.prod(x.shape[:-1])
         out = torch.empty(tokens, rows, dtype=torch.float32)
@@ -253,8 +237,8 @@ class PackedTensor:
         import tierd_kernels
         from tierd_client.blocks import blocked_product
 
-        self._check_x(x)
-        if self._by_torch:
+        check_x(self, x)
+        if self._on_device:
             raise UnsupportedDevice(
                 f"a blocked product of tensor {self.name!r} on {self.device} is refused: blocks "
                 "are for the caches of a processor; use linear()"
@@ -276,22 +260,14 @@ class PackedTensor:
     # --------------------------------------------------------------------------------------- checks
 
     @property
-    def _by_torch(self) -> bool:
-        """Whether the tensor is where only torch computes."""
+    def lease(self) -> Lease:
+        """The lease that it is of."""
+        return self._lease
+
+    @property
+    def _on_device(self) -> bool:
+        """Whether the tensor is where the kernels of `tierd_kernels` itself do not compute."""
         return self.device.type not in KERNEL_DEVICES
-
-    def _torch_matrix(self, limits: tuple[int, int] | None) -> TorchMatrix:
-        """Its arrays are in the arena. Raises KernelError."""
-        import torch
-
-        from tierd_kernels import torch_matrix
-
-        lease, nbytes = self._lease, self._lease.layer.nbytes
-        layer = lease.mapping.tensor(torch.uint8, (nbytes,), (1,), lease.offset)
-        matrix = torch_matrix.from_layer(layer, self._record)
-        if limits is None:
-            return matrix
-        return replace(matrix, most_planes=limits[0], most_escapes=limits[1])
 
     def _threads(self) -> int:
         from tierd_client.cores import kernel_threads
@@ -302,46 +278,8 @@ class PackedTensor:
         """Its arrays are read-only, in the arena."""
         if self._matrix is None:
             lease = self._lease
-            self._matrix = lease.opened.packed_matrix(lease.layer, self._record, lease.offset)
+            self._matrix = lease.opened.matrices.packed(lease.layer, self._record, lease.offset)
         return self._matrix
-
-    def _check_x(self, x: torch.Tensor) -> None:
-        import torch
-
-        self._lease.check()
-        if len(self.shape) != 2:
-            raise BadTensorArgument(
-                f"linear needs a matrix, tensor {self.name!r} has shape {list(self.shape)}"
-            )
-        if x.dtype != self.dtype:
-            raise BadTensorArgument(f"x is {x.dtype}, tensor {self.name!r} is {self.dtype}")
-        if x.device != self.device:
-            raise BadTensorArgument(f"x is on {x.device}, tensor {self.name!r} is on {self.device}")
-        if x.dim() == 0 or x.shape[-1] != self.shape[1]:
-            raise BadTensorArgument(
-                f"x has shape {list(x.shape)}, tensor {self.name!r} takes [..., {self.shape[1]}]"
-            )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise BadTensorArgument(
-                f"x requires a gradient, tensor {self.name!r} computes forward only: use "
-                "torch.no_grad()"
-            )
-
-    def _check_out(self, out: torch.Tensor) -> None:
-        if out.dtype != self.dtype:
-            raise BadTensorArgument(f"out is {out.dtype}, tensor {self.name!r} is {self.dtype}")
-        if tuple(out.shape) != self.shape:
-            raise BadTensorArgument(
-                f"out has shape {list(out.shape)}, tensor {self.name!r} has {list(self.shape)}"
-            )
-        if out.device != self.device:
-            raise BadTensorArgument(
-                f"out is on {out.device}, tensor {self.name!r} is on {self.device}"
-            )
-        if not out.is_contiguous():
-            raise BadTensorArgument(
-                f"out has strides {list(out.stride())}, dense() fills contiguous memory only"
-            )
 
     def _corrupt(self, error: Exception) -> TensorCorrupt:
         return TensorCorrupt(f"{self.where}: {error}")

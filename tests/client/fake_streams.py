@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class FakeStream:
@@ -56,6 +60,7 @@ class FakeStreams:
         self.events: list[FakeEvent] = []
         self._local = threading.local()
         self._default = FakeStream("default")
+        self.side = FakeStream("side")
 
     def use(self, stream: FakeStream) -> None:
         """This thread's work goes to `stream` from now on."""
@@ -69,5 +74,15 @@ class FakeStreams:
         self.events.append(FakeEvent(self))
         return self.events[-1]
 
-    def host_cell(self) -> torch.Tensor:
-        return torch.empty(1, dtype=torch.int64)
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        before = self.current()
+        self.use(self.side)
+        try:
+            yield
+        finally:
+            self.use(before)
+
+    def cells(self, count: int, value: int) -> tuple[torch.Tensor, torch.Tensor]:
+        there, here = (torch.full((count,), value, dtype=torch.int64) for _ in range(2))
+        return there, here

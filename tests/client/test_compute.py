@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tests.client.fake_streams import FakeStreams
 from tierd_client import compute
 from tierd_client.compute import Arithmetic, Compute
-from tierd_client.errors import UnsupportedOperation
+from tierd_client.errors import UnsupportedDevice, UnsupportedOperation
 
 if TYPE_CHECKING:
     from tierd_client.scratch import Scratch
@@ -213,3 +214,39 @@ def test_inference_mode_may_come_and_go(packed: bool) -> None:
     with torch.inference_mode():
         dense.linear(STORED, x, None)
     assert torch.equal(dense.linear(STORED, x, None), torch.full((1, 5), 6.0))
+
+
+# --------------------------------------------------------------------------------- what is chosen
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
+
+
+def test_fused_is_the_default_where_there_are_kernels_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for device in (CPU, CUDA):
+        assert Compute.chosen(None, device) is Compute.FUSED
+        assert Compute.chosen("fused", device) is Compute.FUSED
+        assert Compute.chosen("dense", device) is Compute.DENSE
+        with pytest.raises(ValueError, match="compute 'quick' is unknown: dense, fused"):
+            Compute.chosen("quick", device)
+    monkeypatch.setenv("TIERD_GPU_KERNELS", "torch")
+    assert Compute.chosen(None, CUDA) is Compute.DENSE
+    assert Compute.chosen(None, CPU) is Compute.FUSED
+
+
+def test_fused_is_refused_where_only_torch_may_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERD_GPU_KERNELS", "torch")
+    with pytest.raises(UnsupportedDevice) as refused:
+        Compute.chosen("fused", CUDA)
+    assert str(refused.value) == (
+        'compute "fused" on cuda:1 is refused: TIERD_GPU_KERNELS=torch asks for operations of '
+        'torch, which only expand; unset it, or use compute="dense"'
+    )
+
+
+def test_it_says_which_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    leases: Any = None
+    assert Arithmetic(leases, Compute.FUSED).kernels == "cpu"
+    monkeypatch.setenv("TIERD_GPU_KERNELS", "torch")
+    assert Arithmetic(leases, Compute.DENSE, CPU, FakeStreams()).kernels == "torch"

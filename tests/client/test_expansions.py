@@ -1,161 +1,193 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import random
+import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from tests.client.fake_streams import FakeStreams
-from tierd_client.errors import TensorCorrupt
-from tierd_client.expansions import ROOM_BYTES, Expansions
-from tierd_kernels.torch_expand import NO_FAULT, TILE_BYTES, fault_text
-from tierd_kernels.torch_expand import ROOM_BYTES as KERNEL_ROOM_BYTES
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from tests.client.fake_streams import FakeStream, FakeStreams
+from tests.client.fake_weights import FakeKernels, FakeLease, FakeLeases
+from tierd_client.errors import DaemonGone, TensorCorrupt
+from tierd_client.expansions import Expansions
+from tierd_client.fault_cells import FaultCells
 
 CPU = torch.device("cpu")
 FAULT = 4 * 7 + 1  # tile 7, its head
+SAID = r"^model/layer, 'b': tile 7: its head cannot be$"
 
 
-class FakeWeight:
-    """A PackedTensor whose expansion leaves `fault` in the cell."""
+class Model:
+    """Three layers of two matrices each, `a` to `f`, filled with 1 to 6."""
 
-    def __init__(self, name: str = "w", fault: int = NO_FAULT) -> None:
-        self.name = name
-        self.where = f"model/layer, {name!r}"
-        self.shape = (3, 4)
-        self.dtype = torch.float32
-        self.fault = fault
-        self.measured = 0
-        self.calls: list[dict[str, Any]] = []
+    def __init__(self, passed_ms: float = float("inf")) -> None:
+        self.streams = FakeStreams(passed_ms)
+        self.kernels = FakeKernels(self.streams)
+        self.leases = FakeLeases()
+        self.leases.streams = self.streams
+        self.cells = FaultCells(self.streams)
+        self.expansions = Expansions(CPU, self.streams, self.kernels, self.cells, self.leases)
+        self.contents = {name: torch.full((3, 4), 1.0 + at) for at, name in enumerate("abcdef")}
+        for layer in range(3):
+            self.grant(layer)
 
-    def limits(self) -> tuple[int, int]:
-        self.measured += 1
-        return 3, 17
+    def grant(self, layer: int) -> FakeLease:
+        """A new lease of a layer; the old one ends."""
+        if layer in self.leases.here:
+            self.leases.here[layer].ended = True
+        names = "abcdef"[2 * layer : 2 * layer + 2]
+        lease = FakeLease({name: self.contents[name] for name in names})
+        self.leases.here[layer] = lease
+        return lease
 
-    def expand_into(self, out: torch.Tensor, **options: Any) -> None:
-        self.calls.append(options)
-        out.detach().fill_(len(self.calls))
-        cell = options["faults"]
-        if cell is not None:
-            assert int(cell) == NO_FAULT, "a cell that was used before is clean again"
-            cell.fill_(self.fault)
-        elif self.fault != NO_FAULT:
-            raise TensorCorrupt(f"{self.where}: {fault_text(self.fault)}")
+    def use(self, name: str, lease: FakeLease | None = None) -> None:
+        layer = "abcdef".index(name) // 2
+        stored: Any = SimpleNamespace(name=name, layer=layer)
+        lease = lease or self.leases.here[layer]
+        with self.expansions.expanded(stored, lease[name]) as matrix:
+            assert torch.equal(matrix.detach(), self.contents[name]), name
+
+    def run(self, names: str, times: int = 1) -> list[tuple[str, str]]:
+        """Use matrices; returns what was expanded, and in which stream."""
+        self.kernels.expanded.clear()
+        for name in names * times:
+            self.use(name)
+        return list(self.kernels.expanded)
 
 
-def expand(expansions: Expansions, weight: Any) -> torch.Tensor:
-    with expansions.expanded(weight) as matrix:
-        return matrix.detach().clone()
+def test_the_matrix_that_followed_the_last_time_is_expanded_aside_under_the_product() -> None:
+    model = Model(passed_ms=0)
+    # The pass that learns ends with a matrix whose follower is known.
+    assert model.run("abcdef") == [(name, "default") for name in "abcdef"]
+    model.run("ab")
+    assert model.run("cdef", 1) == [(name, "side") for name in "defa"]
+    assert model.run("abcdef", 3) == [(name, "side") for name in "bcdefa" * 3]
+    assert model.expansions.ahead == model.expansions.used_ahead + 1
+    assert not any(event.synchronized for event in model.streams.events)
 
 
-def test_the_matrix_is_expanded_into_scratch_with_what_was_measured_once() -> None:
-    expansions, weight = Expansions(CPU, FakeStreams()), FakeWeight()
-    for number in range(1, 4):
-        assert torch.equal(expand(expansions, weight), torch.full((3, 4), float(number)))
-    assert weight.measured == 1
-    assert all(call["limits"] == (3, 17) for call in weight.calls)
-    assert all(call["room_bytes"] == ROOM_BYTES > KERNEL_ROOM_BYTES for call in weight.calls)
+def test_what_reads_aside_is_fenced_there() -> None:
+    model = Model()
+    model.run("abcdef", 2)
+    assert set(model.leases.log) == {("fenced in side", layer) for layer in range(3)}
+
+
+def test_a_layer_whose_lease_is_not_here_is_not_waited_for() -> None:
+    model = Model()
+    model.run("abcdef", 2)
+    away = model.leases.here.pop(1)
+    model.use("a")
+    model.use("b")
+    model.kernels.expanded.clear()
+    model.use("c", away)
+    assert model.kernels.expanded[0] == ("c", "default")
+
+
+def test_wrong_guesses_are_never_computed_with() -> None:
+    model = Model()
+    order = random.Random(3)
+    for _ in range(300):
+        model.use(order.choice("abcdef"))  # compares the contents
+    assert 0 < model.expansions.used_ahead < model.expansions.ahead
+    assert model.expansions.totals()[0] < 600
+
+
+def test_what_was_read_under_a_lease_that_is_gone_is_read_again() -> None:
+    model = Model()
+    model.run("abcdef", 2)
+    model.use("a")
+    assert model.kernels.expanded[-1] == ("b", "side")
+    model.contents["b"] = torch.full((3, 4), 99.0)  # what the slot has now
+    model.grant(0)
+    model.use("b")
+    assert ("b", "default") in model.kernels.expanded[-2:]
+
+
+def test_a_matrix_that_was_never_met_is_not_expanded_aside() -> None:
+    model = Model()
+    model.run("ab")
+    model.expansions._followers["a", "b"] = SimpleNamespace(name="c", layer=1)  # type: ignore[assignment]
+    model.run("ab")
+    assert ("c", "side") not in model.kernels.expanded
+
+
+def test_a_fault_aside_is_raised_for_the_matrix_that_has_it() -> None:
+    model = Model()
+    model.run("abcdef", 2)
+    model.leases.here[0].weights["b"].fault = FAULT
+    model.use("a")  # expands b aside
+    model.cells.sweep()
+    with pytest.raises(TensorCorrupt, match=SAID):
+        model.cells.raise_found()
+
+
+def test_what_cannot_be_done_aside_fails_where_it_is_asked_for() -> None:
+    model = Model()
+    model.run("abcdef", 2)
+
+    def refuse(layer: int) -> Any:
+        raise DaemonGone("tierd is gone")
+
+    model.leases.glimpse = refuse  # type: ignore[method-assign]
+    model.run("abc")
+    assert model.streams.current().name == "default"
+
+
+def test_no_room_for_a_second_buffer_is_no_failure_and_not_tried_again() -> None:
+    model = Model()
+    model.run("abcdef")
+    tried: list[Any] = []
+
+    def full(*arguments: Any) -> Any:
+        tried.append(arguments)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    scratch: Any = model.expansions._scratch
+    scratch.filled_ahead = full
+    model.run("abcdef", 2)
+    assert len(tried) == 1
+    assert model.expansions.ahead == 0
+
+
+def test_threads_compute_with_their_own_matrices_in_two_buffers() -> None:
+    model = Model()
+    problems: list[BaseException] = []
+
+    def run(number: int) -> None:
+        model.streams.use(FakeStream(f"thread {number}"))
+        order = random.Random(number)
+        try:
+            for _ in range(200):
+                for name in "abcdef"[order.randrange(3) :]:
+                    model.use(name)
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert problems == []
+    assert model.expansions._scratch.buffers == 2
+
+
+def test_a_matrix_is_waited_for_the_first_time_and_never_computed_with_if_it_is_wrong() -> None:
+    model = Model(passed_ms=0)
+    model.leases.here[0].weights["b"].fault = FAULT
+    for _ in range(2):
+        with pytest.raises(TensorCorrupt, match=SAID):
+            model.use("b")
+    model.leases.here[0].weights["b"].fault = -1 + 2**63
+    model.use("b")
 
 
 def test_its_memory_is_the_scratch_and_the_temporaries_of_the_largest_matrix() -> None:
-    expansions, large = Expansions(CPU, FakeStreams()), FakeWeight()
-    large.shape = (65, 128)
-    for weight in (FakeWeight(), large, FakeWeight()):
-        expand(expansions, weight)
-    assert expansions.nbytes == 65 * 128 * 4 + 4 * TILE_BYTES
-    large.shape = (64, 1 << 18)
-    expand(expansions, large)
-    assert expansions.nbytes == 64 * (1 << 18) * 4 + ROOM_BYTES
-
-
-def test_no_memory_is_used_before_the_first_one() -> None:
-    assert Expansions(CPU, FakeStreams()).nbytes == 0
-
-
-def test_the_time_is_between_two_marks_and_counts_when_they_have_passed() -> None:
-    streams = FakeStreams(passed_ms=0)
-    expansions, weight = Expansions(CPU, streams), FakeWeight()
-    for _ in range(3):
-        expand(expansions, weight)
-    assert expansions.totals() == (3, 0), "they are still under way"
-    streams.passed_ms = 5  # each expansion has two marks, and scratch one behind it
-    assert expansions.totals() == (3, 2_000_000)
-    streams.passed_ms = 100
-    assert expansions.totals() == (3, 3_000_000)
-    assert expansions.totals() == (3, 3_000_000)
-
-
-def test_marks_that_have_passed_are_used_again_and_no_others() -> None:
-    streams = FakeStreams()
-    expansions, weight = Expansions(CPU, streams), FakeWeight()
-    for _ in range(10):
-        expand(expansions, weight)
-    made = len(streams.events)
-    assert made == 3, "begin, end, and the buffer's"
-    streams.passed_ms = streams.now_ms  # what comes now stays under way
-    for _ in range(4):
-        expand(expansions, weight)
-    assert len(streams.events) == made + 2 * 4 - 2
-    cells = {id(call["faults"]) for call in weight.calls[-4:]}
-    assert len(cells) == 4, "those under way share no cell"
-
-
-def test_a_matrix_is_waited_for_the_first_time_and_never_again() -> None:
-    streams = FakeStreams(passed_ms=0)
-    expansions, first, second = Expansions(CPU, streams), FakeWeight("a"), FakeWeight("b")
-    for weight in (first, second, first, second):
-        expand(expansions, weight)
-    for weight in (first, second):
-        assert [call["faults"] is None for call in weight.calls] == [True, False]
-    expansions.totals()
-    assert not any(event.synchronized for event in streams.events)
-
-
-def test_a_matrix_that_is_wrong_is_never_computed_with() -> None:
-    expansions, bad = Expansions(CPU, FakeStreams(passed_ms=0)), FakeWeight("bad", FAULT)
-    for _ in range(2):
-        with pytest.raises(TensorCorrupt, match=r"^model/layer, 'bad': tile 7: its head cannot be"):
-            expand(expansions, bad)
-    bad.fault = NO_FAULT
-    expand(expansions, bad)
-
-
-def test_what_goes_wrong_later_is_raised_by_the_next_one_after_the_device_is_through() -> None:
-    streams = FakeStreams(passed_ms=0)
-    expansions = Expansions(CPU, streams)
-    good, bad = FakeWeight(), FakeWeight("bad")
-    expand(expansions, bad)
-    bad.fault = FAULT
-    expand(expansions, bad)
-    expand(expansions, good)
-    streams.passed_ms = 100
-    with pytest.raises(TensorCorrupt, match=r"^model/layer, 'bad': tile 7: its head cannot be$"):
-        expand(expansions, good)
-    expand(expansions, good)  # said once
-    assert expansions.totals()[0] == 4
-
-
-def test_asking_for_totals_keeps_what_was_wrong_for_who_computes() -> None:
-    expansions, bad = Expansions(CPU, FakeStreams()), FakeWeight()
-    expand(expansions, bad)
-    bad.fault = FAULT
-    expand(expansions, bad)
-    assert expansions.totals()[0] == 2
-    with pytest.raises(TensorCorrupt, match="tile 7"):
-        expand(expansions, FakeWeight())
-
-
-def test_one_that_fails_at_once_leaves_the_others_as_they_were() -> None:
-    expansions, bad = Expansions(CPU, FakeStreams()), FakeWeight()
-
-    def fail(out: torch.Tensor, **options: Any) -> None:
-        raise TensorCorrupt("arrays that do not fit")
-
-    expand_into: Callable[..., None] = fail
-    bad.expand_into = expand_into  # type: ignore[method-assign]
-    with pytest.raises(TensorCorrupt, match="do not fit"):
-        expand(expansions, bad)
-    expand(expansions, FakeWeight())
-    assert expansions.totals()[0] == 1
+    model = Model()
+    assert model.expansions.nbytes == 0
+    model.run("ab")
+    assert model.expansions.nbytes == 3 * 4 * 4 + 3000
+    model.run("ab", 2)
+    assert model.expansions.nbytes == 2 * (3 * 4 * 4 + 3000)

@@ -13,7 +13,7 @@ from tierd_client.errors import ClientClosed, DaemonGone, ForkedClient, LayerNot
 from tierd_client.leasing import LayerLeases
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 class FakeLease:
@@ -22,6 +22,7 @@ class FakeLease:
         self.layer = layer
 
     def leave(self) -> bool:
+        self.opened.fences.append(self.layer)
         return self.layer not in self.opened.spoilt
 
     def release(self) -> None:
@@ -42,6 +43,8 @@ class FakePending:
                 opened.held.append(layer)
 
     def resolve(self) -> Any:
+        if self.opened.on_resolve is not None:
+            self.opened.on_resolve()
         self.opened.waiting.remove(self)
         if not self.granted:
             return self.opened.acquire(self.layer, "later")
@@ -69,9 +72,11 @@ class FakeOpened:
         self.plans: list[tuple[int, ...]] = []
         self.log: list[tuple[str, int]] = []
         self.broken: set[int] = set()
+        self.fences: list[int] = []  # layers whose use ended
         self.spoilt: set[int] = set()  # layers whose lease cannot be kept
         self.ended: DaemonGone | None = None
         self.pressed = True  # memory is short: nothing is kept
+        self.on_resolve: Callable[[], None] | None = None
 
     def check_connection(self) -> None:
         if self.ended is not None:

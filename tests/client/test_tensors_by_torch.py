@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from tests.client.fake_streams import FakeStreams
 from tests.client.test_tensors import NAMES, UP, bits
-from tierd_client import Client, tensors
+from tierd_client import Client, device_tensors, tensors
 from tierd_client.compute import Arithmetic, Compute
 from tierd_client.errors import TensorCorrupt, UnsupportedDevice
 from tierd_client.scratch import Scratch
@@ -36,6 +37,7 @@ def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a kernel of the CPU was called")
 
+    monkeypatch.setenv("TIERD_GPU_KERNELS", "torch")
     monkeypatch.setattr(tensors, "KERNEL_DEVICES", set())
     monkeypatch.setattr(tierd_kernels, "expand", never)
     monkeypatch.setattr(tierd_kernels, "linear", never)
@@ -66,15 +68,13 @@ def test_dense_gives_back_the_bits_that_were_packed(
 
 
 @pytest.mark.parametrize(("layer", "name"), NAMES)
-def test_what_was_measured_makes_the_same_bits_without_waiting(
+def test_with_a_cell_the_same_bits_are_made(
     client: Client, pack: TinyPack, layer: str, name: str
 ) -> None:
     with client.lease("tiny", layer) as lease:
         tensor, faults = lease[name], new_faults(CPU)
-        limits = tensor.limits()
-        assert (limits < (8, 4096)) == (tensor.codec == "exponent-packed")
         out = torch.full(tensor.shape, 3, dtype=tensor.dtype)
-        tensor.expand_into(out, faults=faults, limits=limits, room_bytes=1)
+        device_tensors.expand(tensor, out, faults=faults)
         assert int(faults) == NO_FAULT
         np.testing.assert_array_equal(bits(out), pack.bits[name])
 
@@ -125,7 +125,7 @@ def test_with_a_cell_wrong_bytes_are_zeros_in_their_tile_and_named_there(
     corrupt(daemon)
     with client.lease("tiny", "blocks.0") as lease:
         out, faults = torch.ones(130, 100, dtype=torch.bfloat16), new_faults(CPU)
-        lease[UP].expand_into(out, faults=faults)
+        device_tensors.expand(lease[UP], out, faults=faults)
         assert fault_text(int(faults)) == "tile 0: offsets do not fit its record"
         assert not out.any()
 
@@ -134,9 +134,8 @@ def test_the_length_of_an_array_that_does_not_fit_is_named_at_once(client: Clien
     with client.lease("tiny", "blocks.0") as lease:
         tensor: Any = lease[UP]
         tensor._record = replace(tensor._record, shape=(130, 200))
-        for use in (tensor.limits, lambda: tensor.expand_into(torch.empty(130, 200))):
-            with pytest.raises(TensorCorrupt, match=r"tiny/blocks\.0, .*bitmap has .* needs"):
-                use()
+        with pytest.raises(TensorCorrupt, match=r"tiny/blocks\.0, .*bitmap has .* needs"):
+            tensor.dense()
 
 
 # ------------------------------------------------------------------------------------- arithmetic
@@ -150,6 +149,10 @@ class LeasesOf:
 
     def current(self, layer: int) -> Lease:
         return self.lease
+
+    @contextmanager
+    def glimpse(self, layer: int) -> Iterator[None]:
+        yield None
 
 
 @pytest.mark.parametrize(("layer", "name"), [*NAMES, ("embed", "embed.weight")])
@@ -177,29 +180,3 @@ def test_the_product_of_a_model_has_the_bits_of_a_linear_in_memory(
         streams.passed_ms = 100
         assert arithmetic.counters().expand_ns == expansions * 1_000_000
         assert (arithmetic.scratch_bytes > 0) == tensor.packed
-
-
-def test_fused_is_refused_for_a_gpu_with_what_to_do() -> None:
-    cuda = torch.device("cuda", 0)
-    leases: Any = None
-    text = (
-        'compute "fused" on cuda:0 is refused: there are no fused kernels for GPUs yet; '
-        'use compute="dense"'
-    )
-    with pytest.raises(UnsupportedDevice) as refused:
-        Compute.chosen("fused", cuda)
-    assert str(refused.value) == text
-    with pytest.raises(UnsupportedDevice) as refused:
-        Arithmetic(leases, Compute.FUSED, cuda)
-    assert str(refused.value) == text
-
-
-def test_what_is_chosen_depends_on_the_device_where_nothing_was_said() -> None:
-    cuda = torch.device("cuda", 1)
-    assert Compute.chosen(None, CPU) is Compute.FUSED
-    assert Compute.chosen(None, cuda) is Compute.DENSE
-    assert Compute.chosen("dense", CPU) is Compute.chosen("dense", cuda) is Compute.DENSE
-    assert Compute.chosen("fused", CPU) is Compute.FUSED
-    for device in (CPU, cuda):
-        with pytest.raises(ValueError, match="compute 'quick' is unknown: dense, fused"):
-            Compute.chosen("quick", device)

@@ -438,7 +438,7 @@ def check_products(socket: str, name: str, inputs: dict[str, torch.Tensor]) -> i
                     blocked = lease[tensor.name].blocked(x, None, Scratch())
                     assert relative_error(blocked, exact) <= 1.05 * theirs, tensor.name
                     if tensor.codec in ("int8", "int4"):  # not rounded to the dtype when fused
-                        matrix = opened.packed_matrix(layer, tensor, lease.offset)
+                        matrix = opened.matrices.packed(layer, tensor, lease.offset)
                         exact = x.double() @ torch.from_numpy(quantised.weights(matrix)).double().T
                         theirs = relative_error(exact.to(x.dtype), exact)
                     single = lease[tensor.name].linear_f32(x)

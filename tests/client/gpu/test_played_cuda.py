@@ -311,13 +311,14 @@ def test_a_write_in_place_is_impossible_or_seen_by_the_checksums(
 
 
 def test_what_does_not_go_together_is_refused_before_a_model_is_made(
-    start: Callable[[str, int], str], folder: Path
+    start: Callable[[str, int], str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     socket = start("memfd", FITS)
     with pytest.raises(TierUnavailable, match=r"gpu:7.*gpu:0"):
         load_model("tiny", socket=socket, tier="gpu:7")
     with pytest.raises(UnsupportedDevice, match="is unknown"):
         load_model("tiny", socket=socket, tier="gpu")
+    monkeypatch.setenv("TIERD_GPU_KERNELS", "torch")
     with pytest.raises(UnsupportedDevice, match='"fused" on cuda is refused'):
         load_model("tiny", "fused", socket, device="cuda")
     with pytest.raises(TierUnavailable, match="a private one has DRAM only"):

@@ -1,0 +1,160 @@
+"""A look at a layer that is not entered yet: what a GPU expands beforehand."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.client.conftest import MODEL
+from tests.client.test_leasing import FakeOpened, leases_of, run_pass
+from tierd_client import Client
+from tierd_client.errors import DaemonGone
+
+if TYPE_CHECKING:
+    from tests.client.conftest import FakeDaemon
+
+
+def test_a_lease_that_was_asked_for_ahead_is_taken_in_when_its_grant_has_come() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1, 2))
+    leases.enter(0)
+    with leases.glimpse(1) as lease:
+        assert lease is not None
+        assert opened.log[-1] == ("resolve", 1)
+    assert opened.fences == [1]
+    leases.leave(0)
+    assert leases.enter(1) is lease, "the one that was looked at"
+    counters = leases.counters()
+    assert (counters.entries, counters.leases, counters.ahead, counters.kept) == (2, 2, 1, 0)
+    assert opened.log.count(("ahead", 1)) == 1
+    assert ("acquire", 1) not in opened.log
+
+
+def test_nobody_waits_for_a_grant_that_has_not_come_and_nobody_asks() -> None:
+    opened = FakeOpened(room=1)
+    leases = leases_of(opened, (0, 1, 2))
+    leases.enter(0)
+    for layer in (1, 2):
+        with leases.glimpse(layer) as lease:
+            assert lease is None
+    assert opened.log == [("acquire", 0), ("ahead", 1)]
+    assert opened.fences == []
+    leases.leave(0)
+    leases.enter(1)
+
+
+def test_the_layer_that_a_thread_is_in_is_there() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1))
+    entered = leases.enter(0)
+    with leases.glimpse(0) as lease:
+        assert lease is entered
+    assert leases.current(0) is entered
+    leases.leave(0)
+    assert opened.log[-1] == ("release", 0)
+
+
+def test_a_guess_that_was_wrong_goes_back_behind_its_fence() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1, 2, 3))
+    leases.enter(0)
+    with leases.glimpse(1):
+        pass
+    leases.leave(0)
+    leases.enter(2)
+    assert ("release", 1) in opened.log
+    assert 1 not in opened.held
+    leases.leave(2)
+
+
+def test_kept_leases_are_looked_at_without_asking() -> None:
+    opened = FakeOpened()
+    opened.pressed = False
+    leases = leases_of(opened, (0, 1))
+    run_pass(leases, (0, 1))
+    asked = len(opened.log)
+    for layer in (0, 1):
+        with leases.glimpse(layer) as lease:
+            assert lease is not None
+    assert len(opened.log) == asked
+
+
+def test_a_lease_that_was_lost_under_a_look_goes_back() -> None:
+    opened = FakeOpened()
+    opened.pressed = False
+    leases = leases_of(opened, (0, 1))
+    run_pass(leases, (0, 1))
+    opened.spoilt.add(1)
+    with leases.glimpse(1) as lease:
+        assert lease is not None
+    assert 1 not in opened.held
+
+
+def test_who_enters_while_a_grant_is_taken_in_gets_that_one() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1, 2))
+    leases.enter(0)
+    threads: list[threading.Thread] = []
+
+    def enter() -> None:
+        leases.enter(1)
+        leases.leave(1)
+
+    def meanwhile() -> None:
+        opened.on_resolve = None
+        threads.append(threading.Thread(target=enter))
+        threads[0].start()
+        threads[0].join(0.1)
+        assert threads[0].is_alive(), "it waits for the turn"
+
+    opened.on_resolve = meanwhile
+    with leases.glimpse(1) as lease:
+        assert lease is not None
+    threads[0].join(20)
+    leases.leave(0)
+    assert opened.log.count(("resolve", 1)) == 1
+    assert ("acquire", 1) not in opened.log
+
+
+def test_a_lost_daemon_is_raised_and_the_turn_is_free() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1, 2))
+    leases.enter(0)
+
+    def gone() -> None:
+        raise DaemonGone("tierd is gone")
+
+    opened.on_resolve = gone
+    with pytest.raises(DaemonGone), leases.glimpse(1):
+        pass
+    opened.on_resolve = None
+    leases.leave(0)
+    leases.enter(1)
+
+
+def test_closed_leases_are_not_taken_in() -> None:
+    opened = FakeOpened()
+    leases = leases_of(opened, (0, 1, 2))
+    leases.enter(0)
+    leases.close()
+    with leases.glimpse(1) as lease:
+        assert lease is None
+
+
+def test_a_daemons_grant_is_seen_without_waiting(daemon: FakeDaemon) -> None:
+    daemon.later.add(2)
+    with Client(daemon.path) as client:
+        opened = client.open(MODEL)
+        pending, later = opened.acquire_ahead(1), opened.acquire_ahead(2)
+        daemon.wait_until(lambda: pending.granted)
+        daemon.may_grant.clear()
+        waiting = opened.acquire_ahead(3)
+        assert not waiting.granted
+        lease = pending.resolve()
+        assert not pending.granted, "it was resolved"
+        assert not later.granted, "that would ask again"
+        daemon.may_grant.set()
+        for each in (later.resolve(), waiting.resolve(), lease):
+            each.release()

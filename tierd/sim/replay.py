@@ -10,7 +10,6 @@ can mean. Memory is empty at the begin.
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,6 +36,7 @@ from tierd.core.model import (
     Tick,
     WeightChanged,
 )
+from tierd.sim.agenda import Agenda
 from tierd.sim.errors import BadRecording
 from tierd.sim.reference import min_with_bypass
 from tierd.sim.replay_client import ReplayClient
@@ -132,7 +132,6 @@ class Replay:
         self.policy = policy
         self.budget = budget
         self.bandwidth = bandwidth
-        self.now = 0
         self.order: list[LayerKey] = []  #: as used
         self.nbytes: dict[LayerKey, int] = {}
         self.read_bytes = 0
@@ -142,12 +141,15 @@ class Replay:
             else DemandMachine(config, policy)
         )
         self._recording = recording
-        self._heap: list[tuple[int, int, Callable[[], None]]] = []
-        self._sequence = 0
+        self._agenda = Agenda()
         self._device_free_ns = 0
         self._ticking = False
         self._wakes_at_ns: int | None = None
         self.clients: dict[int, ReplayClient] = {}
+
+    @property
+    def now(self) -> int:
+        return self._agenda.now
 
     def run(self) -> None:
         """Everything to the end. Raises BadRecording when it does not come to one."""
@@ -157,18 +159,17 @@ class Replay:
             self._outside(event)
         for moment in recording.moments:
             if not isinstance(moment.event, _REMADE):
-                self._at(moment.at_ns - begin_ns, self._sender(moment.event))
+                self._agenda.at(moment.at_ns - begin_ns, self._sender(moment.event))
         recorded = clients_of(recording)
         if not recorded:
             raise BadRecording("the recording has no client that used a layer: nothing to replay")
         for number, client in enumerate(recorded, start=1):
             live = self.clients[number] = ReplayClient(
-                number, client, self.send, self._at, lambda: self.now, self._used
+                number, client, self.send, self._agenda.at, self._agenda.time, self._used
             )
-            self._at(max(client.joined_ns - begin_ns, 0), live.join)
-        while self._heap:
-            self.now, _, act = heapq.heappop(self._heap)
-            act()
+            self._agenda.at(max(client.joined_ns - begin_ns, 0), live.join)
+        while self._agenda:
+            self._agenda.step()
         stuck = [client.number for client in self.clients.values() if not client.over]
         if stuck:
             raise BadRecording(f"{self.policy}: clients {stuck} wait for layers for ever")
@@ -195,11 +196,11 @@ class Replay:
             self._act(action)
         wakes_at_ns = self._machine.wakes_at_ns
         if wakes_at_ns is not None and wakes_at_ns != self._wakes_at_ns:
-            self._at(max(wakes_at_ns, self.now), lambda: self.send(Tick(self.now)))
+            self._agenda.at(max(wakes_at_ns, self.now), lambda: self.send(Tick(self.now)))
         self._wakes_at_ns = wakes_at_ns
         if self._machine.waits_for_time and not self._ticking:
             self._ticking = True
-            self._at(self.now + TICK_NS, self._tick)
+            self._agenda.at(self.now + TICK_NS, self._tick)
 
     def _tick(self) -> None:
         self._ticking = False
@@ -221,7 +222,7 @@ class Replay:
                 client.needs(moved.model) for client in self.clients.values()
             ):
                 # It went when its clients were through; these are slower.
-                self._at(self.now + TICK_NS, send)
+                self._agenda.at(self.now + TICK_NS, send)
             else:
                 self.send(moved)
 
@@ -230,10 +231,6 @@ class Replay:
     def _used(self, key: LayerKey) -> None:
         self.order.append(key)
 
-    def _at(self, at_ns: int, act: Callable[[], None]) -> None:
-        self._sequence += 1
-        heapq.heappush(self._heap, (at_ns, self._sequence, act))
-
     def _act(self, action: Action) -> None:
         match action:
             case Read():
@@ -241,10 +238,12 @@ class Replay:
                 begin_ns = max(self.now, self._device_free_ns)
                 self._device_free_ns = begin_ns + action.nbytes * 1_000_000_000 // self.bandwidth
                 slot = action.slot
-                self._at(self._device_free_ns, lambda: self.send(ReadDone(self.now, slot)))
+                self._agenda.at(self._device_free_ns, lambda: self.send(ReadDone(self.now, slot)))
             case Discard():
                 where = (action.arena, action.offset, action.nbytes)
-                self._at(self.now + DISCARD_NS, lambda: self.send(DiscardDone(self.now, *where)))
+                self._agenda.at(
+                    self.now + DISCARD_NS, lambda: self.send(DiscardDone(self.now, *where))
+                )
             case Grant():
                 self.nbytes[action.key] = action.nbytes
                 self.clients[action.client].granted(action)

@@ -6,7 +6,6 @@ Deterministic, and fast enough for a command line: nothing is checked here (`sim
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -43,7 +42,9 @@ from tierd.core.stack_model import (
     StackConfig,
     StackEvent,
 )
+from tierd.sim.agenda import Agenda
 from tierd.sim.errors import DoesNotFit
+from tierd.sim.passes import Mark, Passes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,14 +52,9 @@ if TYPE_CHECKING:
 SECOND_NS = 1_000_000_000
 TICK_NS = SECOND_NS  #: as the engine does, while something is decided by time alone
 SPANS = 64  #: budgets that the arena's address space holds
-WINDOW = 4  #: passes that are compared with as many before
-FIRST_PASSES = 3  #: fill the memory, and are never counted
-MOST_PASSES = 60
-MOST_STEPS = 40_000  #: layers computed by all clients together
 COPY_LATENCY_NS = 20_000
 BLOCK_BYTES = 4 << 20  #: an early copy is so far behind the read of its layer
 DRAM, GPU = 0, 1  #: arenas
-SETTLED = 0.01  #: difference between two windows of a steady state
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,18 +124,6 @@ class _Device:
         return self.free_ns + self.latency_ns
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """The sums at the end of a pass of one client."""
-
-    at_ns: int
-    stall_ns: int
-    read_bytes: int
-    ssd_busy_ns: int
-    copied_bytes: int
-    copy_busy_ns: int
-
-
 @dataclass(slots=True, eq=False)
 class _Client:
     """Computes with one layer, and has asked for the next one ahead."""
@@ -151,7 +135,6 @@ class _Client:
     stall_ns: int = 0
     leases: dict[int, int] = field(default_factory=dict)  #: by layer
     asked: dict[int, int] = field(default_factory=dict)  #: layer by request
-    marks: list[_Mark] = field(default_factory=list)
 
 
 class SteadyRun:
@@ -162,8 +145,9 @@ class SteadyRun:
         self._ssd = _Device(node.ssd_bytes_per_s, node.latency_ns)
         self._link = _Device(max(node.copy_bytes_per_s, 1), COPY_LATENCY_NS)
         self._clients = [_Client(number) for number in range(work.clients)]
-        self._heap: list[tuple[int, int, Callable[[], None]]] = []
-        self._sequence = self._requests = self._now = 0
+        self._passes = Passes(work.clients, len(work.order))
+        self._agenda = Agenda()
+        self._requests = 0
         self._events: deque[StackEvent] = deque()  # the first is being handled
         self._tick_ns: int | None = None  # when the next tick is due
         dram = _tier(node, node.dram_bytes)
@@ -179,16 +163,19 @@ class SteadyRun:
             self._feed(GpuArenaAdded(0, 0, GPU, SPANS * budget, budget))
             self._feed(ModelPlaced(0, 0, 0, GPU))
 
+    @property
+    def _now(self) -> int:
+        return self._agenda.now
+
     def run(self) -> SteadyState:
         work = self._work
         # Processes do not start together; a pass takes about as long as its slowest stage.
         full_ns = sum(work.layer_bytes) * SECOND_NS // self._ssd.bytes_per_s
         apart_ns = max(sum(work.compute_ns), full_ns) // work.clients
         for client in self._clients:
-            self._after(client.number * apart_ns, lambda client=client: self._join(client))  # type: ignore[misc]
-        while self._heap and not self._over():
-            self._now, _, act = heapq.heappop(self._heap)
-            act()
+            self._agenda.after(client.number * apart_ns, lambda client=client: self._join(client))  # type: ignore[misc]
+        while self._agenda and not self._passes.over:
+            self._agenda.step()
         return self._summary()
 
     # ------------------------------------------------------------------------------------ clients
@@ -218,7 +205,7 @@ class SteadyRun:
         client.wanted = None
         client.stall_ns += self._now - client.since_ns
         following = work.order[(client.step + 1) % len(work.order)]
-        self._after(work.compute_ns[client.step], lambda: self._leave(client, following))
+        self._agenda.after(work.compute_ns[client.step], lambda: self._leave(client, following))
         if following not in client.leases:
             self._ask(client, following, ahead=True)
 
@@ -229,16 +216,11 @@ class SteadyRun:
         client.step += 1
         if client.step == len(self._work.order):
             client.step = 0
-            client.marks.append(
-                _Mark(
-                    self._now,
-                    client.stall_ns,
-                    self._ssd.nbytes,
-                    self._ssd.busy_ns,
-                    self._link.nbytes,
-                    self._link.busy_ns,
-                )
+            ssd, link = self._ssd, self._link
+            mark = Mark(
+                self._now, client.stall_ns, ssd.nbytes, ssd.busy_ns, link.nbytes, link.busy_ns
             )
+            self._passes.ended(client.number, mark)
         self._enter(client)
 
     def _ask(self, client: _Client, layer: int, *, ahead: bool) -> None:
@@ -263,22 +245,22 @@ class SteadyRun:
                 at_ns = min(at_ns, max(wakes_ns, self._now))
             if self._tick_ns is None or at_ns < self._tick_ns:
                 self._tick_ns = at_ns
-                self._at(at_ns, self._tick)
+                self._agenda.at(at_ns, self._tick)
 
     def _act(self, action: StackAction) -> None:
         match action:
             case Read():
                 done_ns = self._ssd.done_ns(self._now, action.nbytes)
                 self._read_ns[action.slot] = done_ns
-                self._at(done_ns, self._read(action.slot))
+                self._agenda.at(done_ns, self._read(action.slot))
             case Copy():
                 done_ns = self._copy_done_ns(action)
-                self._at(done_ns, self._copied(action.gpu, action.slot))
+                self._agenda.at(done_ns, self._copied(action.gpu, action.slot))
             case DirectRead():
                 done_ns = self._ssd.done_ns(self._now, action.nbytes)
-                self._at(done_ns, self._copied(action.gpu, action.slot))
+                self._agenda.at(done_ns, self._copied(action.gpu, action.slot))
             case Discard():
-                self._after(0, self._discarded(action))
+                self._agenda.after(0, self._discarded(action))
             case Admit():
                 self._enter(self._clients[action.client])
             case Grant():
@@ -324,68 +306,21 @@ class SteadyRun:
         self._requests += 1
         return self._requests
 
-    def _after(self, delay_ns: int, act: Callable[[], None]) -> None:
-        self._at(self._now + delay_ns, act)
-
-    def _at(self, at_ns: int, act: Callable[[], None]) -> None:
-        self._sequence += 1
-        heapq.heappush(self._heap, (at_ns, self._sequence, act))
-
     # ------------------------------------------------------------------------------------ the end
 
-    def _over(self) -> bool:
-        passes = min(len(client.marks) for client in self._clients)
-        steps = passes * len(self._work.order) * len(self._clients)
-        if passes >= MOST_PASSES or (passes > FIRST_PASSES and steps >= MOST_STEPS):
-            return True
-        return passes >= FIRST_PASSES + 2 * WINDOW and self._settled()
-
-    def _settled(self) -> bool:
-        """Whether the last passes of every client cost what those before them did."""
-        for client in self._clients:
-            if len(client.marks) <= FIRST_PASSES + 2 * WINDOW - 1:
-                return False
-            first, middle, last = (
-                client.marks[-1 - 2 * WINDOW],
-                client.marks[-1 - WINDOW],
-                client.marks[-1],
-            )
-            for one, two in (
-                (middle.at_ns - first.at_ns, last.at_ns - middle.at_ns),
-                (middle.read_bytes - first.read_bytes, last.read_bytes - middle.read_bytes),
-            ):
-                if abs(one - two) > SETTLED * max(one, two):
-                    return False
-        return True
-
     def _summary(self) -> SteadyState:
-        window = min(WINDOW, min(len(client.marks) for client in self._clients) - 1)
-        ends = [(client.marks[-1 - window], client.marks[-1]) for client in self._clients]
-        count = len(ends)
-        span_ns = sum(last.at_ns - first.at_ns for first, last in ends)
-        pass_ns = span_ns // (window * count)
-
-        def rate(sums: Callable[[_Mark], int]) -> float:
-            """Per nanosecond: the mean over the clients' windows, which are not the same time."""
-            return (
-                sum(
-                    (sums(last) - sums(first)) / max(last.at_ns - first.at_ns, 1)
-                    for first, last in ends
-                )
-                / count
-            )
-
+        passes, clients = self._passes, len(self._clients)
+        pass_ns = passes.mean_ns(lambda mark: mark.at_ns)
         return SteadyState(
             pass_ns=pass_ns,
-            stall_ns=sum(last.stall_ns - first.stall_ns for first, last in ends)
-            // (window * count),
+            stall_ns=passes.mean_ns(lambda mark: mark.stall_ns),
             compute_ns=sum(self._work.compute_ns),
-            ssd_bytes=int(rate(lambda mark: mark.read_bytes) * pass_ns / count),
-            ssd_share=min(rate(lambda mark: mark.ssd_busy_ns), 1.0),
-            copy_bytes=int(rate(lambda mark: mark.copied_bytes) * pass_ns / count),
-            copy_share=min(rate(lambda mark: mark.copy_busy_ns), 1.0),
-            passes=min(len(client.marks) for client in self._clients),
-            settled=self._settled(),
+            ssd_bytes=int(passes.rate(lambda mark: mark.read_bytes) * pass_ns / clients),
+            ssd_share=min(passes.rate(lambda mark: mark.ssd_busy_ns), 1.0),
+            copy_bytes=int(passes.rate(lambda mark: mark.copied_bytes) * pass_ns / clients),
+            copy_share=min(passes.rate(lambda mark: mark.copy_busy_ns), 1.0),
+            passes=passes.fewest,
+            settled=passes.settled,
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 import triton
@@ -36,7 +36,7 @@ class Way:
 
 WAYS: Final = (Way("gather", 4), Way("window", 4), Way("gather", 8), Way("window", 8))
 """All that can be chosen, each of them tested. Which is faster is for a card to say."""
-_DEFAULT: Final = {
+DEFAULT_WAYS: Final = {
     "raw": Way("gather", 4),
     "exponent-packed": Way("window", 4),
     "int8": Way("window", 4),
@@ -47,7 +47,7 @@ _DEFAULT: Final = {
 
 def default_way(matrix: TorchMatrix) -> Way:
     """The one of WAYS that is taken where nobody says another."""
-    return _DEFAULT[matrix.codec]
+    return DEFAULT_WAYS[matrix.codec]
 
 
 def expand(
@@ -74,43 +74,43 @@ def expand(
     if chosen not in WAYS:
         raise KernelError(f"{chosen} is none of the ways that are compiled and tested")
     cell = new_faults(matrix.device) if faults is None else faults
-    tile_cols = matrix.grid.tile_cols
-    if tiles := (end - first) * tile_cols:
+    if first < end and matrix.cols:
         # Triton launches on the current device, whichever that of its arguments is.
         with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
-            expand_tiles[(tiles,)](
-                matrix.bitmap,
-                matrix.offsets,
-                matrix.heads,
-                matrix.scales,
-                matrix.values,
-                out.detach(),
-                cell,
-                matrix.values.numel(),
-                matrix.grid.tiles,
-                matrix.most_escapes,
-                first,
-                matrix.rows,
-                matrix.cols,
-                tile_cols,
-                matrix.group // TILE or 1,
-                **constants(matrix, chosen),
-            )
+            launch(matrix, out.detach(), cell, first, end, chosen)
     if faults is None and (fault := int(cell)) != NO_FAULT:
         raise KernelError(fault_text(fault))
 
 
-def constants(matrix: TorchMatrix, way: Way) -> dict[str, Any]:
-    """What `expand_tiles` is compiled with, and Triton's options."""
-    return {
-        "CODEC": matrix.codec,
+def launch(
+    matrix: TorchMatrix, out: torch.Tensor, faults: torch.Tensor, first: int, end: int, way: Way
+) -> None:
+    """Start `expand_tiles` for tile rows [first, end). Nothing is checked here."""
+    tile_cols = matrix.grid.tile_cols
+    expand_tiles[((end - first) * tile_cols,)](
+        matrix.bitmap,
+        matrix.offsets,
+        matrix.heads,
+        matrix.scales,
+        matrix.values,
+        out,
+        faults,
+        matrix.values.numel(),
+        matrix.grid.tiles,
+        matrix.most_escapes,
+        first,
+        matrix.rows,
+        matrix.cols,
+        tile_cols,
+        matrix.group // TILE or 1,
+        CODEC=matrix.codec,
         # Levels are multiplied by their scales in float32, and rounded then.
-        "ELEMENT": ELEMENTS[matrix.dtype] if matrix.scales is None else tl.float32,
-        "MASKED": matrix.bitmap is not None,
-        "PLANES": matrix.most_planes if matrix.codec == "exponent-packed" else 0,
-        "VARIANT": way.variant,
-        "num_warps": way.warps,
-    }
+        ELEMENT=ELEMENTS[matrix.dtype] if matrix.scales is None else tl.float32,
+        MASKED=matrix.bitmap is not None,
+        PLANES=matrix.most_planes if matrix.codec == "exponent-packed" else 0,
+        VARIANT=way.variant,
+        num_warps=way.warps,
+    )
 
 
 @triton.jit(

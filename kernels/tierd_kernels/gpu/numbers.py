@@ -23,11 +23,12 @@ def widened(bits):
 @triton.jit
 def rounded(number, DTYPE: tl.constexpr):
     """A float32 to the nearest of DTYPE, of two to the even one."""
-    if not INTERPRETED or tl.bfloat16 != DTYPE:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        # The interpreter would cut off.
+        bits = number.to(tl.uint32, bitcast=True)
+        nearest = bits + 0x7FFF + (bits >> 16 & 1)
+        # The carry of a NaN's payload must not reach its exponent.
+        bits = tl.where(number == number, nearest, bits | 0x400000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:  # Triton compiles what follows a return, too
         return number.to(DTYPE)
-    # The interpreter would cut off.
-    bits = number.to(tl.uint32, bitcast=True)
-    nearest = bits + 0x7FFF + (bits >> 16 & 1)
-    # The carry of a NaN's payload must not reach its exponent.
-    bits = tl.where(number == number, nearest, bits | 0x400000)
-    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -243,6 +243,11 @@ def test_pytests_report_is_counted_with_reasons(tmp_path: Path) -> None:
     assert found.failed == ["a::two: assert 1", "a::five: broke"]
     assert found.skipped == {"no GPU": 2}
     assert report.read_tests(tmp_path / "none.xml") is None
+    both = report.tests_json([found, found])
+    assert both is not None
+    assert both["text"] == "2 passed, 4 failed, 4 skipped"
+    assert both["skipped"] == {"no GPU": 4}
+    assert report.tests_json([]) is None
 
 
 def test_what_was_not_run_and_what_binds_is_said_in_words() -> None:

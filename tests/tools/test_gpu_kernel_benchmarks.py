@@ -4,12 +4,13 @@ compute what they should, and count for nothing."""
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from tierd_tools import gpu_matrices
+from tierd_tools import gpu_matrices, gpu_plans
 from tierd_tools.bench import gpu_error, gpu_expand, gpu_fused, gpu_layout, gpu_variants
 from tierd_tools.gpu_acceptance.promises import FUSED_FORMS
 from tierd_tools.gpu_matrices import copies_of, kernel_ground, packed_bytes, packed_there
@@ -67,6 +68,16 @@ def test_the_fused_product_is_measured_with_the_plan_of_a_model(
     assert str(row.binds).startswith("Plan(tokens=16, ")
 
 
+def test_every_variant_that_a_model_may_take_is_compiled_ahead() -> None:
+    here = kernel_ground()
+    matrix = packed_there(here, torch.eye(64, 64, dtype=torch.bfloat16), "raw")
+    ahead = {replace(plan, splits=1) for plan in gpu_plans.variants(64)}
+    for times in gpu_plans.crossovers(here).table(matrix).values():
+        assert {replace(plan, splits=1) for plan in times if plan is not None} <= ahead
+    assert {plan.tokens for plan in gpu_plans.variants(16)} == {16}
+    gpu_plans.launch(matrix, gpu_plans.variants(16)[0])
+
+
 def test_the_product_is_as_exact_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_error, "SMALL", (64, 128))
     for row in measured(gpu_error.run(), 6):
@@ -81,7 +92,8 @@ def test_the_table_of_plans_has_a_line_for_each_class_of_tokens() -> None:
         assert row.ratio == 1.0
     lines = gpu_variants.TABLE.read_text().splitlines()
     assert len(lines) == 2 + 4 * 7
-    assert lines[2].startswith("| raw 64x64 | 1 | gather, ")
+    assert lines[2].startswith("| raw 64x64 | 1 | ")
+    assert lines[2].count(" tokens a program |") == 2
 
 
 def test_orders_are_held_against_that_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,29 +32,32 @@ def crossovers(here: KernelGround) -> Crossovers:
 
 
 def compile_ahead(wanted: Iterable[tuple[TorchMatrix, int]], device: torch.device) -> None:
-    """Every candidate of the matrices, up to so many tokens, compiled by as many threads as there
+    """Every variant of the matrices, up to so many tokens, compiled by as many threads as there
     are processors: one after the other they take minutes."""
     if device.type != "cuda":
         return
-    from tierd_kernels.gpu.linear import linear, processors
-    from tierd_kernels.gpu.plans import TOKEN_BLOCKS, candidates
-
-    def launch(matrix: TorchMatrix, tokens: int, plan: Plan) -> None:
-        x = torch.zeros((tokens, matrix.cols), dtype=torch.bfloat16, device=device)
-        linear(matrix, x, plan=plan)
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        running = []
-        for matrix, most in wanted:
-            tried = set()
-            for tokens in (block for block in TOKEN_BLOCKS if block <= max(most, TOKEN_BLOCKS[0])):
-                for plan in candidates(matrix.grid, tokens, processors(device)):
-                    variant = (plan.tokens, plan.warps, plan.stages, plan.variant)
-                    if variant not in tried:
-                        tried.add(variant)
-                        running.append(pool.submit(launch, matrix, tokens, plan))
+        running = [
+            pool.submit(launch, matrix, plan) for matrix, most in wanted for plan in variants(most)
+        ]
         for launched in running:
             launched.result()
+
+
+def variants(most: int) -> list[Plan]:
+    """A plan of each kernel that is compiled for up to so many tokens."""
+    from tierd_kernels.gpu.plans import TOKEN_BLOCKS, VARIANTS, Plan, token_block
+
+    blocks = [block for block in TOKEN_BLOCKS if block <= token_block(most)]
+    return [Plan(block, 1, *variant) for block in blocks for variant in VARIANTS]
+
+
+def launch(matrix: TorchMatrix, plan: Plan) -> None:
+    """One product, whose result nobody looks at."""
+    from tierd_kernels.gpu.linear import linear
+
+    x = torch.zeros((plan.tokens, matrix.cols), dtype=torch.bfloat16, device=matrix.device)
+    linear(matrix, x, plan=plan)
 
 
 def best(found: Crossovers, matrix: TorchMatrix, tokens: int) -> Plan:

@@ -53,6 +53,7 @@ def _sides(
     here: KernelGround, dense: torch.Tensor, outputs: list[torch.Tensor], x: torch.Tensor
 ) -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None]], int]:
     """For each order: expanding, and summing, over so many copies. Both were seen to be right."""
+    from tierd_kernels.gpu.expand import default_way
     from tierd_tools import gpu_layout
 
     expands, sums, count = {}, {}, 0
@@ -61,21 +62,28 @@ def _sides(
     for order in gpu_layout.ORDERS:
         stored = packed_there(here, gpu_layout.stored_copy(dense, order), "raw")
         matrices = copies_of(here, stored)
-        count = len(matrices)
+        count, variant = len(matrices), default_way(stored).variant
         parts = torch.empty((SPLITS, dense.shape[0]), device=here.device)
         pairs = [(one, outputs[number % len(outputs)]) for number, one in enumerate(matrices)]
 
-        def expand(pair: tuple[Any, torch.Tensor], order: str = order) -> None:
+        def expand(
+            pair: tuple[Any, torch.Tensor], order: str = order, variant: str = variant
+        ) -> None:
             matrix, out = pair
             gpu_layout.expand_tiles[(tall * wide,)](
                 matrix.bitmap, matrix.offsets, matrix.values, matrix.values.numel(),
-                out, tall, wide, VARIANT="gather", ORDER=order,
+                out, tall, wide, VARIANT=variant, ORDER=order,
             )  # fmt: skip
 
-        def add(matrix: Any, order: str = order, parts: torch.Tensor = parts) -> None:
+        def add(
+            matrix: Any,
+            order: str = order,
+            variant: str = variant,
+            parts: torch.Tensor = parts,
+        ) -> None:
             gpu_layout.sum_rows[(tall, SPLITS)](
                 matrix.bitmap, matrix.offsets, matrix.values, matrix.values.numel(),
-                x, parts, tall, wide, SPLITS, VARIANT="gather", ORDER=order,
+                x, parts, tall, wide, SPLITS, VARIANT=variant, ORDER=order,
             )  # fmt: skip
 
         expands[order], sums[order] = over_all(pairs, expand), over_all(matrices, add)

@@ -12,7 +12,9 @@ Imports only the standard library and what does too: it begins before anything i
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -30,7 +32,8 @@ SECONDS: Final = 480.0
 #: build: it may take what the last parts would need (25 s with 2 cores that are free, 100 s and
 #: more with cores that are not).
 BUDGETS: Final = {
-    "wheels": 15.0, "build": 205.0, "look": 15.0, "models": 60.0, "tests": 95.0, "doctor": 45.0,
+    "wheels": 15.0, "build": 205.0, "look": 15.0, "models": 60.0, "kernels": 60.0, "tests": 60.0,
+    "doctor": 40.0,
     "gpu_error": 20.0, "gpu_expand": 20.0, "gpu_variants": 60.0, "gpu_fused": 35.0,
     "gpu_decode": 60.0, "gpu_copy": 25.0, "gpu_acquire": 25.0, "gpu_killed": 30.0,
     "gpu_token": 30.0, "gpu_layout": 15.0, "gpu_sanitizer": 45.0, "gpu_shared": 30.0,
@@ -40,6 +43,9 @@ BUDGETS: Final = {
 PATIENCE: Final = 2.0
 #: What runs on the models that `models` makes.
 WITH_MODELS: Final = ("gpu_decode", "gpu_killed", "gpu_token", "gpu_shared")
+KERNEL_TESTS: Final = "kernels"  #: in the folder of the tests
+PLUGINS: Final = ("-p", "pytest_asyncio.plugin", "-p", "pytest_timeout")
+WORKERS: Final = 8  #: each with a CUDA context of its own
 BENCH_OUT: Final = Path("build/bench")
 _LOOK = "from tierd_tools.doctor import nvidia; print(nvidia.look().problem or '')"
 
@@ -65,6 +71,8 @@ class Acceptance:
             "TIERD_GPU_ANSWERS": str(out / "answers.jsonl"),
             "TIERD_GPU_MODELS": str(out / "models"),
             "TIERD_KERNELS_DEVICE": "cuda",  # the kernels' tests, compiled
+            # Of the many plugins that a node has, one might warn, and warnings are errors.
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             # Of the run: what it measures and compiles is not what another one left.
             "XDG_CACHE_HOME": str((out / "cache").absolute()),
             "TRITON_CACHE_DIR": str((out / "triton").absolute()),
@@ -77,7 +85,7 @@ class Acceptance:
         (self.out / "answers.jsonl").unlink(missing_ok=True)
         why = built or (no_gpu and f"no GPU: {no_gpu}")
         making = self._models(models, why)  # beside what measures nothing
-        tests = self._tests(built or self._not_chosen("tests"))
+        tests = self._tests(built)
         doctor = self._doctor(built or self._not_chosen("doctor"))
         missing = self._parts.finish(making) if isinstance(making, Running) else making
         no_models = f"no model: {missing.reason}" if missing.reason else None
@@ -123,26 +131,36 @@ class Acceptance:
         return outcome.reason or said.read_text().strip() or None
 
     def _tests(self, why: str | None) -> dict[str, Any] | None:
+        """Those of the kernels in several processes, where pytest-xdist is here: most of their time
+        goes into compiling. The others one by one: they look at all of the GPU's memory."""
         if why:
-            self._parts.skip("tests", BUDGETS["tests"], why)
+            for name in ("kernels", "tests"):
+                self._parts.skip(name, BUDGETS[name], why)
             return None
-        junit = self.out / "tests.xml"
+        tests = Path(self._tests_in)
+        kernels = tests / KERNEL_TESTS
+        found = []
+        if kernels.is_dir():
+            found.append(self._pytest("kernels", [str(kernels), *_in_parallel()]))
+        found.append(self._pytest("tests", [str(tests), f"--ignore={kernels}"]))
+        return report.tests_json([one for one in found if one is not None])
+
+    def _pytest(self, name: str, arguments: Sequence[str]) -> report.Tests | None:
+        if why := self._not_chosen(name):
+            self._parts.skip(name, BUDGETS[name], why)
+            return None
+        junit = self.out / f"{name}.xml"
         junit.unlink(missing_ok=True)
         self._parts.run(
-            "tests", BUDGETS["tests"],
+            name, BUDGETS[name],
             [
-                sys.executable, "-m", "pytest", "-m", "gpu", self._tests_in, "-q", "-rs",
+                sys.executable, "-m", "pytest", "-m", "gpu", *arguments, "-q", "-rs",
                 "-p", "no:cacheprovider", "--continue-on-collection-errors",
-                f"--junitxml={junit}",
+                *PLUGINS, f"--junitxml={junit}",
             ],
+            good=(0, 5),  # 5: none of them is marked
         )  # fmt: skip
-        found = report.read_tests(junit)
-        if found is None:
-            return None
-        return {
-            "text": found.text, "passed": found.passed,
-            "failed": found.failed, "skipped": found.skipped,
-        }  # fmt: skip
+        return report.read_tests(junit)
 
     def _doctor(self, why: str | None) -> dict[str, Any] | None:
         if why:
@@ -187,6 +205,14 @@ class Acceptance:
                 return rows
             reason = outcome.reason or f"it wrote no rows: {outcome.log}"
         return [promise.not_run(reason).as_json() for promise in PROMISES[name]]
+
+
+def _in_parallel() -> list[str]:
+    """Options of pytest, empty where it can run tests one after the other only."""
+    workers = min(os.cpu_count() or 1, WORKERS)
+    if workers < 4 or importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-p", "xdist.plugin", "-n", str(workers)]
 
 
 def failures(result: dict[str, Any]) -> list[str]:

@@ -51,6 +51,22 @@ def read_tests(junit: Path) -> Tests | None:
     return tests
 
 
+def tests_json(several: list[Tests]) -> Cells | None:
+    """All of them together; None where there are none."""
+    if not several:
+        return None
+    total = Tests()
+    for tests in several:
+        total.passed += tests.passed
+        total.failed += tests.failed
+        for reason, count in tests.skipped.items():
+            total.skipped[reason] = total.skipped.get(reason, 0) + count
+    return {
+        "text": total.text, "passed": total.passed,
+        "failed": total.failed, "skipped": total.skipped,
+    }  # fmt: skip
+
+
 def markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
     card = machine["card"] or f"no GPU: {result['no_gpu']}"

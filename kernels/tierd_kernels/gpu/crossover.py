@@ -158,7 +158,7 @@ def _measured(matrix: TorchMatrix, timer: Timer) -> Table:
             functional.linear(x, dense)
 
         times: dict[Plan | None, float] = {None: timer(None, tokens, expanded)}
-        for plan in candidates(matrix.grid, tokens, processors(device)):
+        for plan in candidates(matrix.grid, matrix.codec, tokens, processors(device)):
 
             def multiplied(x: torch.Tensor = x, out: torch.Tensor = out, plan: Plan = plan) -> None:
                 linear(matrix, x, out=out, faults=cell, plan=plan)

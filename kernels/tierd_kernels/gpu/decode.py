@@ -1,14 +1,15 @@
 """One tile of a packed matrix, decoded by a Triton program: what all kernels for GPUs share.
 
 A lane has an *octet*: 8 columns of one row, a byte of the bitmap. The rank of its first kept
-element among those of the tile is found once (popcounts and one scan over the tile's 512 octets),
-and what it keeps are then at most 8 neighbours in the record. Eight steps follow that are written
-out: a few instructions for each element, and all of an octet stays in one thread's registers.
+element among those of the tile is found once (popcounts and one scan over half rows), and what it
+keeps are then at most 8 neighbours in the record: a *window* of it, words that are read and shifted
+into place. `spread.py` takes them from there to their columns, four bytes an instruction.
 
 Contents are hostile: a tile's record, as its bitmap and head say it must be, is compared with its
 offsets and with the size of `values`, which the host knows, before anything follows it. A rank is
-below the number of elements that was compared, as both are sums of the same registers. Source:
-FORMAT.md, section "Tile layout"; `reference.py` says the same in numpy.
+below the number of elements that was compared, as both are sums of the same registers. Windows
+read whole words without asking, except in tiles near the end of `values`. Source: FORMAT.md,
+section "Tile layout"; `reference.py` says the same in numpy.
 
 Interpreted, Python's `min` and `max` are wrong in a kernel: `tl.minimum` and `tl.maximum`.
 """
@@ -23,14 +24,15 @@ import triton
 import triton.language as tl
 
 from tierd_kernels.gpu.escapes import escaped, escapes_are_wrong
-from tierd_kernels.gpu.octets import eight_bytes, gathered, octets, pairs, picked, window
+from tierd_kernels.gpu.levels import numbers_of
+from tierd_kernels.gpu.octets import eight_bytes, gathered, halves, octets, pairs, window
 from tierd_kernels.gpu.planes import codes, turned_back
+from tierd_kernels.gpu.spread import digits, spread_bytes, spread_nibbles
 from tierd_kernels.torch_expand import REASONS
 
 VARIANTS: Final = ("gather", "window")
-"""How elements are fetched: one load for each kept one; or for each octet the aligned words that
-its elements lie in, shifted into place. Which is faster is measured on the card. Bit planes are
-read by windows in both."""
+"""How raw elements of 2 bytes are fetched: one load for each kept one, or windows. Which is faster
+is measured on the card. All else knows one way only: 4 bytes one by one, the others by windows."""
 
 NO_REASON = tl.constexpr(len(REASONS))
 """Of a tile in which nothing is wrong; the others are numbers of REASONS."""
@@ -38,6 +40,8 @@ _BITS = tl.constexpr(0)
 _HEAD = tl.constexpr(1)
 _OFFSETS = tl.constexpr(2)
 _ESCAPES = tl.constexpr(3)
+_MORE = tl.constexpr(8192 // 16)
+"""Units of 16 bytes. Windows begin inside a record, or in 8 bit planes of 512 bytes after it."""
 
 
 @triton.jit
@@ -70,18 +74,19 @@ def decode_tile(
     VARIANT: one of VARIANTS.
     reason: NO_REASON, or what is wrong with the tile (a number of REASONS); it is zeros then.
     """
-    kept, ones, rank, count, outside = octets(bitmap, tile, height, width, MASKED)
+    half, first, count, outside = halves(bitmap, tile, height, width, MASKED)
+    count = count.to(tl.uint32)
     reason = tl.where(outside, _BITS, NO_REASON)
-    begin, nbytes, sane = _record(offsets, tile, tiles, values_bytes)
-    record = values + begin
+    begin, units, sane, more = _record(offsets, tile, tiles, values_bytes)
+    record = values + begin.to(tl.int64) * 16
     ITEM_BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     if CODEC == "exponent-packed":
         head = tl.load(heads.to(tl.pointer_type(tl.uint32)) + tile)
-        base = (head & 0xFF).to(tl.int32)
-        planes = (head >> 8 & 0xFF).to(tl.int32)
-        escapes = (head >> 16).to(tl.int32)
+        base = head & 0xFF
+        planes = head >> 8 & 0xFF
+        escapes = head >> 16
         can_be = (planes <= PLANES) & (escapes <= most_escapes) & (escapes <= count)
-        can_be &= base + (1 << tl.minimum(planes, 8)) <= 256
+        can_be &= base + (tl.full([], 1, tl.uint32) << tl.minimum(planes, 8)) <= 256
         can_be &= (count > 0) | (head == 0)
         reason = tl.where(can_be, reason, tl.minimum(reason, _HEAD))
         byte_plane = (count + 7) // 8 * 8
@@ -96,7 +101,7 @@ def decode_tile(
     else:
         tl.static_assert(CODEC == "raw")
         needed = count * ITEM_BYTES
-    sane &= nbytes == (needed + 15) // 16 * 16
+    sane &= units == (needed + 15) // 16
     reason = tl.where(sane, reason, tl.minimum(reason, _OFFSETS))
     if CODEC == "exponent-packed":
         # Zero where something is wrong already: then nothing is followed.
@@ -104,40 +109,106 @@ def decode_tile(
         escape = (record + escapes_at).to(tl.pointer_type(tl.uint32))
         reason = tl.where(escapes_are_wrong(escape, escapes, count), _ESCAPES, reason)
         escapes = tl.where(reason == NO_REASON, escapes, 0)
-    kept = tl.where(reason == NO_REASON, kept, 0)
-    ones = tl.where(reason == NO_REASON, ones, 0)
-    if CODEC == "raw":
-        if VARIANT == "window" and ITEM_BYTES == 2:
-            elements = pairs(record, kept, ones, rank, DTYPE)
-        else:
-            elements = gathered(record.to(tl.pointer_type(DTYPE)), kept, rank)
-    elif CODEC == "int8":
-        if VARIANT == "window":
-            word = eight_bytes(record, rank, ones)
-            levels = picked(word, kept, 8).to(tl.int8, bitcast=True)
-        else:
-            levels = gathered(record.to(tl.pointer_type(tl.int8)), kept, rank)
-        elements = levels.to(tl.float32).to(DTYPE)
-    elif CODEC == "int4":
-        word = window(record, rank * 4, ones * 4).to(tl.uint64)
-        nibbles = picked(word, kept, 4).to(tl.int32)
-        elements = ((nibbles ^ 8) - 8).to(tl.float32).to(DTYPE)
+    kept, ones, rank = octets(tl.where(reason == NO_REASON, half, 0), first)
+    if CODEC != "exponent-packed":
+        planes_at, byte_plane, bit_plane, planes, base, escape, escapes = 0, 0, 0, 0, 0, None, 0
+    # Read what is there without asking, but where `values` may end.
+    if (reason == NO_REASON) & more:
+        elements = _elements(
+            record,
+            kept,
+            ones,
+            rank,
+            planes_at,
+            byte_plane,
+            bit_plane,
+            planes,
+            base,
+            escape,
+            escapes,
+            CODEC,
+            DTYPE,
+            PLANES,
+            VARIANT,
+            False,
+        )
     else:
-        top = codes(record + planes_at, bit_plane, planes, rank, ones, PLANES)
-        top += base.to(tl.uint64) * 0x0101010101010101
-        if escapes > 0:
-            top = escaped(escape, escapes, top, rank, ones)
-        elements = turned_back(record, byte_plane, top, kept, ones, rank, DTYPE, VARIANT)
+        elements = _elements(
+            record,
+            kept,
+            ones,
+            rank,
+            planes_at,
+            byte_plane,
+            bit_plane,
+            planes,
+            base,
+            escape,
+            escapes,
+            CODEC,
+            DTYPE,
+            PLANES,
+            VARIANT,
+            True,
+        )
     return elements, reason
 
 
 @triton.jit
+def _elements(
+    record,
+    kept,
+    ones,
+    rank,
+    planes_at,
+    byte_plane,
+    bit_plane,
+    planes,
+    base,
+    escape,
+    escapes,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PLANES: tl.constexpr,
+    VARIANT: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """The elements of a tile in whose record nothing is wrong, or of which nothing is kept."""
+    if CODEC == "raw":
+        if VARIANT == "window" and DTYPE.primitive_bitwidth == 16:
+            elements = pairs(record, kept, rank, CHECKED).to(DTYPE, bitcast=True)
+        else:
+            elements = gathered(record.to(tl.pointer_type(DTYPE)), kept, rank)
+    elif CODEC == "int8":
+        low, high = eight_bytes(record, rank, ones, CHECKED)
+        low, high = spread_bytes(low, high, digits(kept), tl.zeros([512], tl.uint32))
+        elements = numbers_of(low ^ 0x80808080, high ^ 0x80808080, 8, DTYPE)
+    elif CODEC == "int4":
+        word = window(record, rank * 4, ones * 4, CHECKED) ^ 0x88888888
+        low, high = spread_nibbles(word, digits(kept))
+        elements = numbers_of(low, high, 4, DTYPE)
+    else:
+        low, high = codes(record + planes_at, bit_plane, planes, rank, ones, PLANES, CHECKED)
+        low += base * 0x01010101
+        high += base * 0x01010101
+        if escapes > 0:
+            top = low.to(tl.uint64) | high.to(tl.uint64) << 32
+            top = escaped(escape, escapes, top, rank, ones)
+            low, high = top.to(tl.uint32), (top >> 32).to(tl.uint32)
+        elements = turned_back(record, byte_plane, low, high, kept, ones, rank, DTYPE, CHECKED)
+    return elements
+
+
+@triton.jit
 def _record(offsets, tile, tiles, values_bytes):
-    """Return where the record begins and its bytes, and whether it lies where it must."""
+    """Return where the record begins and how long it is, in units of 16 bytes, uint32; whether it
+    lies where it must; and whether at least _MORE units come after it.
+    """
     offset = offsets.to(tl.pointer_type(tl.uint32)) + tile
-    begin = tl.load(offset).to(tl.int64) * 16
-    end = tl.load(offset + 1).to(tl.int64) * 16
-    sane = end <= values_bytes
+    begin = tl.load(offset)
+    end = tl.load(offset + 1)
+    most = (values_bytes // 16).to(tl.uint32)
+    sane = (end <= most) & (begin <= end)
     sane &= (tile > 0) | (begin == 0)
-    sane &= (tile + 1 < tiles) | (end == values_bytes)
-    return begin, end - begin, sane
+    sane &= (tile + 1 < tiles) | (end == most)
+    return begin, end - begin, sane, (end <= most) & (most - end >= _MORE)

@@ -64,7 +64,7 @@ def linear(
     if tokens and matrix.rows:
         chosen = plan or default_plan(matrix.grid, tokens, processors(matrix.device))
         _check_plan(matrix, chosen)
-        _launch(matrix, x.detach(), bias, out.detach(), cell, chosen)
+        launch(matrix, x.detach(), bias, out.detach(), cell, chosen)
     if faults is None and (fault := int(cell)) != NO_FAULT:
         raise KernelError(fault_text(fault))
     return out
@@ -93,7 +93,7 @@ def multiply_arguments(matrix: TorchMatrix, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _launch(
+def launch(
     matrix: TorchMatrix,
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -101,6 +101,7 @@ def _launch(
     faults: torch.Tensor,
     plan: Plan,
 ) -> None:
+    """As `linear`, without asking whether anything fits."""
     tokens, rows, cols = len(x), matrix.rows, matrix.cols
     splits = plan.splits if cols else 0
     parts = x.new_empty((splits, tokens, rows), dtype=torch.float32)

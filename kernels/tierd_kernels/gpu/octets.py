@@ -1,7 +1,7 @@
 """The octets of a tile: which elements they keep, and how those are fetched from the record.
 
-An octet is 8 columns of one row. Tensors of one number for each octet are [512]. Every fetch is
-bounded by the rank and the number of kept elements of its octet: see `decode.py`.
+An octet is 8 columns of one row. Tensors of one number for each octet are [512]. Every fetch begins
+at an octet's rank, which is at most the number of elements of the tile: see `decode.py`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -11,40 +11,43 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tierd_kernels.gpu.spread import bytes_of_bits, columns_of_pairs, digits, spread_pairs
+
 
 @triton.jit
-def octets(bitmap, tile, height, width, MASKED: tl.constexpr):
-    """Return what the octets of a tile keep, and what the tile does.
+def halves(bitmap, tile, height, width, MASKED: tl.constexpr):
+    """Return which elements a tile keeps, and what the tile does.
 
-    kept [512]: bit j for column j of the octet.   ones [512]: how many those are.
-    rank [512]: of the octet's first kept element among those of the tile.
-    count: of the tile.   outside: whether there are bits outside the matrix; they are not kept.
+    kept uint32 [128]: bit c for column c of half a row: one for each lane of 4 warps, so that
+    the scan is short.   rank [128]: of the half's first kept element among those of the tile.
+    count: of the tile.   outside: whether there are bits outside the matrix.
     """
-    if MASKED:
-        # Words of half a row: one for each lane of 4 warps, so that the scan is short.
-        word = tl.arange(0, 128)
-        stored = tl.load(bitmap.to(tl.pointer_type(tl.uint32)) + tile.to(tl.int64) * 128 + word)
-        inside = tl.minimum(tl.maximum(width - word % 2 * 32, 0), 32)
-        inside = tl.where(word // 2 < height, inside, 0)
-        allowed = tl.where(inside < 32, (1 << (inside & 31)) - 1, -1).to(tl.uint32)
-        halves = stored & allowed
-        total = _popcount(halves)
-        # One sum for two questions: there are at most 4096 elements.
-        found = tl.sum(tl.where(stored == halves, total, total + 8192), axis=0)
-        first = tl.cumsum(total, axis=0) - total
-        octet = tl.arange(0, 512)
-        half = tl.gather(halves, octet // 4, axis=0)
-        bit = (octet % 4 * 8).to(tl.uint32)
-        kept = (half >> bit & 0xFF).to(tl.int32)
-        rank = tl.gather(first, octet // 4, axis=0) + _popcount(half & (1 << bit) - 1)
-        ones = _popcount(kept.to(tl.uint32))
-        return kept, ones, rank, found % 8192, found >= 8192
-    else:
-        octet = tl.arange(0, 512)
-        row = octet // 8
-        left = octet % 8 * 8
-        ones = tl.where(row < height, tl.minimum(tl.maximum(width - left, 0), 8), 0)
-        return (1 << ones) - 1, ones, row * width + left, height * width, height > 64
+    half = tl.arange(0, 128)
+    left = half % 2 * 32
+    row = half // 2
+    inside = tl.where(row < height, tl.minimum(tl.maximum(width - left, 0), 32), 0)
+    allowed = tl.where(inside < 32, (1 << (inside & 31)) - 1, -1).to(tl.uint32)
+    if not MASKED:
+        count = height * width
+        return allowed, tl.minimum(row * width + tl.minimum(left, width), count), count, height > 64
+    kept = tl.load(bitmap.to(tl.pointer_type(tl.uint32)) + tile.to(tl.int64) * 128 + half)
+    ones = _popcount(kept)
+    # One sum for two questions: there are at most 4096 elements.
+    found = tl.sum(tl.where((kept & allowed) == kept, ones, ones + 8192), axis=0)
+    return kept, tl.cumsum(ones, axis=0) - ones, found & 8191, found > 8191
+
+
+@triton.jit
+def octets(half, first):
+    """Return kept [512]: bit j for column j of the octet; ones [512]: how many those are;
+    rank [512]: of the octet's first kept element. half, first: see `halves`.
+    """
+    octet = tl.arange(0, 512)
+    bit = (octet % 4 * 8).to(tl.uint32)
+    half = tl.gather(half, octet // 4, axis=0)
+    rank = tl.gather(first, octet // 4, axis=0) + _popcount(half & (1 << bit) - 1)
+    kept = half >> bit & 0xFF
+    return kept.to(tl.int32), (digits(kept) * 0x11111111 >> 28).to(tl.int32), rank
 
 
 @triton.jit
@@ -78,29 +81,39 @@ def gathered(item, kept, rank):
 
 
 @triton.jit
-def window(record, bit, bits):
+def window(record, bit, bits, CHECKED: tl.constexpr):
     """The 32 bits of the record from `bit` on; of them the first `bits` are right, at most 32.
 
-    Where `bits` is 0 nothing is read. A second word is read only where they reach into it.
+    CHECKED: read no word that none of these bits is in; else up to 7 bytes after them are read.
     """
-    word = record.to(tl.pointer_type(tl.uint32)) + (bit >> 5)
+    word = record.to(tl.pointer_type(tl.uint32)) + (bit.to(tl.uint32) >> 5)
     shift = bit & 31
-    low = tl.load(word, mask=bits > 0, other=0)
-    high = tl.load(word + 1, mask=shift + bits > 32, other=0)
+    low = _word(word, bits > 0, CHECKED)
+    high = _word(word + 1, shift + bits > 32, CHECKED)
     return _funnel(low, high, shift)
 
 
 @triton.jit
-def eight_bytes(record, at, nbytes):
-    """The 8 bytes of the record from `at` on, as uint64; the first `nbytes` of them are right."""
-    word = record.to(tl.pointer_type(tl.uint32)) + (at >> 2)
+def eight_bytes(record, at, nbytes, CHECKED: tl.constexpr):
+    """The 8 bytes of the record from `at` on, as two uint32; the first `nbytes` of them are right.
+
+    CHECKED: read no word that none of these is in; else up to 11 bytes after them are read.
+    """
+    word = record.to(tl.pointer_type(tl.uint32)) + (at.to(tl.uint32) >> 2)
     past = (at & 3) + nbytes
-    first = tl.load(word, mask=nbytes > 0, other=0)
-    second = tl.load(word + 1, mask=past > 4, other=0)
-    third = tl.load(word + 2, mask=past > 8, other=0)
+    first = _word(word, nbytes > 0, CHECKED)
+    second = _word(word + 1, past > 4, CHECKED)
+    third = _word(word + 2, past > 8, CHECKED)
     shift = (at & 3) * 8
-    low = _funnel(first, second, shift).to(tl.uint64)
-    return low | _funnel(second, third, shift).to(tl.uint64) << 32
+    return _funnel(first, second, shift), _funnel(second, third, shift)
+
+
+@triton.jit
+def _word(pointer, needed, CHECKED: tl.constexpr):
+    if CHECKED:
+        return tl.load(pointer, mask=needed, other=0)
+    else:
+        return tl.load(pointer)
 
 
 @triton.jit
@@ -110,63 +123,21 @@ def _funnel(low, high, shift):
 
 
 @triton.jit
-def pairs(record, kept, ones, rank, DTYPE: tl.constexpr):
-    """Elements of 2 bytes: as `gathered`, but each octet's come from windows of its record."""
-    first = eight_bytes(record, rank * 2, tl.minimum(ones, 4) * 2)
-    second = eight_bytes(record, rank * 2 + 8, tl.maximum(ones - 4, 0) * 2)
-    before = _before(kept)
-    e0 = _pair(first, second, before, kept, 0)
-    e1 = _pair(first, second, before, kept, 1)
-    e2 = _pair(first, second, before, kept, 2)
-    e3 = _pair(first, second, before, kept, 3)
-    e4 = _pair(first, second, before, kept, 4)
-    e5 = _pair(first, second, before, kept, 5)
-    e6 = _pair(first, second, before, kept, 6)
-    e7 = _pair(first, second, before, kept, 7)
-    return joined(e0, e1, e2, e3, e4, e5, e6, e7).to(DTYPE, bitcast=True)
+def pairs(record, kept, rank, CHECKED: tl.constexpr):
+    """Elements of 2 bytes: as `gathered`, but those of 4 columns come from a window. uint16."""
+    kept = kept.to(tl.uint32)
+    first, second, ones = _four(record, kept & 15, rank, CHECKED)
+    third, fourth, _ = _four(record, kept >> 4, rank + ones, CHECKED)
+    return columns_of_pairs(first, second, third, fourth)
 
 
 @triton.jit
-def _pair(first, second, before, kept, COLUMN: tl.constexpr):
-    number = before >> 4 * COLUMN
-    half = tl.where((number & 4) != 0, second, first)
-    element = (half >> ((number & 3) * 16).to(tl.uint64)).to(tl.uint32) & 0xFFFF
-    return tl.where((kept >> COLUMN & 1) != 0, element, 0).to(tl.uint16)
-
-
-@triton.jit
-def picked(packed, kept, BITS: tl.constexpr):
-    """Elements of BITS bits that lie side by side in uint64 `packed`, at the columns that are kept.
-
-    uint8 [64, 64], zeros elsewhere.
-    """
-    before = _before(kept)
-    e0 = _one(packed, before, kept, 0, BITS)
-    e1 = _one(packed, before, kept, 1, BITS)
-    e2 = _one(packed, before, kept, 2, BITS)
-    e3 = _one(packed, before, kept, 3, BITS)
-    e4 = _one(packed, before, kept, 4, BITS)
-    e5 = _one(packed, before, kept, 5, BITS)
-    e6 = _one(packed, before, kept, 6, BITS)
-    e7 = _one(packed, before, kept, 7, BITS)
-    return joined(e0, e1, e2, e3, e4, e5, e6, e7)
-
-
-@triton.jit
-def _one(packed, before, kept, COLUMN: tl.constexpr, BITS: tl.constexpr):
-    shift = (before >> 4 * COLUMN & 7) * BITS
-    element = (packed >> shift.to(tl.uint64)).to(tl.uint32) & ((1 << BITS) - 1)
-    return tl.where((kept >> COLUMN & 1) != 0, element, 0).to(tl.uint8)
-
-
-@triton.jit
-def _before(kept):
-    """How many elements are kept before each column of the octet: 8 numbers of 4 bits, uint32."""
-    spread = kept.to(tl.uint32)
-    spread = (spread | spread << 12) & 0x000F000F
-    spread = (spread | spread << 6) & 0x03030303
-    spread = (spread | spread << 3) & 0x11111111
-    return spread * 0x11111110  # sums of at most 7 carry nothing
+def _four(record, bits, rank, CHECKED: tl.constexpr):
+    ones = bytes_of_bits(bits)
+    count = (ones * 0x01010101 >> 24).to(tl.int32)
+    low, high = eight_bytes(record, rank * 2, count * 2, CHECKED)
+    low, high = spread_pairs(low, high, ones)
+    return low, high, count
 
 
 @triton.jit

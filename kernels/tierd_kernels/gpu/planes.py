@@ -7,24 +7,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tierd_kernels.gpu.octets import eight_bytes, gathered, picked, window
+from tierd_kernels.gpu.octets import eight_bytes, window
+from tierd_kernels.gpu.spread import (
+    bytes_of_bits,
+    columns_of_bytes,
+    columns_of_pairs,
+    digits,
+    spread_bytes,
+    woven,
+)
 
 
 @triton.jit
-def codes(record, bit_plane, planes, rank, ones, PLANES: tl.constexpr):
-    """The codes of each octet's kept elements, one byte for each, as uint64 [512].
+def codes(record, bit_plane, planes, rank, ones, PLANES: tl.constexpr, CHECKED: tl.constexpr):
+    """The codes of each octet's kept elements, one byte for each: of the first four, of the others.
 
     record: where its bit planes begin.   bit_plane: bytes of one.   planes: at most PLANES.
     """
     low = tl.zeros([512], tl.uint32)
     high = tl.zeros([512], tl.uint32)
     for plane in tl.static_range(PLANES):
-        bits = window(record + plane * bit_plane, rank, tl.where(plane < planes, ones, 0))
-        bits = tl.where(plane < planes, bits, 0)
-        # Bit i of 4 goes to byte i: the copies of the product do not overlap.
-        low |= ((bits & 15) * 0x00204081 & 0x01010101) << plane
-        high |= ((bits >> 4 & 15) * 0x00204081 & 0x01010101) << plane
-    return low.to(tl.uint64) | high.to(tl.uint64) << 32
+        there = plane < planes
+        bits = window(
+            record + plane * bit_plane, rank, tl.where(there, ones, 0) if CHECKED else 0, CHECKED
+        )
+        four = tl.where(there, 15, 0).to(tl.uint32)
+        low |= bytes_of_bits(bits & four) << plane
+        high |= bytes_of_bits(bits >> 4 & four) << plane
+    return low, high
 
 
 @triton.jit
@@ -32,31 +42,40 @@ def turned_back(
     record,
     byte_plane,
     top,
+    later,
     kept,
     ones,
     rank,
     DTYPE: tl.constexpr,
-    VARIANT: tl.constexpr,
+    CHECKED: tl.constexpr,
 ):
-    """The elements [64, 64] of DTYPE, of the top bytes of each octet's kept elements, uint64.
+    """The elements [64, 64] of DTYPE, of the top bytes of each octet's kept elements.
 
     The record has them rotated left by one bit; its planes of the other bytes come first.
     """
+    spread = digits(kept)
+    zero = tl.zeros([512], tl.uint32)
+    top, top2 = spread_bytes(top, later, spread, zero)
     if DTYPE.primitive_bitwidth == 16:
-        turned = picked(top, kept, 8).to(tl.uint16) << 8
-        turned |= _low(record, kept, ones, rank, VARIANT).to(tl.uint16)
-        bits = turned >> 1 | turned << 15
+        low, low2 = eight_bytes(record, rank, ones, CHECKED)
+        low, low2 = spread_bytes(low, low2, spread, zero)
+        return columns_of_pairs(
+            _back(low, top, 0x5140),
+            _back(low, top, 0x7362),
+            _back(low2, top2, 0x5140),
+            _back(low2, top2, 0x7362),
+        ).to(DTYPE, bitcast=True)
     else:
-        turned = picked(top, kept, 8).to(tl.uint32) << 24
+        turned = columns_of_bytes(top, top2) << 24
         for plane in tl.static_range(3):
-            low = _low(record + plane * byte_plane, kept, ones, rank, VARIANT)
-            turned |= low.to(tl.uint32) << 8 * plane
-        bits = turned >> 1 | turned << 31
-    return bits.to(DTYPE, bitcast=True)
+            low, low2 = eight_bytes(record + plane * byte_plane, rank, ones, CHECKED)
+            low, low2 = spread_bytes(low, low2, spread, zero)
+            turned |= columns_of_bytes(low, low2) << 8 * plane
+        return (turned >> 1 | turned << 31).to(DTYPE, bitcast=True)
 
 
 @triton.jit
-def _low(record, kept, ones, rank, VARIANT: tl.constexpr):
-    if VARIANT == "window":
-        return picked(eight_bytes(record, rank, ones), kept, 8)
-    return gathered(record, kept, rank)
+def _back(low, top, WHICH: tl.constexpr):
+    """Two elements of 2 bytes each: low and top byte, rotated right by one bit."""
+    turned = woven(low, top, WHICH)
+    return (turned >> 1 & 0x7FFF7FFF) | (turned << 15 & 0x80008000)

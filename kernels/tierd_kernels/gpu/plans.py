@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from tierd_kernels.gpu import decode
-
 if TYPE_CHECKING:
     from tierd_layouts.tile_grid import TileGrid
 
@@ -46,10 +44,9 @@ class Plan:
         return self.splits, self.warps
 
 
-VARIANTS: Final = tuple(
-    (warps, stages, variant) for variant in decode.VARIANTS for warps in (4, 8) for stages in (1, 3)
-)
-"""(warps, stages, variant) that can be chosen."""
+VARIANTS: Final = ((4, 3, "window"), (4, 1, "window"), (4, 1, "gather"))
+"""(warps, stages, variant) that can be chosen; the first where nothing was measured. 4 warps are
+what the tensor cores of sm_90 take; with 2 a program of 64 tokens has too few registers."""
 
 
 def token_block(tokens: int) -> int:
@@ -57,14 +54,17 @@ def token_block(tokens: int) -> int:
     return next(block for block in TOKEN_BLOCKS if tokens <= block)
 
 
-def candidates(grid: TileGrid, tokens: int, processors: int = DATA_CENTER_PROCESSORS) -> list[Plan]:
+def candidates(
+    grid: TileGrid, codec: str, tokens: int, processors: int = DATA_CENTER_PROCESSORS
+) -> list[Plan]:
     """All plans that are worth measuring for a matrix and 1 to MOST_TOKENS tokens.
 
     The same splits for every number of tokens: see `Plan.order`.
     """
     block = token_block(tokens)
     splits = sorted({_splits(grid, resident * processors) for resident in _RESIDENT})
-    return [Plan(block, many, *variant) for many in splits for variant in VARIANTS]
+    variants = [each for each in VARIANTS if each[2] == "window" or codec == "raw"]
+    return [Plan(block, many, *variant) for many in splits for variant in variants]
 
 
 def default_plan(grid: TileGrid, tokens: int, processors: int = DATA_CENTER_PROCESSORS) -> Plan:

@@ -18,10 +18,9 @@ import triton.language as tl
 
 from tierd_kernels.gpu.decode import NO_REASON, decode_tile
 from tierd_kernels.gpu.numbers import INTERPRETED, rounded, widened
-from tierd_kernels.torch_expand import NO_FAULT as _NO_FAULT
 from tierd_kernels.torch_expand import REASONS
 
-_NONE = tl.constexpr(_NO_FAULT)
+_NO_COLUMN = tl.constexpr(2**31 - 1)
 _REASONS = tl.constexpr(len(REASONS))
 
 
@@ -86,9 +85,12 @@ def multiply_tiles(
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     x_row = x + token[None, :].to(tl.int64) * x_stride
     if scales is not None:
-        scale_row = scales.to(tl.pointer_type(tl.uint16)) + tile_row * groups * 64 + step
+        group = tile_row * groups + first // group_tiles
+        scale_row = scales.to(tl.pointer_type(tl.uint16)) + group * 64 + step
     sums = tl.zeros([64, TOKENS], tl.float32)
-    fault = tl.full([], _NONE, tl.int64)
+    # Of the first wrong tile: its column and what is wrong, in one number.
+    fault = tl.full([], _NO_COLUMN, tl.int32)
+    group_end = (first // group_tiles + 1) * group_tiles
     for tile_col in tl.range(_bound(first), _bound(end), num_stages=STAGES):
         tile = tile_row * tile_cols + tile_col
         left = tl.cast(tile_col, tl.int64) * 64
@@ -110,9 +112,10 @@ def multiply_tiles(
             PLANES,
             VARIANT,
         )
-        fault = tl.minimum(fault, tl.where(reason == NO_REASON, _NONE, tile * _REASONS + reason))
-        col = (left + step)[:, None]
-        turned = tl.load(x_row + col, mask=(token[None, :] < tokens) & (col < cols), other=0.0)
+        place = tile_col * _REASONS + reason
+        fault = tl.minimum(fault, tl.where(reason == NO_REASON, _NO_COLUMN, place))
+        there = (token[None, :] < tokens) & (step[:, None] < width)
+        turned = tl.load(x_row + (left + step)[:, None], mask=there, other=0.0)
         if INTERPRETED:  # the interpreter of Triton 3.6 would multiply the bits of bfloat16
             elements, turned = _single(elements), _single(turned)
         else:
@@ -123,13 +126,16 @@ def multiply_tiles(
             )
         product = tl.dot(elements, turned, input_precision="ieee")
         if CODEC == "int8" or CODEC == "int4":
-            scale = widened(tl.load(scale_row + tile_col // group_tiles * 64))
+            if tile_col == group_end:  # cheaper than a division
+                scale_row += 64
+                group_end += group_tiles
+            scale = widened(tl.load(scale_row))
             sums = tl.fma(product, tl.broadcast_to(scale[:, None], [64, TOKENS]), sums)
         else:
             # A plain sum would be made the dot's own accumulator again.
             sums = tl.fma(product, tl.full([64, TOKENS], 1.0, tl.float32), sums)
-    if fault != _NONE:
-        tl.atomic_min(faults, fault)
+    if fault != _NO_COLUMN:
+        tl.atomic_min(faults, tile_row * tile_cols * _REASONS + fault)
     row = tile_row * 64 + step
     place = (split.to(tl.int64) * tokens + token[None, :]) * rows + row[:, None]
     inside = (token[None, :] < tokens) & (row[:, None] < rows)

@@ -22,7 +22,7 @@ SHAPES = [(1, 1), (64, 64), (70, 300), (8192, 8192), (28672, 8192), (128256, 409
 def test_no_split_is_empty_and_no_plan_is_there_twice(shape: tuple[int, int]) -> None:
     grid = TileGrid(*shape)
     for tokens in (1, 16, 17, 64):
-        plans = candidates(grid, tokens)
+        plans = candidates(grid, "raw", tokens)
         assert len(set(plans)) == len(plans) <= 3 * len(VARIANTS)
         for plan in [*plans, default_plan(grid, tokens)]:
             assert 1 <= plan.splits <= min(grid.tile_cols, MOST_SPLITS)
@@ -34,12 +34,14 @@ def test_no_split_is_empty_and_no_plan_is_there_twice(shape: tuple[int, int]) ->
 def test_the_default_is_one_of_the_candidates(shape: tuple[int, int]) -> None:
     grid = TileGrid(*shape)
     for tokens in (1, 20, 64):
-        assert default_plan(grid, tokens, 108) in candidates(grid, tokens, 108)
+        assert default_plan(grid, tokens, 108) in candidates(grid, "int8", tokens, 108)
 
 
 def test_all_numbers_of_tokens_have_the_same_orders_to_choose_from() -> None:
     grid = TileGrid(8192, 8192)
-    orders = [{plan.order for plan in candidates(grid, n)} for n in range(1, MOST_TOKENS + 1)]
+    orders = [
+        {plan.order for plan in candidates(grid, "raw", n)} for n in range(1, MOST_TOKENS + 1)
+    ]
     assert all(found == orders[0] for found in orders)
 
 

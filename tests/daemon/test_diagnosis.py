@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -15,6 +16,7 @@ from tierd.core.transcript import restored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     Connect = Callable[..., RawClient]
 
@@ -61,6 +63,26 @@ def test_why_knows_who_has_a_layer_and_what_was_decided(
     assert all(told["ago_ns"] >= 0 for told in after["history"])
     client.call("release", leases=[lease["lease"]])
     assert daemon.ask("why", model="open", layer=1)["leased_by"] == []
+
+
+def test_why_says_how_a_layer_came_to_a_gpu(
+    tmp_path: Path, start_daemon: Callable[..., RunningDaemon], connect: Connect
+) -> None:
+    write_pack(tmp_path / "m", 4, LAYER_BYTES)
+    daemon = start_daemon(
+        *("--pack", tmp_path / "m", "--dram", "16MiB", "--gpu", "0=16MiB"),
+        *("--gpu-device", "memfd", "--gpu-chunk", "2MiB"),
+    )
+    connect(daemon, tier="gpu:0").open("m").acquire(2)
+    history = daemon.ask("why", model="m", layer=2, tier="gpu:0")["history"]
+    assert [told["what"] for told in history] == ["wait", "read", "copy", "resident", "grant"]
+    [copied] = [told["text"] for told in history if told["what"] == "copy"]
+    assert re.fullmatch(r"from slot \d+ of DRAM(, while that is read)?", copied)
+    first, times = 0, []
+    while (reply := daemon.ask("trace", part="entries", first=first, tier="gpu:0"))["items"]:
+        times += [msgpack.unpackb(item)[1] for item in reply["items"]]
+        first = reply["next"]
+    assert times == sorted(times)
 
 
 def test_why_names_what_is_not_there(daemon: RunningDaemon) -> None:

@@ -1,14 +1,13 @@
-"""One life of tierd: what it takes at the start, whom it lets in, how it ends.
+"""One life of tierd: what it takes at the start, and how it ends.
 
-This is the only task boundary. A fault while answering one client ends that connection. A fault of
-the core, the slot table or the arenas ends the daemon: what it believes about its memory could be
-wrong, and systemd starts one that looks again.
+A fault while answering one client ends that connection (`clients`). A fault of the core, the slot
+table or the arenas ends the daemon: what it believes about its memory could be wrong, and systemd
+starts one that looks again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -20,49 +19,35 @@ from typing import TYPE_CHECKING, Any
 from tierd import recovery, sdnotify
 from tierd.arenas import Arenas
 from tierd.budgets import Budgets
-from tierd.core.errors import CoreError, IllegalEvent
-from tierd.core.model import (
-    Adopted,
-    ArenaAdded,
-    ClientGone,
-    ClientJoined,
-    CoreConfig,
-    HolderGone,
-    Release,
-)
+from tierd.clients import Clients
+from tierd.core.errors import IllegalEvent
+from tierd.core.model import Adopted, ArenaAdded, CoreConfig
 from tierd.costs import Costs
 from tierd.diagnosis import Diagnosis
 from tierd.engine import Engine
-from tierd.errors import ShuttingDown, TierdError, TooManyClients
 from tierd.holders import Holders
 from tierd.io.memory_limits import auto_budget, available_bytes, available_for, check_budget
 from tierd.io.pages import choose_pages
 from tierd.io.ssd import ReaderPool
 from tierd.models import Models, scan_for
-from tierd.recovery import Orphans
 from tierd.registry import Registry
 from tierd.server import Listener
-from tierd.session import Session
 from tierd.sizes import format_size
 from tierd.slots import Slots
 from tierd.statistics import Statistics
 from tierd.tiers import Tiers
 from tierd.watchdog import Watchdog
-from tierd_layouts import wire
 
 if TYPE_CHECKING:
     from tierd.config import Config
-    from tierd.connection import Connection
-    from tierd.gpu_tier import GpuTier
     from tierd.io.pages import Pages
-    from tierd.pack import Pack
     from tierd.recovery import Inheritance
     from tierd.registry import Changes
+    from tierd.session import Session
 
 log = logging.getLogger(__name__)
 
 SPARE_CONNECTIONS = 64  # beside the clients: for tierctl, and to tell a client that it is refused
-DRAIN_SECONDS = 1.0  # what clients have to read their last answers
 
 
 class Daemon:
@@ -73,10 +58,8 @@ class Daemon:
         self.pid = os.getpid()
         self.epoch = secrets.randbits(63)
         self.started_ns = time.monotonic_ns()
-        self.stopping = False
         self.registry = Registry()
-        self.sessions: dict[int, Session] = {}  #: those that said hello
-        self.outstanding = 0  #: requests of all sessions that the core has not answered
+        self.clients = Clients(self)
         self.statistics = Statistics(self)
         self.diagnosis = Diagnosis(self)
         self.pool: ReaderPool
@@ -86,14 +69,10 @@ class Daemon:
         self.engine: Engine
         self.models: Models
         self.budgets: Budgets
-        self.orphans: Orphans
         self.holders: Holders
         self.costs: Costs
         self._listener: Listener
-        self._connected: dict[int, Session] = {}
-        self._next_client = 1
         self._stop = asyncio.Event()
-        self._all_left = asyncio.Event()
         self._fault: Exception | None = None
 
     async def run(self) -> int:
@@ -149,7 +128,7 @@ class Daemon:
         except BaseException:
             self._listener.close()
             raise
-        self._listener.start(loop, self.config.max_clients + SPARE_CONNECTIONS, self._joined)
+        self._listener.start(loop, self.config.max_clients + SPARE_CONNECTIONS, self.clients.joined)
         return tidying
 
     @property
@@ -211,7 +190,7 @@ class Daemon:
         for number in match.forgotten:
             self.slots.clear(number)
         self.slots.table.epoch = self.epoch
-        self.orphans = Orphans(loop, held, self._orphan_ended)
+        self.clients.expect(loop, held)
         log.info(
             "warm start: %d layers are resident, %d slots are read by %d leases of the earlier "
             "daemon, %d slots are dropped",
@@ -243,15 +222,21 @@ class Daemon:
             first_lease=self.slots.table.next_lease,
         )
         self.engine = Engine(
-            config, self.slots, self.arenas, self.pool, self.registry, self.sessions, self.tiers
+            config,
+            self.slots,
+            self.arenas,
+            self.pool,
+            self.registry,
+            self.clients.sessions,
+            self.tiers,
         )
         self.models = Models(self.config, self.registry, self.arenas, self.engine)
         self.budgets = Budgets(self.engine, self.arenas, self.tiers, self.models.judge_all)
-        self.orphans = Orphans(loop, (), self._orphan_ended)
+        self.clients.expect(loop)
         self.holders = Holders(loop, self.slots.set_holders)
         self.costs = Costs(
             self.config, self.registry, self.pool, self.engine,
-            lambda: self.stopping or bool(self.outstanding or self.engine.transfers.reads),
+            lambda: self.clients.busy or bool(self.engine.transfers.reads),
         )  # fmt: skip
         self.engine.transfers.after_read = self.costs.read_done
 
@@ -278,21 +263,14 @@ class Daemon:
     # ----------------------------------------------------------------------------------------- end
 
     async def _shut_down(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.stopping = True
         self.engine.stop()
         self.holders.stop()
         self.tiers.stop()
         sdnotify.notify("STOPPING=1", environ=os.environ)
-        log.info("stopping: %d clients hold %d leases", len(self.sessions), self.slots.leases)
+        leases = self.slots.leases
+        log.info("stopping: %d clients hold %d leases", len(self.clients.sessions), leases)
         self._listener.stop()
-        for session in list(self._connected.values()):
-            session.shut_down()
-        self._check_all_left()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._all_left.wait(), DRAIN_SECONDS)
-        for session in list(self._connected.values()):
-            session.connection.close("tierd is shutting down")
-        self.orphans.close()
+        await self.clients.see_off()
         self.models.stop()
         await loop.run_in_executor(None, self.pool.close)
         try:
@@ -310,10 +288,6 @@ class Daemon:
         for pack in list(self.registry.by_model.values()):
             pack.close()
 
-    def _check_all_left(self) -> None:
-        if self.stopping and not self._connected:
-            self._all_left.set()
-
     def _faulted(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if not isinstance(error, Exception):
@@ -329,90 +303,7 @@ class Daemon:
     def socket_path(self) -> str:
         return self._listener.path
 
-    def _joined(self, connection: Connection) -> None:
-        client = self._next_client
-        self._next_client += 1
-        self._connected[client] = session = Session(self, connection, client)
-        connection.start(session)
-
-    def answer(self, session: Session, request: int, op: str, message: dict[str, Any]) -> None:
-        """The task boundary of one request."""
-        try:
-            if self.stopping:
-                raise ShuttingDown("tierd is shutting down")
-            session.answer(request, op, message)
-        except TierdError as error:
-            session.refuse(request, error.code, error.text)
-        except CoreError:
-            raise
-        except Exception:
-            log.exception("%s: fault while answering %.80r", session, op)
-            session.refuse(
-                request, wire.ErrorCode.INTERNAL, f"tierd failed on {op[:80]!r}: see its log"
-            )
-            session.connection.close_after_sending("tierd failed while answering")
-
-    def greet(self, session: Session, gpu: GpuTier | None, held: list[int]) -> None:
-        """A client said hello, on a GPU or on DRAM. Raises TooManyClients."""
-        if len(self.sessions) >= self.config.max_clients:
-            raise TooManyClients(
-                f"{len(self.sessions)} clients are connected, max_clients is "
-                f"{self.config.max_clients}"
-            )
-        session.enter(gpu)
-        session.greeted = True
-        self.sessions[session.client] = session
-        weight = self.config.weight_of(session.connection.peer.uid)
-        if gpu is not None:
-            log.info("%s joined on %s", session, gpu.name)
-            gpu.joined(session, weight)
-            return
-        kept = self.orphans.hello(session.client, session.process, held)
-        log.info("%s joined%s", session, f", holding {len(kept)} old leases" if kept else "")
-        self.engine.submit(ClientJoined(self.engine.now(), session.client, weight))
-
-    def session_ended(self, session: Session, reason: str) -> None:
-        del self._connected[session.client]
+    def connection_ended(self, session: Session) -> None:
+        """Another connection may be accepted in its place."""
         self.tiers.forget(session)
         self._listener.ended()
-        self._check_all_left()
-        if not session.greeted:
-            log.debug("%s: %s", session, reason)
-            return
-        log.info("%s left with %d leases: %s", session, len(session.leases), reason)
-        del self.sessions[session.client]
-        if self.stopping:
-            session.leave(fence=False)
-            return
-        session.forget_outstanding()
-        for lease in session.leases:
-            session.slots.end(lease)
-        session.holders.gone(session.client)
-        if session.gpu is not None:
-            session.leave(fence=True)
-        else:
-            self.orphans.client_gone(session.client)
-            self.engine.submit(ClientGone(self.engine.now(), session.client))
-        for pack in session.opened.values():
-            self.closed(session, pack)
-
-    def closed(self, session: Session, pack: Pack) -> None:
-        """`session` does not use `pack` any more."""
-        pack.users.discard(session.client)
-        self.models.retire(pack)
-
-    def lease_possible(self, session: Session) -> bool:
-        """Whether its slot table has room for one more lease beside all that may be granted."""
-        return session.slots.free_leases > self.outstanding
-
-    def release(self, session: Session, lease: int) -> None:
-        session.slots.end(lease)
-        session.holders.released(session.client)
-        self.engine.submit(Release(self.engine.now(), session.client, lease))
-
-    def release_orphan(self, session: Session, lease: int) -> bool:
-        return self.orphans.release(session.process, lease)
-
-    def _orphan_ended(self, lease: int) -> None:
-        self.slots.end(lease)
-        self.engine.submit(HolderGone(self.engine.now(), lease))

@@ -127,7 +127,7 @@ class Diagnosis:
         if client in (feeds := self._feeds() if client < 0 else {}):
             name = self._daemon.tiers.gpus[feeds[client]].name
             return {"client": client, "name": f"copies to {name}"}
-        session = self._daemon.sessions.get(client)
+        session = self._daemon.clients.sessions.get(client)
         return {"client": client, "name": "" if session is None else session.name}
 
     def _feeds(self) -> dict[int, int]:
@@ -213,7 +213,7 @@ class Diagnosis:
             "ssd_bandwidth_limit": daemon.config.ssd_bandwidth,
             "clients": [
                 {"client": client, "name": session.name, "pid": session.connection.peer.pid}
-                for client, session in daemon.sessions.items()
+                for client, session in daemon.clients.sessions.items()
             ]
             + [{**self._client(feed), "pid": daemon.pid} for feed in self._feeds()],
             "tiers": [DRAM_TIER, *(gpu.name for gpu in daemon.tiers.gpus)],

@@ -56,7 +56,7 @@ def hello(daemon: Daemon, session: Session, request: int, message: dict[str, Any
         _park(gpu, session, request, message)
         return
     session.name, session.process = name, process
-    daemon.greet(session, gpu, held)
+    daemon.clients.greet(session, gpu, held)
     session.reply(
         request,
         {

@@ -92,7 +92,7 @@ class Session:
                 f"asked for {op[:40]!r} with id 0, which only release and hint may have"
             )
             return
-        self._daemon.answer(self, request, op, message)
+        self._daemon.clients.answer(self, request, op, message)
 
     def enter(self, gpu: GpuTier | None) -> None:
         """From now on it is a client of that GPU, or of DRAM."""
@@ -111,7 +111,7 @@ class Session:
         parked, self.parked = self.parked, {}
         for request, message in parked.items():
             if not self.connection.closed:
-                self._daemon.answer(self, request, message["op"], message)
+                self._daemon.clients.answer(self, request, message["op"], message)
 
     def leave(self, *, fence: bool) -> None:
         """The connection is over; what is on a GPU is fenced, unless the daemon ends anyway."""
@@ -123,7 +123,7 @@ class Session:
             os.close(self._pidfd)
 
     def ended(self, reason: str) -> None:
-        self._daemon.session_ended(self, reason)
+        self._daemon.clients.ended(self, reason)
 
     def answer(self, request: int, op: str, message: dict[str, Any]) -> None:
         """Answer, or submit an event that will be. Raises TierdError for what is refused here."""
@@ -169,7 +169,7 @@ class Session:
             raise BadRequest(f"model {pack.name!r} has unanswered requests of this client")
         del self.opened[pack.model]
         self._daemon.engine.submit(PlanOver(time.monotonic_ns(), self.client, pack.model))
-        self._daemon.closed(self, pack)
+        self._daemon.clients.closed(self, pack)
         self.reply(request, {})
 
     def _plan(self, request: int, message: dict[str, Any]) -> None:
@@ -226,7 +226,7 @@ class Session:
                 f"{len(self.leases)} leases are held, {len(self._outstanding)} asked for; "
                 f"the limit is {MAX_LEASES}: release first"
             )
-        if not self._daemon.lease_possible(self):
+        if not self._daemon.clients.lease_possible(self):
             raise LeaseLimit("the slot table has no room for more leases of all clients together")
         self._wait_for_core(request, pack)
         key = self.position = LayerKey(pack.model, layer)
@@ -238,8 +238,8 @@ class Session:
         unknown: list[int] = []
         for lease in fields.numbers(message.get("leases"), "leases", 1, MAX_REQUEST_ID):
             if self.leases.pop(lease, None) is not None:
-                self._daemon.release(self, lease)
-            elif self.gpu is not None or not self._daemon.release_orphan(self, lease):
+                self._daemon.clients.release(self, lease)
+            elif self.gpu is not None or not self._daemon.clients.release_orphan(self, lease):
                 unknown.append(lease)
         if unknown:
             raise BadRequest(f"leases {unknown[:8]} are not held by this client")
@@ -265,15 +265,15 @@ class Session:
         if len(self._outstanding) >= MAX_OUTSTANDING:
             raise BadRequest(f"{MAX_OUTSTANDING} requests wait already, which is the limit")
         self._outstanding[request] = pack
-        self._daemon.outstanding += 1
+        self._daemon.clients.outstanding += 1
 
     def _answered(self, request: int) -> None:
         del self._outstanding[request]
-        self._daemon.outstanding -= 1
+        self._daemon.clients.outstanding -= 1
 
     def forget_outstanding(self) -> None:
         """Nobody will answer what still waits."""
-        self._daemon.outstanding -= len(self._outstanding)
+        self._daemon.clients.outstanding -= len(self._outstanding)
         self._outstanding.clear()
         self.parked.clear()
 

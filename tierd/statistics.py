@@ -83,7 +83,7 @@ class Statistics:
             },
             "gpus": [status_of(gpu, daemon.engine) for gpu in daemon.tiers.gpus],
             "models": len(daemon.registry.served),
-            "clients": len(daemon.sessions),
+            "clients": len(daemon.clients.sessions),
             "notes": self._notes(),
         }
 
@@ -157,7 +157,7 @@ class Statistics:
         replies = []
         predictions = daemon.costs.predictions()
         for state in self._client_states():
-            session = daemon.sessions[state.client]
+            session = daemon.clients.sessions[state.client]
             last = session.position
             pack = None if last is None else session.opened.get(last.model)
             replies.append(
@@ -191,7 +191,7 @@ class Statistics:
         machines = [engine.machine, *(engine.stack.gpus if engine.stack else ())]
         states = [state for machine in machines for state in clients_of(machine.books)]
         return sorted(
-            (state for state in states if state.client in self._daemon.sessions),
+            (state for state in states if state.client in self._daemon.clients.sessions),
             key=lambda state: state.client,
         )
 
@@ -207,11 +207,13 @@ class Statistics:
         ]
         notes += daemon.arenas.notes()
         notes += daemon.pool.notes()
-        notes += notes_of(daemon.tiers, daemon.sessions)
+        notes += notes_of(daemon.tiers, daemon.clients.sessions)
         notes += [f"model {name}: {text}" for name, text in daemon.registry.failed.items()]
         notes += self._keepers()
-        if daemon.orphans:
-            notes.append(f"{len(daemon.orphans)} leases of an earlier daemon are in quarantine")
+        if daemon.clients.orphans:
+            notes.append(
+                f"{len(daemon.clients.orphans)} leases of an earlier daemon are in quarantine"
+            )
         return notes
 
     def _keepers(self) -> list[str]:
@@ -219,7 +221,7 @@ class Statistics:
         now_ns = time.monotonic_ns()
         notes = []
         for state in self._client_states():
-            session = self._daemon.sessions[state.client]
+            session = self._daemon.clients.sessions[state.client]
             tier = self._daemon.engine if session.gpu is None else session.gpu
             since_ns = max(session.released_ns, session.connected_ns)
             if (

@@ -1,5 +1,5 @@
-"""compute-sanitizer is found, run over a program with all its processes, and believed only when it
-finds what is wrong: with a tool that is played."""
+"""compute-sanitizer is run over a program with all its processes, and believed only when it finds
+what is wrong: with a tool that is played."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tierd_tools import sanitizer
+from tierd_tools import cuda_tools, sanitizer
 from tierd_tools.bench import gpu_sanitizer
 from tierd_tools.gpu_ground import Ground
 
@@ -52,18 +52,6 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
 
 def program(text: str) -> list[str]:
     return ["-c", text]
-
-
-def test_it_is_looked_for_where_cuda_puts_it(tmp_path: Path) -> None:
-    assert sanitizer.find({"PATH": ""}, tmp_path) is None
-    for home, environ in (
-        (tmp_path / "home", {"PATH": "", "CUDA_HOME": str(tmp_path / "home")}),
-        (tmp_path / "cuda-13.0", {"PATH": ""}),
-    ):
-        path = home / "bin" / sanitizer.NAME
-        path.parent.mkdir(parents=True)
-        path.touch(0o755)
-        assert sanitizer.find(environ, tmp_path) == path
 
 
 def test_errors_are_summed_and_the_first_is_kept(tool: Callable[[str], Path]) -> None:
@@ -120,6 +108,6 @@ def test_tests_that_did_not_pass_under_it_prove_nothing(
 def test_a_node_without_it_says_where_it_was_looked_for(
     tool: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sanitizer, "find", lambda: None)
+    monkeypatch.setattr(cuda_tools, "find", lambda name: None)
     (row,) = gpu_sanitizer.run()
     assert "no compute-sanitizer on PATH, in CUDA_HOME" in str(row.not_applicable)

@@ -1,4 +1,4 @@
-"""compute-sanitizer: where it is, and how many errors it finds in a program.
+"""compute-sanitizer: how many errors it finds in a program.
 
 Torch keeps memory that was freed, so a kernel that writes past its array would write to that; with
 PYTORCH_NO_CUDA_MEMORY_CACHING every array is an allocation of its own, which memcheck knows.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 NAME: Final = "compute-sanitizer"
-_HOMES: Final = ("CUDA_HOME", "CUDA_PATH")
-_TOOLKITS: Final = Path("/usr/local")
 _SUMMARY: Final = re.compile(r"ERROR SUMMARY: (\d+) error")
 _FAULT: Final = re.compile(r"========= ((?:Invalid|Misaligned|Out-of-range|Program hit) .*)")
 
@@ -41,20 +38,6 @@ class Found:
     def watched(self) -> bool:
         """Whether the tool came to its own end, in at least one process."""
         return "ERROR SUMMARY" in self.output
-
-
-def find(environ: Mapping[str, str] = os.environ, toolkits: Path = _TOOLKITS) -> Path | None:
-    """On PATH, else in CUDA_HOME or CUDA_PATH, else in a toolkit where they are installed."""
-    found = shutil.which(NAME, path=environ.get("PATH", ""))
-    if found:
-        return Path(found)
-    homes = [Path(environ[name]) for name in _HOMES if environ.get(name)]
-    homes += sorted(toolkits.glob("cuda*"), reverse=True)
-    for home in homes:
-        for path in (home / "bin" / NAME, home / NAME / NAME):
-            if os.access(path, os.X_OK):
-                return path
-    return None
 
 
 def memcheck(tool: Path, command: Sequence[str], seconds: float) -> Found:

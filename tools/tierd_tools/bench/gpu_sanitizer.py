@@ -9,7 +9,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Final
 
-from tierd_tools import sanitizer
+from tierd_tools import cuda_tools, sanitizer
 from tierd_tools.gpu_acceptance.promises import SANITIZER
 from tierd_tools.gpu_ground import ground
 
@@ -32,10 +32,9 @@ def run(planted: Sequence[str] = PLANTED, tests: Sequence[str] = TESTS) -> list[
     here = ground()
     if here.problem:
         return [promise.not_run(here.problem)]
-    tool = sanitizer.find()
+    tool = cuda_tools.find(sanitizer.NAME)
     if tool is None:
-        why = f"no {sanitizer.NAME} on PATH, in CUDA_HOME or in /usr/local/cuda*"
-        return [promise.not_run(why)]
+        return [promise.not_run(f"no {sanitizer.NAME} {cuda_tools.LOOKED_IN}")]
     seconds = float(os.environ.get("TIERD_PART_SECONDS", SECONDS))
     begin = time.monotonic()
     wrong = sanitizer.memcheck(tool, planted, seconds / 2)

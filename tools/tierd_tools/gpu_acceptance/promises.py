@@ -132,6 +132,14 @@ VARIANTS: Final = tuple(
     for shape in _SHAPES
     for codec in ("raw", "exponent-packed", "int8", "int4")
 )
+PROFILE: Final = tuple(
+    Promise(f"issue slots in use, {way} {codec} 50 %, 8192x8192, 1 token, against DRAM's", "%")
+    for way, codec in (
+        *(("expand", "raw"), ("expand", "exponent-packed")),
+        *(("fused", "raw"), ("fused", "exponent-packed"), ("fused", "int8"), ("fused", "int4")),
+    )
+)
+"""Of the launches of `tierd_tools.gpu_profiled`, in its order."""
 SANITIZER: Final = (
     Promise("compute-sanitizer memcheck: errors in the kernels' tests, against a planted one",
             "errors", at_most=0.0),
@@ -149,6 +157,7 @@ PROMISES: Final[dict[str, tuple[Promise, ...]]] = {
     "gpu_killed": KILLED,
     "gpu_token": TOKEN,
     "gpu_layout": LAYOUT,
+    "gpu_profile": PROFILE,
     "gpu_sanitizer": SANITIZER,
     "gpu_shared": (*SHARED, *BESIDE),
     "gpu_memory": MEMORY,

@@ -36,18 +36,13 @@ class Way:
 
 WAYS: Final = (Way("gather", 4), Way("window", 4), Way("gather", 8), Way("window", 8))
 """All that can be chosen, each of them tested. Which is faster is for a card to say."""
-DEFAULT_WAYS: Final = {
-    "raw": Way("gather", 4),
-    "exponent-packed": Way("window", 4),
-    "int8": Way("window", 4),
-    "int4": Way("window", 4),
-}
-"""The fewest instructions (tests/kernels/gpu/resources.json)."""
+DEFAULT_WAY: Final = Way("window", 4)
+"""The fewest issue slots (tests/kernels/gpu/resources.json)."""
 
 
-def default_way(matrix: TorchMatrix) -> Way:
-    """The one of WAYS that is taken where nobody says another."""
-    return DEFAULT_WAYS[matrix.codec]
+def ways(codec: str) -> list[Way]:
+    """Those of WAYS that differ for a codec: see `decode.VARIANTS`."""
+    return [way for way in WAYS if codec == "raw" or way.variant == "window"]
 
 
 def expand(
@@ -64,13 +59,13 @@ def expand(
     tile_rows: (first, end), the part of the matrix that `out` holds; all of it by default.
     faults: see `torch_expand.new_faults`; tiles that are wrong are zeros, and the call does not
     wait for the device. Without it the call waits and raises KernelError for the first of them.
-    way: one of WAYS; a sensible one by default.
+    way: one of WAYS, DEFAULT_WAY by default.
     Raises KernelError for arrays that do not fit.
     """
     check_arrays(matrix)
     first, end = tile_range((matrix.rows, matrix.cols), out.shape, tile_rows)
     check_out(matrix, out)
-    chosen = way or default_way(matrix)
+    chosen = way or DEFAULT_WAY
     if chosen not in WAYS:
         raise KernelError(f"{chosen} is none of the ways that are compiled and tested")
     cell = new_faults(matrix.device) if faults is None else faults

@@ -82,6 +82,15 @@ def test_every_way_gives_what_the_reference_says(
     np.testing.assert_array_equal(expanded(from_arrays(matrix, device), way=way), specified(matrix))
 
 
+def test_records_far_from_the_end_of_values_give_what_the_reference_says(
+    device: torch.device, random_packed: Matrices, form: Form
+) -> None:
+    """There windows are read without asking where the record ends."""
+    matrix = random_packed(6, 64, 704, "BF16", form, 0.9)
+    assert (matrix.offsets[-1] - matrix.offsets[4]) * 16 > 8192 + 16
+    np.testing.assert_array_equal(expanded(from_arrays(matrix, device)), specified(matrix))
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (63, 1), (1, 63), (63, 129)])
 def test_every_shape_gives_what_the_reference_says(
     device: torch.device, random_packed: Matrices, form: Form, shape: tuple[int, int]

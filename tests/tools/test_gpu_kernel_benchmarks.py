@@ -41,8 +41,10 @@ def measured(rows: list[Row], count: int) -> list[Row]:
 
 
 def test_expanding_is_measured_in_every_way_there_is() -> None:
+    from tierd_kernels.gpu.expand import ways
+
     for row in measured(gpu_expand.run(), 4):
-        assert row.row.count(" warps ") == 4
+        assert row.row.count(" warps ") == len(ways(row.row.split()[1]))
         assert "no kernel was compiled" in str(row.binds)
 
 

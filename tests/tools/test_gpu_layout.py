@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -56,3 +58,33 @@ def test_every_order_but_that_on_disk_moves_something(order: str) -> None:
     copy = gpu_layout.stored_copy(dense, order)
     assert torch.equal(copy, dense) == (order == "rows")
     assert torch.equal(copy.view(torch.int16).sort().values.sum(), dense.view(torch.int16).sum())
+
+
+PROGRAM = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tierd_tools import gpu_layout, gpu_planted
+packed = {"bitmap": "*u8", "offsets": "*u8", "values": "*u8", "values_bytes": "i64"}
+size = {"tall": "i32", "wide": "i32"}
+for order in ("rows", "blocks"):
+    chosen = {"VARIANT": "window", "ORDER": order}
+    fixed = dict.fromkeys(chosen, "constexpr")
+    for kernel, rest in (
+        (gpu_layout.expand_tiles, {"out": "*bf16", **size}),
+        (gpu_layout.sum_rows, {"x": "*bf16", "parts": "*fp32", **size, "splits": "i32"}),
+    ):
+        source = ASTSource(kernel, {**packed, **rest, **fixed}, chosen)
+        print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+source = ASTSource(gpu_planted.write_past, {"out": "*fp32", "elements": "i32"}, {})
+print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+"""
+
+
+def test_they_compile_for_an_h100() -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5

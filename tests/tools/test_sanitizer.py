@@ -4,7 +4,9 @@ what is wrong: with a tool that is played."""
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,8 +17,8 @@ from tierd_tools.gpu_ground import Ground
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 TOOL = """#!{python}
 import os, subprocess, sys
 log = sys.argv[sys.argv.index("--log-file") + 1].replace("%p", str(os.getpid()))
@@ -37,7 +39,6 @@ WRONG = "('wrong' in sys.argv[-1])"
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """tool(errors): one on PATH that finds so many, an expression, in whatever it watches."""
     monkeypatch.setattr(gpu_sanitizer, "ground", lambda: Ground("cuda_vmm", None))
-    monkeypatch.setenv("TIERD_KERNELS_DEVICE", "cpu")  # is set back after the test
 
     def make(errors: str) -> Path:
         path = tmp_path / "bin" / sanitizer.NAME
@@ -71,7 +72,8 @@ def test_a_tool_that_finds_the_planted_error_and_no_other_meets_the_promise(
     tool: Callable[[str], Path],
 ) -> None:
     tool(f"7 * {WRONG}")
-    (row,) = gpu_sanitizer.run(program("'wrong'"), program("print('3 passed')"))
+    tests = "import os; assert os.environ['TIERD_KERNELS_DEVICE'] == 'cuda'"
+    (row,) = gpu_sanitizer.run(program("'wrong'"), program(tests))
     assert (row.ours, row.theirs, row.met) == (0, 7, True)
 
 
@@ -111,3 +113,13 @@ def test_a_node_without_it_says_where_it_was_looked_for(
     monkeypatch.setattr(cuda_tools, "find", lambda name: None)
     (row,) = gpu_sanitizer.run()
     assert "no compute-sanitizer on PATH, in CUDA_HOME" in str(row.not_applicable)
+
+
+def test_the_tests_that_it_watches_are_found_where_there_is_no_gpu() -> None:
+    """All of them skip: the command is right."""
+    environ = {**os.environ, **gpu_sanitizer.ENVIRON}
+    environ.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, *gpu_sanitizer.TESTS, "--collect-only"]
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_expand.py" in done.stdout

@@ -1,13 +1,15 @@
 """A process that runs one model, told what to do over a pipe: from a daemon, or in memory.
 
-Each has a CUDA context of its own, and can be killed. They are forked from a server that has
-imported what they need, once for all of them, and does nothing else. What they can do:
-`gpu_commands`.
+Each has a CUDA context of its own, and can be killed: they are spawned, as imports may start CUDA,
+which no fork survives. Where shared memory plays the GPU, they are forked from a server that has
+imported what they need, once for all of them. What they can do: `gpu_commands`.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
+import os
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
@@ -20,12 +22,19 @@ _IMPORTED: Final = (
 )
 
 
+def _context() -> multiprocessing.context.SpawnContext | multiprocessing.context.ForkServerContext:
+    if os.environ.get("TIERD_BENCH_DEVICE") != "memfd":
+        return multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([*_IMPORTED])
+    return server
+
+
 class ModelProcess:
     """Commands are sent with `begin` and their answer taken with `end`, or both with `call`."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*_IMPORTED])
+        context = _context()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 NAME: Final = "compute-sanitizer"
 _SUMMARY: Final = re.compile(r"ERROR SUMMARY: (\d+) error")
@@ -40,19 +40,22 @@ class Found:
         return "ERROR SUMMARY" in self.output
 
 
-def memcheck(tool: Path, command: Sequence[str], seconds: float) -> Found:
-    """Runs `python COMMAND` under memcheck, all its processes, for so long at most."""
+def memcheck(
+    tool: Path, command: Sequence[str], seconds: float, environ: Mapping[str, str] | None = None
+) -> Found:
+    """Runs `python COMMAND` under memcheck, all its processes, for so long at most. environ: in
+    addition to our own."""
     with tempfile.TemporaryDirectory(prefix="tierd-memcheck-") as folder:
         said = Path(folder) / "said"
         argv = [
             str(tool), "--tool", "memcheck", "--target-processes", "all", "--print-limit", "5",
             "--log-file", f"{folder}/%p.log", sys.executable, *command,
         ]  # fmt: skip
-        environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         with said.open("wb") as out:
             process = subprocess.Popen(
                 argv, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=environ, start_new_session=True,
+                env={**os.environ, **(environ or {}), **caching}, start_new_session=True,
             )  # fmt: skip
             try:
                 status: int | None = process.wait(seconds)

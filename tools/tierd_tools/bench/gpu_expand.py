@@ -59,7 +59,7 @@ def _row(
     dense: list[torch.Tensor],
     outputs: list[torch.Tensor],
 ) -> Row:
-    from tierd_kernels.gpu.expand import WAYS, default_way, expand
+    from tierd_kernels.gpu.expand import DEFAULT_WAY, expand, ways
 
     faults = new_faults(here.device)
     matrices = copies_of(here, matrix)
@@ -68,19 +68,20 @@ def _row(
     def side(way: Any) -> Callable[[], None]:
         return over_all(pairs, lambda pair: expand(*pair, faults=faults, way=way))
 
-    sides = {str(number): side(way) for number, way in enumerate(WAYS)}
+    tried = ways(matrix.codec)
+    sides = {str(number): side(way) for number, way in enumerate(tried)}
     sides["copy"] = over_all(
         list(zip(outputs, dense, strict=True)), lambda pair: pair[0].copy_(pair[1])
     )
-    taken = WAYS.index(default_way(matrix))
+    taken = tried.index(DEFAULT_WAY)
     binding = bound_by(here, sides[str(taken)])
     seconds = here.clock.interleaved(sides)
     moved = packed_bytes(matrix) + dense[0].nbytes
-    rates = [len(pairs) * moved / seconds[str(number)] for number in range(len(WAYS))]
+    rates = [len(pairs) * moved / seconds[str(number)] for number in range(len(tried))]
     copied = len(dense) * 2 * dense[0].nbytes / seconds["copy"]
     beside = ", ".join(
         f"{way.variant} {way.warps} warps {rate / copied:.2f}"
-        for way, rate in zip(WAYS, rates, strict=True)
+        for way, rate in zip(tried, rates, strict=True)
     )
     binds = binding.text(moved, seconds[str(taken)] / len(pairs), copied)
     return promise.measured(rates[taken] / 1e9, copied / 1e9, here.but, beside, binds)

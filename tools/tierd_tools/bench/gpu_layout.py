@@ -53,7 +53,7 @@ def _sides(
     here: KernelGround, dense: torch.Tensor, outputs: list[torch.Tensor], x: torch.Tensor
 ) -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None]], int]:
     """For each order: expanding, and summing, over so many copies. Both were seen to be right."""
-    from tierd_kernels.gpu.expand import default_way
+    from tierd_kernels.gpu.expand import DEFAULT_WAY
     from tierd_tools import gpu_layout
 
     expands, sums, count = {}, {}, 0
@@ -62,7 +62,7 @@ def _sides(
     for order in gpu_layout.ORDERS:
         stored = packed_there(here, gpu_layout.stored_copy(dense, order), "raw")
         matrices = copies_of(here, stored)
-        count, variant = len(matrices), default_way(stored).variant
+        count, variant = len(matrices), DEFAULT_WAY.variant
         parts = torch.empty((SPLITS, dense.shape[0]), device=here.device)
         pairs = [(one, outputs[number % len(outputs)]) for number, one in enumerate(matrices)]
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 PLANTED: Final = ("-m", "tierd_tools.gpu_planted")
 TESTS: Final = (
     *("-m", "pytest", "-m", "gpu", "tests/kernels/gpu", "-q", "-x", "-p", "no:cacheprovider"),
-    *("-o", "timeout=0"),
+    *("-p", "pytest_asyncio.plugin", "-p", "pytest_timeout", "-o", "timeout=0"),
 )
+ENVIRON: Final = {"TIERD_KERNELS_DEVICE": "cuda", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 SECONDS: Final = 90.0
 """For both, unless TIERD_PART_SECONDS says otherwise."""
 
@@ -41,9 +42,8 @@ def run(planted: Sequence[str] = PLANTED, tests: Sequence[str] = TESTS) -> list[
     if not wrong.errors:
         last = (wrong.output.strip().splitlines() or ["nothing"])[-1]
         return [promise.not_run(f"{tool} finds no planted error here; it said: {last}")]
-    os.environ["TIERD_KERNELS_DEVICE"] = "cuda"
     left = seconds - (time.monotonic() - begin)
-    found = sanitizer.memcheck(tool, tests, max(left - 2, 1))
+    found = sanitizer.memcheck(tool, tests, max(left - 2, 1), ENVIRON)
     return [
         promise.measured(
             found.errors, wrong.errors, here.but or _unfinished(found, left), found.first

@@ -30,9 +30,14 @@ from tierd_kernels.gpu.planes import codes, turned_back
 from tierd_kernels.gpu.spread import digits, spread_bytes, spread_nibbles
 from tierd_kernels.torch_expand import REASONS
 
-VARIANTS: Final = ("gather", "window")
-"""How raw elements of 2 bytes are fetched: one load for each kept one, or windows. Which is faster
-is measured on the card. All else knows one way only: 4 bytes one by one, the others by windows."""
+VARIANTS: Final = ("gather", "window", "masked")
+"""How elements are fetched. Which is faster is measured on the card.
+
+window: a few words for each octet, read without asking but near the end of `values`.
+masked: the same words, each with a mask: more to do, but no branch, so that Triton can read those
+of the next tile while this one is decoded (stages).
+gather: raw elements of 2 bytes one by one. Those of 4 always are; all else knows windows only.
+"""
 
 NO_REASON = tl.constexpr(len(REASONS))
 """Of a tile in which nothing is wrong; the others are numbers of REASONS."""
@@ -40,7 +45,7 @@ _BITS = tl.constexpr(0)
 _HEAD = tl.constexpr(1)
 _OFFSETS = tl.constexpr(2)
 _ESCAPES = tl.constexpr(3)
-_MORE = tl.constexpr(8192 // 16)
+_MORE = tl.constexpr(8192 // 16 + 1)
 """Units of 16 bytes. Windows begin inside a record, or in 8 bit planes of 512 bytes after it."""
 
 
@@ -74,13 +79,56 @@ def decode_tile(
     VARIANT: one of VARIANTS.
     reason: NO_REASON, or what is wrong with the tile (a number of REASONS); it is zeros then.
     """
-    half, first, count, outside = halves(bitmap, tile, height, width, MASKED)
+    elements, reasons = decode_lanes(
+        bitmap,
+        offsets,
+        heads,
+        values,
+        values_bytes,
+        tiles,
+        most_escapes,
+        tile,
+        height,
+        width,
+        CODEC,
+        DTYPE,
+        MASKED,
+        PLANES,
+        VARIANT,
+    )
+    return elements, tl.min(reasons, axis=0)
+
+
+@triton.jit
+def decode_lanes(
+    bitmap,
+    offsets,
+    heads,
+    values,
+    values_bytes,
+    tiles,
+    most_escapes,
+    tile,
+    height,
+    width,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MASKED: tl.constexpr,
+    PLANES: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
+    """As `decode_tile`, but the reason is int32 [128], the same in all lanes.
+
+    A program with many tiles takes the smallest once, not for each of them.
+    """
+    PACKED: tl.constexpr = CODEC == "exponent-packed"
+    half, first, count, outside = halves(bitmap, tile, height, width, MASKED, PACKED)
     count = count.to(tl.uint32)
     reason = tl.where(outside, _BITS, NO_REASON)
     begin, units, sane, more = _record(offsets, tile, tiles, values_bytes)
     record = values + begin.to(tl.int64) * 16
     ITEM_BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    if CODEC == "exponent-packed":
+    if PACKED:
         head = tl.load(heads.to(tl.pointer_type(tl.uint32)) + tile)
         base = head & 0xFF
         planes = head >> 8 & 0xFF
@@ -103,17 +151,21 @@ def decode_tile(
         needed = count * ITEM_BYTES
     sane &= units == (needed + 15) // 16
     reason = tl.where(sane, reason, tl.minimum(reason, _OFFSETS))
-    if CODEC == "exponent-packed":
+    if PACKED:
         # Zero where something is wrong already: then nothing is followed.
         escapes = tl.where(reason == NO_REASON, escapes, 0)
         escape = (record + escapes_at).to(tl.pointer_type(tl.uint32))
         reason = tl.where(escapes_are_wrong(escape, escapes, count), _ESCAPES, reason)
         escapes = tl.where(reason == NO_REASON, escapes, 0)
     kept, ones, rank = octets(tl.where(reason == NO_REASON, half, 0), first)
-    if CODEC != "exponent-packed":
+    if not PACKED:
         planes_at, byte_plane, bit_plane, planes, base, escape, escapes = 0, 0, 0, 0, 0, None, 0
+    if PACKED:
+        more &= reason == NO_REASON
+    if VARIANT == "masked":
+        more = False
     # Read what is there without asking, but where `values` may end.
-    if (reason == NO_REASON) & more:
+    if more:
         elements = _elements(
             record,
             kept,
@@ -151,7 +203,7 @@ def decode_tile(
             VARIANT,
             True,
         )
-    return elements, reason
+    return elements, reason + tl.zeros([128], tl.int32)
 
 
 @triton.jit
@@ -175,7 +227,7 @@ def _elements(
 ):
     """The elements of a tile in whose record nothing is wrong, or of which nothing is kept."""
     if CODEC == "raw":
-        if VARIANT == "window" and DTYPE.primitive_bitwidth == 16:
+        if VARIANT != "gather" and DTYPE.primitive_bitwidth == 16:
             elements = pairs(record, kept, rank, CHECKED).to(DTYPE, bitcast=True)
         else:
             elements = gathered(record.to(tl.pointer_type(DTYPE)), kept, rank)
@@ -211,4 +263,4 @@ def _record(offsets, tile, tiles, values_bytes):
     sane = (end <= most) & (begin <= end)
     sane &= (tile > 0) | (begin == 0)
     sane &= (tile + 1 < tiles) | (end == most)
-    return begin, end - begin, sane, (end <= most) & (most - end >= _MORE)
+    return begin, end - begin, sane, (begin <= end) & (end <= most) & (most - end >= _MORE)

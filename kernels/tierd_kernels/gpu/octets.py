@@ -15,12 +15,13 @@ from tierd_kernels.gpu.spread import bytes_of_bits, columns_of_pairs, digits, sp
 
 
 @triton.jit
-def halves(bitmap, tile, height, width, MASKED: tl.constexpr):
+def halves(bitmap, tile, height, width, MASKED: tl.constexpr, SCALAR: tl.constexpr):
     """Return which elements a tile keeps, and what the tile does.
 
     kept uint32 [128]: bit c for column c of half a row: one for each lane of 4 warps, so that
     the scan is short.   rank [128]: of the half's first kept element among those of the tile.
     count: of the tile.   outside: whether there are bits outside the matrix.
+    SCALAR: count and outside are scalars; else they may be [128], the same in all: that is cheaper.
     """
     half = tl.arange(0, 128)
     left = half % 2 * 32
@@ -31,10 +32,12 @@ def halves(bitmap, tile, height, width, MASKED: tl.constexpr):
         count = height * width
         return allowed, tl.minimum(row * width + tl.minimum(left, width), count), count, height > 64
     kept = tl.load(bitmap.to(tl.pointer_type(tl.uint32)) + tile.to(tl.int64) * 128 + half)
-    ones = _popcount(kept)
     # One sum for two questions: there are at most 4096 elements.
-    found = tl.sum(tl.where((kept & allowed) == kept, ones, ones + 8192), axis=0)
-    return kept, tl.cumsum(ones, axis=0) - ones, found & 8191, found > 8191
+    ones = _popcount(kept)
+    ones = tl.where((kept & allowed) == kept, ones, ones + 8192)
+    upto = tl.cumsum(ones, axis=0)
+    found = tl.sum(ones, axis=0) if SCALAR else tl.gather(upto, half * 0 + 127, axis=0)
+    return kept, upto - ones & 8191, found & 8191, found > 8191
 
 
 @triton.jit
@@ -44,8 +47,9 @@ def octets(half, first):
     """
     octet = tl.arange(0, 512)
     bit = (octet % 4 * 8).to(tl.uint32)
-    half = tl.gather(half, octet // 4, axis=0)
-    rank = tl.gather(first, octet // 4, axis=0) + _popcount(half & (1 << bit) - 1)
+    both = tl.gather(half.to(tl.uint64) | first.to(tl.uint64) << 32, octet // 4, axis=0)
+    half = both.to(tl.uint32)
+    rank = (both >> 32).to(tl.int32) + _popcount(half & (1 << bit) - 1)
     kept = half >> bit & 0xFF
     return kept.to(tl.int32), (digits(kept) * 0x11111111 >> 28).to(tl.int32), rank
 

@@ -44,7 +44,7 @@ class Plan:
         return self.splits, self.warps
 
 
-VARIANTS: Final = ((4, 3, "window"), (4, 1, "window"), (4, 1, "gather"))
+VARIANTS: Final = ((4, 1, "window"), (4, 3, "window"), (4, 3, "masked"), (4, 1, "gather"))
 """(warps, stages, variant) that can be chosen; the first where nothing was measured. 4 warps are
 what the tensor cores of sm_90 take; with 2 a program of 64 tokens has too few registers."""
 
@@ -63,13 +63,23 @@ def candidates(
     """
     block = token_block(tokens)
     splits = sorted({_splits(grid, resident * processors) for resident in _RESIDENT})
-    variants = [each for each in VARIANTS if each[2] == "window" or codec == "raw"]
+    variants = [each for each in VARIANTS if _worth(codec, *each)]
     return [Plan(block, many, *variant) for many in splits for variant in variants]
 
 
 def default_plan(grid: TileGrid, tokens: int, processors: int = DATA_CENTER_PROCESSORS) -> Plan:
     """A plan for a matrix that was never measured."""
     return Plan(token_block(tokens), _splits(grid, _RESIDENT[1] * processors), *VARIANTS[0])
+
+
+def _worth(codec: str, warps: int, stages: int, variant: str) -> bool:
+    """Whether such a program differs from the others of the codec.
+
+    Triton reads nothing ahead where there are loops inside, as for escapes.
+    """
+    if codec == "exponent-packed":
+        return stages == 1 and variant == "window"
+    return variant != "gather" or codec == "raw"
 
 
 def _splits(grid: TileGrid, programs: int) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tierd_kernels.gpu.decode import NO_REASON, decode_tile
+from tierd_kernels.gpu.decode import NO_REASON, decode_lanes
 from tierd_kernels.gpu.numbers import INTERPRETED, rounded, widened
 from tierd_kernels.torch_expand import REASONS
 
@@ -68,7 +68,7 @@ def multiply_tiles(
 ):
     """Write the sums of split s to parts[s, token, row], float32 [splits, tokens, rows].
 
-    Programs: [tile rows, splits, blocks of TOKENS tokens]. bitmap .. values: see `decode_tile`.
+    Programs: [tile rows, splits, blocks of TOKENS tokens]. bitmap .. values: see `decode_lanes`.
     x: of DTYPE, [tokens, cols], rows `x_stride` elements apart. faults: see `linear`.
     group_tiles: tiles for which a scale of int8 and int4 holds.
     """
@@ -89,13 +89,13 @@ def multiply_tiles(
         scale_row = scales.to(tl.pointer_type(tl.uint16)) + group * 64 + step
     sums = tl.zeros([64, TOKENS], tl.float32)
     # Of the first wrong tile: its column and what is wrong, in one number.
-    fault = tl.full([], _NO_COLUMN, tl.int32)
+    fault = tl.full([128], _NO_COLUMN, tl.int32)
     group_end = (first // group_tiles + 1) * group_tiles
     for tile_col in tl.range(_bound(first), _bound(end), num_stages=STAGES):
         tile = tile_row * tile_cols + tile_col
         left = tl.cast(tile_col, tl.int64) * 64
         width = tl.minimum(cols - left, 64).to(tl.int32)
-        elements, reason = decode_tile(
+        elements, reason = decode_lanes(
             bitmap,
             offsets,
             heads,
@@ -134,8 +134,9 @@ def multiply_tiles(
         else:
             # A plain sum would be made the dot's own accumulator again.
             sums = tl.fma(product, tl.full([64, TOKENS], 1.0, tl.float32), sums)
-    if fault != _NO_COLUMN:
-        tl.atomic_min(faults, tile_row * tile_cols * _REASONS + fault)
+    first_fault = tl.min(fault, axis=0)
+    if first_fault != _NO_COLUMN:
+        tl.atomic_min(faults, tile_row * tile_cols * _REASONS + first_fault)
     row = tile_row * 64 + step
     place = (split.to(tl.int64) * tokens + token[None, :]) * rows + row[:, None]
     inside = (token[None, :] < tokens) & (row[:, None] < rows)

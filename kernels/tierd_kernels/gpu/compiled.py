@@ -45,8 +45,8 @@ FORMS: Final = (
     ("raw", True),
     *((codec, masked) for codec in ("exponent-packed", "int8", "int4") for masked in (True, False)),
 )
-PLANES: Final = 4
-"""Of the exponent-packed matrices: trained weights have 2 to 4."""
+PLANES: Final = 3
+"""Of the exponent-packed matrices: unpruned weights have 3, pruned ones fewer."""
 _WARP_LANES: Final = 32
 
 
@@ -104,8 +104,8 @@ def kernels() -> Iterator[Kernel]:
                 yield Kernel(codec, masked, "F16", usual, architecture)
             for tokens in plans.TOKEN_BLOCKS:
                 for warps, stages, variant in plans.VARIANTS:
-                    if codec != "raw" and variant != "window":
-                        continue  # no other code
+                    if not plans.worth(codec, warps, stages, variant):
+                        continue
                     default = (warps, stages, variant) == plans.VARIANTS[0]
                     if default or (architecture == MEASURED and tokens == plans.TOKEN_BLOCKS[0]):
                         plan = plans.Plan(tokens, 1, warps, stages, variant)

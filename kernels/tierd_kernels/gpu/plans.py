@@ -63,7 +63,7 @@ def candidates(
     """
     block = token_block(tokens)
     splits = sorted({_splits(grid, resident * processors) for resident in _RESIDENT})
-    variants = [each for each in VARIANTS if _worth(codec, *each)]
+    variants = [each for each in VARIANTS if worth(codec, *each)]
     return [Plan(block, many, *variant) for many in splits for variant in variants]
 
 
@@ -72,7 +72,7 @@ def default_plan(grid: TileGrid, tokens: int, processors: int = DATA_CENTER_PROC
     return Plan(token_block(tokens), _splits(grid, _RESIDENT[1] * processors), *VARIANTS[0])
 
 
-def _worth(codec: str, warps: int, stages: int, variant: str) -> bool:
+def worth(codec: str, warps: int, stages: int, variant: str) -> bool:
     """Whether such a program differs from the others of the codec.
 
     Triton reads nothing ahead where there are loops inside, as for escapes.

@@ -79,6 +79,11 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
     os.close(made.fd)
 
 
+def read(direct: CuFileReader, job: DirectJob) -> None:
+    direct.read(job)
+    direct.verify(job)
+
+
 def reader(library: Path) -> CuFileReader:
     made = CuFileReader(CuFileLibrary(str(library)))
     made.open()
@@ -102,9 +107,8 @@ def test_a_layer_of_two_extents_arrives_and_is_counted_as_direct(
     monkeypatch.setenv("FAKE_VERSION", version)
     direct = reader(library)
     with caplog.at_level("INFO"):
-        result = direct.read(memory.job())
+        read(direct, memory.job())
     assert "none through DRAM" in caplog.text
-    assert result.nbytes == FIRST + SECOND
     assert memory.bytes.raw == memory.data[4096:]
     found = direct.statistics()
     assert (found.reads, found.failed, found.read_bytes) == (1, 0, FIRST + SECOND)
@@ -120,10 +124,10 @@ def test_reads_through_dram_are_refused_and_so_are_all_that_follow(
     monkeypatch.setenv("FAKE_POSIX", "1")
     direct = reader(library)
     with pytest.raises(NotDirect, match=r"0 direct reads and \d+ through DRAM"):
-        direct.read(memory.job())
+        read(direct, memory.job())
     monkeypatch.delenv("FAKE_POSIX")
     with pytest.raises(NotDirect, match="is not read"):
-        direct.read(memory.job())
+        read(direct, memory.job())
     assert direct.statistics().failed == 2
     direct.close()
 
@@ -134,7 +138,7 @@ def test_reads_that_nothing_counts_prove_nothing(
     monkeypatch.setenv("FAKE_UNCOUNTED", "1")
     direct = reader(library)
     with pytest.raises(NotDirect, match="0 direct reads and 0 through DRAM, 0 bytes"):
-        direct.read(memory.job())
+        read(direct, memory.job())
     direct.close()
 
 
@@ -144,7 +148,7 @@ def test_a_corrupt_block_is_named(memory: Memory, library: Path) -> None:
         file.write(b"\0\0\0\0\0\0\0\0")
     direct = reader(library)
     with pytest.raises(ChecksumMismatch, match="block 1 of 2"):
-        direct.read(memory.job())
+        read(direct, memory.job())
     direct.close()
 
 
@@ -153,7 +157,7 @@ def test_a_shard_that_ends_early_is_named_and_the_memory_unpinned(
 ) -> None:
     direct = reader(library)
     with pytest.raises(ReadError, match="shard ends early"):
-        direct.read(memory.job(longer=4096))
+        read(direct, memory.job(longer=4096))
     assert counts(library) == (1, 0, 1)
     direct.close()
 
@@ -165,7 +169,7 @@ def test_a_failed_read_says_what_cufile_said(
     monkeypatch.setenv("FAKE_READ", result)
     direct = reader(library)
     with pytest.raises(ReadError, match=said):
-        direct.read(memory.job())
+        read(direct, memory.job())
     direct.close()
 
 
@@ -198,8 +202,8 @@ def test_a_file_is_registered_once_and_forgotten_when_it_is_closed(
     memory: Memory, library: Path
 ) -> None:
     direct = reader(library)
-    direct.read(memory.job())
-    direct.read(memory.job())
+    read(direct, memory.job())
+    read(direct, memory.job())
     assert counts(library)[0] == 1
     direct.forget([file_id(memory.fd)])
     direct.forget([file_id(memory.fd)])
@@ -211,13 +215,13 @@ def test_a_descriptor_s_number_that_is_another_file_s_now_is_read_from_that_file
     memory: Memory, library: Path, tmp_path: Path
 ) -> None:
     direct = reader(library)
-    direct.read(memory.job())
+    read(direct, memory.job())
     memory.data = os.urandom(len(memory.data))
     (tmp_path / "new").write_bytes(memory.data)
     new = os.open(tmp_path / "new", os.O_RDONLY)
     os.dup2(new, memory.fd)  # the pack was closed, and its number given to another
     os.close(new)
-    direct.read(memory.job())
+    read(direct, memory.job())
     assert memory.bytes.raw == memory.data[4096:]
     direct.close()
     assert counts(library) == (0, 0, 0)

@@ -1,7 +1,7 @@
-"""The thread that has layers read from the SSD into GPUs, past DRAM (`io/cufile.py`).
+"""The threads that have layers read from the SSD into GPUs, past DRAM (`io/cufile.py`).
 
-One for all GPUs, and one layer at a time: cuFile counts for the whole process, and its counts are
-what proves that a layer came straight.
+One reads, for all GPUs and one layer at a time: cuFile counts for the whole process, and its counts
+are what proves that a layer came straight. The other verifies a layer while the next one is read.
 """
 
 from __future__ import annotations
@@ -15,34 +15,30 @@ from typing import TYPE_CHECKING
 from tierd.errors import TierdError
 from tierd.gpu.errors import DeviceError
 from tierd.gpu.worker import SILENT_NS
+from tierd.io.ssd_job import ReadResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from tierd.gpu.device import Device
     from tierd.io.cufile import CuFileReader, DirectJob, DirectStatistics, FileId
-    from tierd.io.ssd_job import ReadResult
 
-    Work = Callable[[], ReadResult | None]
-    Done = Callable[[ReadResult | TierdError | None], None]
+    Work = Callable[[], None]
+    Done = Callable[[TierdError | None], object]
 
 log = logging.getLogger(__name__)
 
 
 class DirectReads:
-    """The thread starts with the first GPU. Every method but `close` returns at once."""
+    """Threads start with the first GPU. Every method but `close` returns at once."""
 
     def __init__(self, reader: CuFileReader, call_soon_threadsafe: Callable[..., object]) -> None:
         """call_soon_threadsafe: of the loop that every `done` is called on."""
         self._reader = reader
         self._call_soon = call_soon_threadsafe
-        self._opened = False  # of the thread alone
-        self._thread: threading.Thread | None = None
-        self._queued = threading.Condition()
-        # Everything below changes under this lock.
-        self._queue: deque[tuple[str, Work, Done]] = deque()
-        self._since_ns = 0  # of the work under way, 0 = none
-        self._closing = False
+        self._opened = False  # of the reading thread alone
+        self._reading = _Stage("tierd-direct", last=self._close_reader)
+        self._verifying = _Stage("tierd-direct-verify")
 
     def open(self, device: Device, done: Callable[[TierdError | None], None]) -> None:
         """Find out whether this works on a GPU that is open. `done` gets GpuDirectUnavailable, or
@@ -54,40 +50,47 @@ class DirectReads:
                 self._reader.open()
                 self._opened = True
 
-        def answered(outcome: ReadResult | TierdError | None) -> None:
-            done(outcome if isinstance(outcome, TierdError) else None)
-
-        self._submit(f"gpu_direct on gpu:{device.number}", work, answered)
+        what = f"gpu_direct on gpu:{device.number}"
+        self._reading.submit(what, work, lambda failure: self._call_soon(done, failure))
 
     def read(
         self, device: Device, job: DirectJob, done: Callable[[ReadResult | TierdError], None]
     ) -> None:
         """Read and verify a layer; `done` is called once, when nothing writes into the GPU's memory
         any more."""
+        begin_ns = time.monotonic_ns()
 
-        def work() -> ReadResult:
+        def work() -> None:
             device.enter()
-            return self._reader.read(job)
+            self._reader.read(job)
 
-        def answered(outcome: ReadResult | TierdError | None) -> None:
-            assert outcome is not None
-            done(outcome)
+        def was_read(failure: TierdError | None) -> None:
+            if failure is not None:
+                self._call_soon(done, failure)
+                return
+            what = f"the checksum of {job.name}"
+            self._verifying.submit(what, lambda: self._reader.verify(job), was_verified)
 
-        self._submit(f"the read of {job.name}", work, answered)
+        def was_verified(failure: TierdError | None) -> None:
+            took_ns = time.monotonic_ns() - begin_ns
+            self._call_soon(done, failure or ReadResult(job.nbytes, took_ns))
+
+        self._reading.submit(f"the read of {job.name}", work, was_read)
 
     def forget(self, files: Iterable[FileId]) -> None:
         """Their packs are closed. What was queued before is read before."""
         names = list(files)
-        if self._thread is not None:
-            self._submit("closing files", lambda: self._reader.forget(names), lambda _: None)
+        if self._reading.started:
+            self._reading.submit(
+                "closing files", lambda: self._reader.forget(names), lambda _: None
+            )
 
     def statistics(self) -> DirectStatistics:
         return self._reader.statistics()
 
     def silent(self) -> str | None:
-        """That a read takes too long, and how long; None when none does."""
-        with self._queued:
-            waiting_ns = time.monotonic_ns() - self._since_ns if self._since_ns else 0
+        """That a layer takes too long, and how long; None when none does."""
+        waiting_ns = max(self._reading.waiting_ns, self._verifying.waiting_ns)
         if waiting_ns <= SILENT_NS:
             return None
         return (
@@ -96,47 +99,84 @@ class DirectReads:
         )
 
     def alive(self) -> bool:
-        return self._thread is None or self._thread.is_alive()
+        return self._reading.alive() and self._verifying.alive()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Give up what is queued (DeviceError), let the read under way end, close the library.
+        """Give up what is queued (DeviceError), let what is under way end, close the library.
 
         Blocks. Raises TimeoutError when cuFile does not answer: then it may still write into a GPU.
         """
+        deadline_s = time.monotonic() + timeout_s
+        self._reading.close(deadline_s)
+        self._verifying.close(deadline_s)
+
+    def _close_reader(self) -> None:
+        if self._opened:
+            self._reader.close()
+
+
+class _Stage:
+    """One thread, and what it has to do, in order. `done` is called in it, or by `close`."""
+
+    def __init__(self, name: str, last: Work | None = None) -> None:
+        """last: done at the end, if the thread ever started."""
+        self._name = name
+        self._last = last
+        self._thread: threading.Thread | None = None
+        self._queued = threading.Condition()
+        # Everything below changes under this lock.
+        self._queue: deque[tuple[str, Work, Done]] = deque()
+        self._since_ns = 0  # of the work under way, 0 = none
+        self._closing = False
+
+    @property
+    def started(self) -> bool:
+        return self._thread is not None
+
+    @property
+    def waiting_ns(self) -> int:
+        """For how long the work under way has been."""
+        with self._queued:
+            return time.monotonic_ns() - self._since_ns if self._since_ns else 0
+
+    def alive(self) -> bool:
+        return self._thread is None or self._thread.is_alive()
+
+    def submit(self, what: str, work: Work, done: Done) -> None:
+        """After `close`: DeviceError."""
+        with self._queued:
+            if not self._closing:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                    self._thread.start()
+                self._queue.append((what, work, done))
+                self._queued.notify()
+                return
+        done(_given_up(what))
+
+    def close(self, deadline_s: float) -> None:
+        """deadline_s: of the monotonic clock. Raises TimeoutError."""
         with self._queued:
             self._closing = True
             dropped, self._queue = self._queue, deque()
             self._queued.notify()
             thread = self._thread
         for what, _, done in dropped:
-            self._call_soon(done, _given_up(what))
+            done(_given_up(what))
         if thread is not None:
-            thread.join(timeout_s)
+            thread.join(max(0.0, deadline_s - time.monotonic()))
             if thread.is_alive():
-                raise TimeoutError(f"{thread.name} did not end in {timeout_s} s")
-
-    def _submit(self, what: str, work: Work, done: Done) -> None:
-        with self._queued:
-            if not self._closing:
-                if self._thread is None:
-                    self._thread = threading.Thread(
-                        target=self._run, name="tierd-direct", daemon=True
-                    )
-                    self._thread.start()
-                self._queue.append((what, work, done))
-                self._queued.notify()
-                return
-        self._call_soon(done, _given_up(what))
+                raise TimeoutError(f"{thread.name} did not end in time")
 
     def _run(self) -> None:
         while (item := self._next()) is not None:
             what, work, done = item
-            self._call_soon(done, _outcome(what, work))
+            done(_outcome(what, work))
             del item, work, done
             with self._queued:
                 self._since_ns = 0
-        if self._opened:
-            _outcome("closing cuFile", self._reader.close)
+        if self._last is not None:
+            _outcome(f"the end of {self._name}", self._last)
 
     def _next(self) -> tuple[str, Work, Done] | None:
         with self._queued:
@@ -147,16 +187,17 @@ class DirectReads:
             return self._queue.popleft()
 
 
-def _outcome(what: str, work: Work) -> ReadResult | TierdError | None:
-    """The boundary of the thread: whatever happens in it becomes an outcome."""
+def _outcome(what: str, work: Work) -> TierdError | None:
+    """The boundary of a thread: whatever happens in it becomes an outcome."""
     try:
-        return work()
+        work()
     except TierdError as failure:
         failure.__traceback__ = failure.__context__ = None
         return failure
     except Exception as failure:
         log.exception("%s", what)
         return DeviceError(f"{what}: {failure!r}")
+    return None
 
 
 def _given_up(what: str) -> DeviceError:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,6 @@ import xxhash
 
 from tierd.errors import ChecksumMismatch, ReadError, TierdError
 from tierd.io.cufile_library import CuFileError, CuFileLibrary, Reads
-from tierd.io.ssd_job import ReadResult
 from tierd_layouts.records import BLOCK_BYTES
 
 if TYPE_CHECKING:
@@ -48,8 +47,8 @@ class DirectJob:
     """Fill GPU memory with the extents of one layer, one after the other.
 
     parts: where that memory lies, in order: (address, bytes) of one allocation each. It stays until
-    `read` returned, as do the descriptors, which were opened with O_DIRECT. fetch: (address, bytes)
-    of one part -> these bytes, back from the GPU, for the checksum.
+    the job is over, and so do the descriptors, which were opened with O_DIRECT. fetch: (address,
+    bytes) of one part -> these bytes, back from the GPU, for the checksum.
     """
 
     pack: str
@@ -103,37 +102,50 @@ class _File:
 
 
 class CuFileReader:
-    """For all GPUs of the process, because the counters are. `read` and `forget` block, without
-    the GIL, in one thread, which has made the GPU's context its own; `statistics` does not."""
+    """For all GPUs of the process, because the counters are. `open`, `read`, `forget` and `close`
+    in one thread, which has made the GPU's context its own; they block, without the GIL, as does
+    `verify`, for which any thread is right."""
 
     def __init__(self, library: CuFileLibrary | None = None) -> None:
         self._library = library or CuFileLibrary()
         self._files: dict[FileId, _File] = {}
         self._indirect: str | None = None
-        self._reads = self._failed = 0
+        self._said = False
         self._counted = Reads()
+        self._lock = threading.Lock()  # of the two below
+        self._reads = self._failed = 0
 
     def open(self) -> None:
         """Raises GpuDirectUnavailable."""
         self._library.open()
 
-    def read(self, job: DirectJob) -> ReadResult:
-        """Read and verify a layer. Raises NotDirect, ReadError or ChecksumMismatch; then what is
+    def read(self, job: DirectJob) -> None:
+        """Read a layer, which `verify` has to look at. Raises NotDirect or ReadError; then what is
         in the memory is void, and nothing writes into it any more."""
-        begin_ns = time.monotonic_ns()
         try:
             if self._indirect is not None:
                 raise NotDirect(f"{job.name} is not read: {self._indirect}")
             self._read(job)
-            self._verify(job)
         except CuFileError as error:
-            self._failed += 1
+            self._count_failed()
             raise ReadError(f"{job.name} cannot be read into the GPU: {error}") from None
-        except TierdError:
-            self._failed += 1
+        except ReadError:
+            self._count_failed()
             raise
-        self._reads += 1
-        return ReadResult(job.nbytes, time.monotonic_ns() - begin_ns)
+
+    def verify(self, job: DirectJob) -> None:
+        """Hash what was read, on the host. Raises ChecksumMismatch, and what `fetch` does."""
+        try:
+            self._verify(job)
+        except TierdError:
+            self._count_failed()
+            raise
+        with self._lock:
+            self._reads += 1
+
+    def _count_failed(self) -> None:
+        with self._lock:
+            self._failed += 1
 
     def forget(self, files: Iterable[FileId]) -> None:
         """Nothing of these is read any more."""
@@ -207,7 +219,8 @@ class CuFileReader:
 
     def _check_direct(self, job: DirectJob, counted: Reads) -> None:
         if counted.posix == 0 and counted.direct > 0 and counted.nbytes >= job.nbytes:
-            if not self._reads:
+            if not self._said:
+                self._said = True
                 log.info(
                     "reading straight into the GPU, as cuFile counts: %d reads by P2PDMA, %d by "
                     "nvidia-fs, none through DRAM", counted.p2p, counted.nvfs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -30,6 +31,10 @@ class Reader:
         self.gate = threading.Event()
         self.entered = threading.Event()
         self.failure: Exception | None = None
+        self.verified: list[tuple[str, str]] = []
+        self.verify_gate = threading.Event()
+        self.verify_gate.set()
+        self.mismatch: ReadError | None = None
 
     def _called(self, what: str) -> None:
         self.calls.append(what)
@@ -38,13 +43,18 @@ class Reader:
     def open(self) -> None:
         self._called("open")
 
-    def read(self, job: DirectJob) -> ReadResult:
+    def read(self, job: DirectJob) -> None:
         self._called(f"read {job.layer}")
         self.entered.set()
         assert self.gate.wait(PATIENCE_S)
         if self.failure is not None:
             raise self.failure
-        return ReadResult(job.nbytes, 1)
+
+    def verify(self, job: DirectJob) -> None:
+        self.verified.append((job.layer, threading.current_thread().name))
+        assert self.verify_gate.wait(PATIENCE_S)
+        if self.mismatch is not None:
+            raise self.mismatch
 
     def forget(self, files: Iterable[tuple[int, int]]) -> None:
         self._called(f"forget {list(files)}")
@@ -88,12 +98,57 @@ def test_layers_are_read_one_after_the_other_by_one_thread_for_all_gpus(
     direct.read(DEVICE, job("a"), answers.append)
     direct.read(DEVICE, job("b"), answers.append)
     direct.forget([(1, 2)])
-    for _ in range(5):
+    for _ in range(4):
         loop.run_one()
-    assert answers == [None, None, ReadResult(4096, 1), ReadResult(4096, 1)]
+    assert answers[:2] == [None, None]
+    assert [answer.nbytes for answer in answers[2:]] == [4096, 4096]
     direct.close()
     assert reader.calls == ["open", "read a", "read b", "forget [(1, 2)]", "close"]
     assert reader.threads == {"tierd-direct"}
+    assert reader.verified == [("a", "tierd-direct-verify"), ("b", "tierd-direct-verify")]
+
+
+def test_a_layer_is_read_while_the_one_before_is_verified(
+    direct: DirectReads, reader: Reader, loop: Loop
+) -> None:
+    answers: list[Any] = []
+    reader.gate.set()
+    reader.verify_gate.clear()
+    reader.mismatch = ReadError("corrupt")
+    for layer in ("a", "b", "c"):
+        direct.read(DEVICE, job(layer), answers.append)
+    deadline = time.monotonic() + PATIENCE_S
+    while len(reader.calls) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert answers == []
+    reader.verify_gate.set()
+    for _ in range(3):
+        loop.run_one()
+    assert answers == [reader.mismatch] * 3
+    direct.close()
+
+
+def test_close_gives_up_what_was_not_verified(
+    direct: DirectReads, reader: Reader, loop: Loop
+) -> None:
+    answers: dict[str, Any] = {}
+    reader.gate.set()
+    reader.verify_gate.clear()
+    for layer in ("a", "b"):
+        direct.read(DEVICE, job(layer), lambda answer, layer=layer: answers.update({layer: answer}))  # type: ignore[misc]
+    deadline = time.monotonic() + PATIENCE_S
+    while len(reader.calls) < 2 or not reader.verified:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    with pytest.raises(TimeoutError, match="tierd-direct-verify did not end"):
+        direct.close(timeout_s=0.3)
+    reader.verify_gate.set()
+    direct.close()
+    for _ in range(2):
+        loop.run_one()
+    assert isinstance(answers["a"], ReadResult)
+    assert "the checksum of pack 'pack', layer 'b' was given up" in str(answers["b"])
 
 
 @pytest.mark.parametrize("failure", [ReadError("a layer is not read"), RuntimeError("a defect")])
@@ -113,7 +168,7 @@ def test_whatever_happens_to_a_read_is_its_answer_and_the_next_one_is_made(
     else:
         assert type(answers[0]) is DeviceError
         assert "RuntimeError('a defect')" in str(answers[0])
-    assert answers[1] == ReadResult(4096, 1)
+    assert isinstance(answers[1], ReadResult)
     direct.close()
 
 
@@ -132,7 +187,7 @@ def test_close_lets_the_read_under_way_end_and_gives_up_the_others(
     reader.gate.set()
     direct.close()
     loop.run_one()
-    assert answers["a"] == ReadResult(4096, 1)
+    assert "the checksum of pack 'pack', layer 'a' was given up" in str(answers["a"])
     direct.read(DEVICE, job("c"), lambda answer: answers.update(c=answer))
     loop.run_one()
     assert "was given up: the daemon shuts down" in str(answers["c"])

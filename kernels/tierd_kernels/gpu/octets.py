@@ -28,16 +28,17 @@ def halves(bitmap, tile, height, width, MASKED: tl.constexpr, SCALAR: tl.constex
     row = half // 2
     inside = tl.where(row < height, tl.minimum(tl.maximum(width - left, 0), 32), 0)
     allowed = tl.where(inside < 32, (1 << (inside & 31)) - 1, -1).to(tl.uint32)
-    if not MASKED:
+    if MASKED:
+        kept = tl.load(bitmap.to(tl.pointer_type(tl.uint32)) + tile.to(tl.int64) * 128 + half)
+        # One sum for two questions: there are at most 4096 elements.
+        ones = _popcount(kept)
+        ones = tl.where((kept & allowed) == kept, ones, ones + 8192)
+        upto = tl.cumsum(ones, axis=0)
+        found = tl.sum(ones, axis=0) if SCALAR else tl.gather(upto, half * 0 + 127, axis=0)
+        return kept, upto - ones & 8191, found & 8191, found > 8191
+    else:
         count = height * width
         return allowed, tl.minimum(row * width + tl.minimum(left, width), count), count, height > 64
-    kept = tl.load(bitmap.to(tl.pointer_type(tl.uint32)) + tile.to(tl.int64) * 128 + half)
-    # One sum for two questions: there are at most 4096 elements.
-    ones = _popcount(kept)
-    ones = tl.where((kept & allowed) == kept, ones, ones + 8192)
-    upto = tl.cumsum(ones, axis=0)
-    found = tl.sum(ones, axis=0) if SCALAR else tl.gather(upto, half * 0 + 127, axis=0)
-    return kept, upto - ones & 8191, found & 8191, found > 8191
 
 
 @triton.jit

@@ -29,7 +29,8 @@ def _bound(number):
     """A loop's bound. Of an array, as the interpreter has, numpy makes no number any more."""
     if INTERPRETED:
         return number.handle.data.item()
-    return number
+    else:
+        return number
 
 
 @triton.jit
@@ -37,7 +38,8 @@ def _single(number):
     """As float32, exactly."""
     if number.dtype == tl.bfloat16:
         return widened(number.to(tl.uint16, bitcast=True))
-    return number.to(tl.float32)
+    else:
+        return number.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "group_tiles", "splits", "most_escapes"])

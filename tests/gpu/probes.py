@@ -14,6 +14,7 @@ from typing import Any
 
 from tests.gpu import cuda_calls
 from tests.gpu.cuda_calls import check, free_bytes, map_memory, properties, read, write
+from tests.gpu.direct_probe import direct_read  # noqa: F401 (a probe of its own module)
 from tests.gpu.talk import Talk
 
 MARK, OTHER = b"\x77\x11\x22\x33", b"\xde\xad\xbe\xef"

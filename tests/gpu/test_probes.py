@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.daemon.played_cufile import build
 from tests.gpu.probes import MARK
 from tests.gpu.talk import Probe
 from tests.gpu.test_probe_vmm import client
+from tierd.gpu_settings import PLAYED_VARIABLE
 
 if TYPE_CHECKING:
     from tests.gpu.conftest import Record
@@ -54,6 +57,25 @@ def test_an_owner_that_was_killed_leaves_its_descriptor() -> None:
         owner.kill()
         found = client(owner.talk.fds[0], "ro", "read", NBYTES)
     assert found["mark"] == MARK.hex()
+
+
+@pytest.mark.parametrize("kind", ["cuda_vmm", "cuda_ipc"])
+@pytest.mark.parametrize("way", ["direct", "through DRAM", "not at all"])
+def test_reads_past_dram_are_counted_or_refused(
+    kind: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PLAYED_VARIABLE, str(build(tmp_path)))
+    if way != "direct":
+        monkeypatch.setenv(*{"through DRAM": ("FAKE_POSIX", "1")}.get(way, ("FAKE_OPEN", "5001")))
+    (tmp_path / "file").write_bytes(os.urandom(9 << 20))
+    with Probe("direct_read", kind, tmp_path / "file") as probe:
+        found = probe.hear()
+    if way == "direct":
+        assert found["direct_reads"] > 0
+        assert found["posix_reads"] == 0
+    else:
+        said = {"through DRAM": "this is not direct"}.get(way, "nvidia-fs driver is not loaded")
+        assert said in found["refused"]
 
 
 def test_answers_are_written_down(

@@ -132,6 +132,8 @@ class CuFileLibrary:
 
     def open(self) -> None:
         """Raises GpuDirectUnavailable: then nothing stays open."""
+        # cuFile writes a log into the working directory unless it is told where to.
+        os.environ.setdefault("CUFILE_LOGFILE_PATH", os.devnull)
         try:
             self._calls = ctypes.CDLL(self._path, use_errno=True)
         except OSError as error:

@@ -70,14 +70,15 @@ def test_the_fused_product_is_measured_with_the_plan_of_a_model(
     assert str(row.binds).startswith("Plan(tokens=16, ")
 
 
-def test_every_variant_that_a_model_may_take_is_compiled_ahead() -> None:
+@pytest.mark.parametrize("codec", ["raw", "exponent-packed"])
+def test_every_variant_that_a_model_may_take_is_compiled_ahead(codec: str) -> None:
     here = kernel_ground()
-    matrix = packed_there(here, torch.eye(64, 64, dtype=torch.bfloat16), "raw")
-    ahead = {replace(plan, splits=1) for plan in gpu_plans.variants(64)}
+    matrix = packed_there(here, torch.eye(64, 64, dtype=torch.bfloat16), codec)
+    ahead = {replace(plan, splits=1) for plan in gpu_plans.variants(codec, 64)}
     for times in gpu_plans.crossovers(here).table(matrix).values():
         assert {replace(plan, splits=1) for plan in times if plan is not None} <= ahead
-    assert {plan.tokens for plan in gpu_plans.variants(16)} == {16}
-    gpu_plans.launch(matrix, gpu_plans.variants(16)[0])
+    assert {plan.tokens for plan in gpu_plans.variants(codec, 16)} == {16}
+    gpu_plans.launch(matrix, gpu_plans.variants(codec, 16)[0])
 
 
 def test_the_product_is_as_exact_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:

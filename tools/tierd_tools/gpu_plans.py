@@ -38,18 +38,25 @@ def compile_ahead(wanted: Iterable[tuple[TorchMatrix, int]], device: torch.devic
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         running = [
-            pool.submit(launch, matrix, plan) for matrix, most in wanted for plan in variants(most)
+            pool.submit(launch, matrix, plan)
+            for matrix, most in wanted
+            for plan in variants(matrix.codec, most)
         ]
         for launched in running:
             launched.result()
 
 
-def variants(most: int) -> list[Plan]:
+def variants(codec: str, most: int) -> list[Plan]:
     """A plan of each kernel that is compiled for up to so many tokens."""
-    from tierd_kernels.gpu.plans import TOKEN_BLOCKS, VARIANTS, Plan, token_block
+    from tierd_kernels.gpu.plans import TOKEN_BLOCKS, VARIANTS, Plan, token_block, worth
 
     blocks = [block for block in TOKEN_BLOCKS if block <= token_block(most)]
-    return [Plan(block, 1, *variant) for block in blocks for variant in VARIANTS]
+    return [
+        Plan(block, 1, *variant)
+        for block in blocks
+        for variant in VARIANTS
+        if worth(codec, *variant)
+    ]
 
 
 def launch(matrix: TorchMatrix, plan: Plan) -> None:

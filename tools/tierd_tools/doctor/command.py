@@ -64,7 +64,7 @@ def examine(
 
 
 def _devices(gpus: Sequence[int]) -> Iterator[Finding]:
-    from tierd_tools.doctor import nvidia, round_trip
+    from tierd_tools.doctor import kernels, nvidia, round_trip
 
     yield round_trip.finding("memfd", 0, needed=True)
     found = nvidia.look()
@@ -76,6 +76,7 @@ def _devices(gpus: Sequence[int]) -> Iterator[Finding]:
         yield preferred
         # The second way is needed by whoever has not the first.
         yield round_trip.finding("cuda_ipc", number, needed=False)
+    yield kernels.finding(present=found.problem is None)
 
 
 def _kernel() -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from tierd_kernels.errors import KernelError
+from tierd_kernels.geometry import TILE
 from tierd_kernels.gpu.numbers import INTERPRETED
 from tierd_kernels.torch_matrix import check_matrix
 
@@ -32,3 +33,11 @@ def check_arrays(matrix: TorchMatrix) -> None:
         array = matrix.arrays().get(name)
         if array is not None and array.numel() and array.data_ptr() % WORD_BYTES:
             raise KernelError(f"{name} does not start on a multiple of {WORD_BYTES} bytes")
+
+
+def group_tiles(matrix: TorchMatrix) -> int:
+    """Tiles in a row for which a scale holds: not more than there are, whatever the group says.
+
+    Kernels count them in 32 bits.
+    """
+    return max(1, min(matrix.group // TILE, matrix.grid.tile_cols))

@@ -10,8 +10,7 @@ import torch
 import triton.language as tl
 
 from tierd_kernels.errors import KernelError
-from tierd_kernels.geometry import TILE
-from tierd_kernels.gpu.arrays import check_arrays
+from tierd_kernels.gpu.arrays import check_arrays, group_tiles
 from tierd_kernels.gpu.plans import (
     DATA_CENTER_PROCESSORS,
     MOST_TOKENS,
@@ -124,7 +123,7 @@ def launch(
                 cols,
                 tokens,
                 x.stride(0),
-                matrix.group // TILE or 1,
+                group_tiles(matrix),
                 splits,
                 **multiply_arguments(matrix, plan),
             )

@@ -126,6 +126,19 @@ def test_every_shape_is_multiplied(
         assert (np.abs(ours.cpu().numpy() - exactly) <= 400 * 2.0**-24 * size).all(), form
 
 
+@pytest.mark.parametrize("group", [64, 192, 64 * (2**31 - 1), 2**70])
+def test_every_group_has_its_own_scales(
+    device: torch.device, random_packed: Matrices, random_x: Bits, group: int
+) -> None:
+    """One may be wider than the matrix, and than a number of 32 bits."""
+    matrix = random_packed(3, 64, 450, "BF16", ("int8", False), group=group, tops=TAME)
+    x = numbers(random_x(3, 2, 450, "BF16"), "BF16", device)
+    for splits in (1, 5):
+        plan = replace(PLAN, splits=splits)
+        ours = linear(from_arrays(matrix, device), x, out=single(64, 2, device), plan=plan)
+        assert error(ours, exact(matrix, x)) < MOST_ERROR / 10
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_empty_and_full_tiles_are_multiplied(
     device: torch.device, packed_weights: Matrices, random_x: Bits, density: float

@@ -262,3 +262,16 @@ async def test_nothing_is_told_after_the_stop_and_every_byte_is_given_back(
     await poll(lambda: not node.transfers.reads)
     assert node.events == []
     assert node.slots.table.slot(0).state is SlotState.FILLING, "a successor sees it as it was"
+
+
+async def test_a_copy_follows_a_read_that_is_held_back(node: Node) -> None:
+    """A warm start gives memory back before it reads; a GPU may be asked for layers meanwhile."""
+    node.transfers.hold_reads()
+    node.read(0)
+    node.copy(0)
+    await asyncio.sleep(0.05)
+    assert node.events == []
+    node.transfers.resume_reads()
+    await node.until(lambda: len(node.events) == 2)
+    assert [type(event) for event in node.events] == [ReadDone, CopyDone]
+    assert node.on_gpu(0) == node.pack.content[0]

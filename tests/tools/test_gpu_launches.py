@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tierd_tools.gpu_binding import Binding
 from tierd_tools.gpu_launches import Launched, Launches
 
 if TYPE_CHECKING:
@@ -57,6 +56,10 @@ class Driver:
         found._obj.value = {4: 96, 3: 8}[which]
         return self.code
 
+    def cuDeviceGetAttribute(self, found: Any, which: int, number: int) -> int:
+        found._obj.value = {(13, 0): 1_980_000}[which, number]
+        return self.code
+
     def cuOccupancyMaxActiveBlocksPerMultiprocessor(
         self, found: Any, function: ctypes.c_void_p, threads: int, shared: ctypes.c_size_t
     ) -> int:
@@ -96,9 +99,5 @@ def test_a_driver_that_refuses_is_an_error(tmp_path: Path) -> None:
         launches.of(lambda: runtime.launch(11, "multiply"))
 
 
-def test_what_is_near_the_rate_of_a_copy_is_bound_by_bytes() -> None:
-    kernel = Launched("expand", 4, 32, 1024, 0, 16)
-    near = Binding((kernel,), 64).text(90_000_000, 50e-6, 2e12)
-    assert near.startswith("bytes: 90.0 MB in 50.0 us, 90% of what a copy moves; expand: 32 ")
-    far = Binding((kernel,), 64).text(90_000_000, 90e-6, 2e12)
-    assert far.startswith("instructions or too few programs at once: ")
+def test_the_clock_is_the_drivers(tmp_path: Path) -> None:
+    assert Launches(Runtime(tmp_path), Driver()).clock_hertz(0) == 1.98e9

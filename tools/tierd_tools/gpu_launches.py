@@ -20,6 +20,7 @@ LIBRARY: Final = "libcuda.so.1"
 WARPS: Final = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 103: 64, 120: 48}
 """A multiprocessor's, by compute capability (CUDA programming guide, technical specifications)."""
 _LOCAL_BYTES, _REGISTERS = 3, 4  # CU_FUNC_ATTRIBUTE_*
+_CLOCK_KILOHERTZ = 13  # CU_DEVICE_ATTRIBUTE_CLOCK_RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,12 @@ class Launches:
 
     def close(self) -> None:
         self._runtime.kernel_load_end_hook.remove(self._loaded)
+
+    def clock_hertz(self, number: int) -> float:
+        """The highest clock of the multiprocessors of that GPU, as CUDA counts them."""
+        found = ctypes.c_int()
+        self._ask("cuDeviceGetAttribute", found, _CLOCK_KILOHERTZ, number)
+        return found.value * 1e3
 
     def of(self, call: Callable[[], object]) -> list[Launched]:
         """The kernels that the call launches, each once."""

@@ -74,7 +74,7 @@ def _row(
         list(zip(outputs, dense, strict=True)), lambda pair: pair[0].copy_(pair[1])
     )
     taken = tried.index(DEFAULT_WAY)
-    binding = bound_by(here, sides[str(taken)])
+    binding = bound_by(here, lambda: expand(*pairs[0], faults=faults), matrix, DEFAULT_WAY)
     seconds = here.clock.interleaved(sides)
     moved = packed_bytes(matrix) + dense[0].nbytes
     rates = [len(pairs) * moved / seconds[str(number)] for number in range(len(tried))]

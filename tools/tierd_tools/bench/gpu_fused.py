@@ -83,7 +83,7 @@ def _measure(
         "ours": over_all(matrices, lambda one: linear(one, x, out=out, faults=faults, plan=plan)),
         "theirs": over_all(dense, lambda one: F.linear(x, one)),
     }
-    binding = bound_by(here, sides["ours"])
+    binding = bound_by(here, lambda: linear(matrix, x, faults=faults, plan=plan), matrix, plan)
     seconds = here.clock.interleaved(sides)
     ours, theirs = seconds["ours"] / len(matrices), seconds["theirs"] / len(dense)
     # What cuBLAS reads, a stream of bytes, is about what a copy's rate is.

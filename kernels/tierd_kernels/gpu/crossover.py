@@ -85,9 +85,9 @@ class Crossovers:
 
     def _table(self, key: str, matrix: TorchMatrix) -> Table:
         if self._tables is None:
-            self._tables = {k: t for k, t in self._file.read().items() if _whole(t)}
+            self._tables = self._file.read()
         found = self._tables.get(key)
-        if found is None:
+        if found is None or not _whole(found, matrix):
             timer = self._timer or CudaTimer(self._device)
             found = self._tables[key] = _measured(matrix, timer)
             self._file.add(key, found)
@@ -136,11 +136,15 @@ def _log_best(times: dict[Plan, float], order: tuple[object, ...]) -> tuple[floa
     return math.log(times[best]), best
 
 
-def _whole(table: Table) -> bool:
-    """Whether a table of a file has what `decide` looks at."""
+def _whole(table: Table, matrix: TorchMatrix) -> bool:
+    """Whether a table, which may be of a file, has just what would be measured for the matrix."""
     return set(table) == set(TOKEN_CLASSES) and all(
-        None in times and len(times) > 1 for times in table.values()
+        set(times) == {None, *_plans(matrix, tokens)} for tokens, times in table.items()
     )
+
+
+def _plans(matrix: TorchMatrix, tokens: int) -> list[Plan]:
+    return candidates(matrix.grid, matrix.codec, tokens, processors(matrix.device))
 
 
 def _measured(matrix: TorchMatrix, timer: Timer) -> Table:
@@ -158,7 +162,7 @@ def _measured(matrix: TorchMatrix, timer: Timer) -> Table:
             functional.linear(x, dense)
 
         times: dict[Plan | None, float] = {None: timer(None, tokens, expanded)}
-        for plan in candidates(matrix.grid, matrix.codec, tokens, processors(device)):
+        for plan in _plans(matrix, tokens):
 
             def multiplied(x: torch.Tensor = x, out: torch.Tensor = out, plan: Plan = plan) -> None:
                 linear(matrix, x, out=out, faults=cell, plan=plan)

@@ -28,27 +28,38 @@ Table = dict[int, dict[Plan | None, float]]
 FORMAT: Final = "tierd-crossovers-1"
 _DRIVER_VERSION: Final = Path("/sys/module/nvidia/version")
 
+_WRONG: Final = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What reading a file that we did not write can raise."""
+
 _log = logging.getLogger(__name__)
 
 
 class CrossoverFile:
-    """Tables of one card by the matrix that they were measured with. Not thread-safe."""
+    """Tables of one card by the matrix that they were measured with. Not thread-safe.
 
-    def __init__(self, path: Path) -> None:
+    path: None where nothing can be kept. Of two processes that add at once one may be forgotten:
+    what it measured is measured again.
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self.path = path
 
     def read(self) -> dict[str, Table]:
         """What the file has; nothing if there is none or it is wrong, which the log then says."""
+        if self.path is None:
+            return {}
         try:
             return _parsed(json.loads(self.path.read_bytes()))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except _WRONG as error:
             _log.warning("%s is not used, measuring again: %r", self.path, error)
             return {}
 
     def add(self, key: str, table: Table) -> None:
         """Put a table into the file, which other processes may have added to meanwhile."""
+        if self.path is None:
+            return
         tables = self.read() | {key: table}
         content = {
             "format": FORMAT,
@@ -66,10 +77,14 @@ class CrossoverFile:
             _log.warning("%s is not written, every process measures: %s", self.path, error)
 
 
-def default_path(device: torch.device) -> Path:
-    """The file of a GPU, in the user's cache folder."""
+def default_path(device: torch.device) -> Path | None:
+    """The file of a GPU, in the user's cache folder; None, and a warning, for who has none."""
     folder = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(folder) if os.path.isabs(folder) else Path.home() / ".cache"
+    try:
+        root = Path(folder) if os.path.isabs(folder) else Path.home() / ".cache"
+    except RuntimeError as error:
+        _log.warning("nowhere to keep what is measured on %s: %s", device, error)
+        return None
     card = torch.cuda.get_device_name(device)
     name = "-".join([card, _driver_version(), _digest()])
     return root / "tierd" / f"crossover-{re.sub('[^A-Za-z0-9.]+', '-', name)}.json"
@@ -97,7 +112,7 @@ def _plain(plan: Plan | None) -> list[Any] | None:
 
 
 def _parsed(content: Any) -> dict[str, Table]:
-    """Raises ValueError, TypeError, KeyError, AttributeError for what this module did not write."""
+    """Raises one of _WRONG for what this module did not write."""
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']!r} is not {FORMAT!r}")
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,7 @@ def test_a_matrix_that_is_never_faster_fused_is_always_expanded() -> None:
         b"{",
         b"\xff",
         b"[]",
+        b"[" * 200_000,
         b'{"format": "tierd-crossovers-0", "tables": {}}',
         b'{"format": "tierd-crossovers-1"}',
         b'{"format": "tierd-crossovers-1", "tables": {"k": {"1": [[null, 0.0]]}}}',
@@ -211,15 +213,33 @@ def test_a_bad_file_is_named_measured_again_and_replaced(
     assert kind(matrix) in json.loads(path.read_bytes())["tables"]
 
 
-def test_a_table_that_lacks_something_is_measured_again(
-    device: torch.device, matrix: TorchMatrix, tmp_path: Path
+def without_a_class(table: Table) -> None:
+    del table[8]
+
+
+def without_expanding(table: Table) -> None:
+    del table[8][None]
+
+
+def with_more_splits_than_columns(table: Table) -> None:
+    plan = next(plan for plan in table[8] if plan)
+    table[8][replace(plan, splits=4)] = table[8].pop(plan)
+
+
+@pytest.mark.parametrize(
+    "change", [without_a_class, without_expanding, with_more_splits_than_columns]
+)
+def test_a_table_that_is_not_what_would_be_measured_is_measured_again(
+    device: torch.device, matrix: TorchMatrix, tmp_path: Path, change: Callable[[Table], None]
 ) -> None:
-    whole = table(lambda _: (1.0, 2.0, 3.0))
-    del whole[8]
-    CrossoverFile(tmp_path / "cache" / "card.json").add(kind(matrix), whole)
+    kept = crossovers(device, PlayedTimer(16), tmp_path).table(matrix)
+    change(kept)
+    CrossoverFile(tmp_path / "cache" / "card.json").add(kind(matrix), kept)
     timer = PlayedTimer(4)
-    assert crossovers(device, timer, tmp_path).choice(matrix, 4) is not None
+    plan = crossovers(device, timer, tmp_path).choice(matrix, 4)
     assert timer.calls
+    assert plan is not None
+    assert plan.splits <= 3
 
 
 def test_processes_add_to_one_file(tmp_path: Path) -> None:
@@ -248,12 +268,31 @@ def test_the_name_of_the_file_says_card_driver_and_a_digest(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200 / MIG")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = crossover_file.default_path(torch.device("cuda"))
+    assert path is not None
     assert path.parent == tmp_path / "tierd"
     assert path.name.startswith("crossover-NVIDIA-H200-MIG-580.159.03-")
     monkeypatch.setattr(torch, "__version__", "another")
     assert crossover_file.default_path(torch.device("cuda")) != path
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # as the specification says: ignored
-    assert crossover_file.default_path(torch.device("cuda")).parent == Path.home() / ".cache/tierd"
+    path = crossover_file.default_path(torch.device("cuda"))
+    assert path is not None
+    assert path.parent == Path.home() / ".cache/tierd"
+
+
+def test_who_has_no_home_measures_and_keeps_nothing(
+    device: torch.device,
+    matrix: TorchMatrix,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert Crossovers(device, PlayedTimer(16)).choice(matrix, 4) is not None
+    assert "nowhere to keep what is measured on" in caplog.text
 
 
 def test_without_a_gpu_or_a_timer_nothing_can_be_measured() -> None:

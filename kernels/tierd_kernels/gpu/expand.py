@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from tierd_kernels.errors import KernelError
-from tierd_kernels.geometry import TILE, tile_range
-from tierd_kernels.gpu.arrays import check_arrays
+from tierd_kernels.geometry import tile_range
+from tierd_kernels.gpu.arrays import check_arrays, group_tiles
 from tierd_kernels.gpu.decode import NO_REASON, decode_tile
 from tierd_kernels.gpu.numbers import rounded, widened
 from tierd_kernels.torch_expand import NO_FAULT, REASONS, check_out, fault_text, new_faults
@@ -97,7 +97,7 @@ def launch(
         matrix.rows,
         matrix.cols,
         tile_cols,
-        matrix.group // TILE or 1,
+        group_tiles(matrix),
         CODEC=matrix.codec,
         # Levels are multiplied by their scales in float32, and rounded then.
         ELEMENT=ELEMENTS[matrix.dtype] if matrix.scales is None else tl.float32,

@@ -19,8 +19,9 @@ TOKEN_BLOCKS: Final = (16, 32, 64)
 MOST_SPLITS: Final = 32
 DATA_CENTER_PROCESSORS: Final = 132
 """Multiprocessors of an H100 or H200: for plans where no card is asked."""
-_RESIDENT: Final = (4, 8, 16)
-"""Programs for each multiprocessor that the splits of a plan aim at."""
+_RESIDENT: Final = (4, 7, 14)
+"""Programs for each multiprocessor that the splits of a plan aim at and do not pass: 4 to 7 of 16
+tokens fit on one of sm_90 by their registers, and one more would begin a new round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,6 @@ def worth(codec: str, warps: int, stages: int, variant: str) -> bool:
 
 
 def _splits(grid: TileGrid, programs: int) -> int:
-    """How many parts of the columns give about so many programs; none is empty."""
-    wanted = -(-programs // max(grid.tile_rows, 1))
+    """How many parts of the columns give so many programs at most; none is empty."""
+    wanted = programs // max(grid.tile_rows, 1)
     return max(1, min(wanted, grid.tile_cols, MOST_SPLITS))

@@ -12,7 +12,7 @@ STAMP := $(VENV)/.tierd-installed
 MODULES := _cpu _encode
 NATIVE := $(wildcard kernels/cpu/*) kernels/CMakeLists.txt
 
-.PHONY: help venv test check pytest sanitize fuzz demo bench gpu-acceptance stub clean
+.PHONY: help venv test check pytest sanitize fuzz demo bench gpu-acceptance gpu-resources stub clean
 
 help:
 	@echo "make demo      environment, build, and the main job end to end (SIZE=small, MODEL=path)"
@@ -22,6 +22,7 @@ help:
 	@echo "make sanitize  the kernels' tests with AddressSanitizer and UBSan in the C++ modules"
 	@echo "make fuzz      hostile files, guided by coverage, sanitized (SECONDS=60; findings: build/fuzz)"
 	@echo "make gpu-acceptance   on a node with a GPU, offline, 8 minutes (WHEELS=folder, MODELS=folder, ONLY='part ...')"
+	@echo "make gpu-resources    the Triton kernels compiled for three processors, their needs recorded (3 minutes)"
 	@echo "make venv      the environment alone"
 
 venv: $(STAMP)
@@ -74,6 +75,12 @@ gpu-acceptance:
 	@PYTHONPATH=tools '$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))' \
 	    -m tierd_tools.gpu_acceptance $(if $(WHEELS),--wheels '$(WHEELS)') $(if $(MODELS),--models '$(MODELS)') \
 	    $(if $(ONLY),--only '$(ONLY)')
+
+# The records that tests/kernels/gpu/test_compiled.py holds the kernels to.
+gpu-resources: $(STAMP)
+	@mkdir -p build
+	env -u TRITON_INTERPRET $(BIN)/python -m tierd_kernels.gpu.compiled > build/resources.json
+	mv build/resources.json tests/kernels/gpu/resources.json
 
 stub: $(STAMP)
 	@for module in $(MODULES); do \

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tierd_kernels.gpu.numbers import INTERPRETED
+from tierd_kernels.gpu.numbers import INTERPRETED, widened
 from tierd_kernels.gpu.spread import columns_of_bytes, columns_of_pairs, woven
 
 
@@ -18,7 +18,7 @@ def numbers_of(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr):
     A byte is the level + 2^(BITS - 1).
     """
     OFFSET: tl.constexpr = 1 << (BITS - 1)
-    if INTERPRETED or DTYPE.primitive_bitwidth == 32:
+    if DTYPE.primitive_bitwidth == 32:
         # 2^23 + byte, of which the mantissa's last bits are the byte.
         number = columns_of_bytes(low, high) | 0x4B000000
         return (number.to(tl.float32, bitcast=True) - (8388608.0 + OFFSET)).to(DTYPE)
@@ -44,7 +44,17 @@ def _two(word, WHICH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
         exponent = tl.full(word.shape, 0x43434343, tl.uint32)
         number = woven(word & 0x7F7F7F7F, exponent, WHICH)
         more = woven((word ^ 0x80808080) & 0x80808080, exponent, WHICH)
-    if tl.float16 == DTYPE:
+    return _difference(number, more, DTYPE)
+
+
+@triton.jit
+def _difference(number, more, DTYPE: tl.constexpr):
+    """Two numbers of DTYPE in a word, less two others; exact here."""
+    if INTERPRETED:
+        first = _one(number & 0xFFFF, DTYPE) - _one(more & 0xFFFF, DTYPE)
+        second = _one(number >> 16, DTYPE) - _one(more >> 16, DTYPE)
+        return _bits(first, DTYPE) | _bits(second, DTYPE) << 16
+    elif tl.float16 == DTYPE:
         return tl.inline_asm_elementwise(
             "sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [number, more], tl.uint32, True, 1
         )
@@ -57,3 +67,19 @@ def _two(word, WHICH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
             True,
             1,
         )
+
+
+@triton.jit
+def _one(bits, DTYPE: tl.constexpr):
+    if tl.float16 == DTYPE:
+        return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return widened(bits)
+
+
+@triton.jit
+def _bits(number, DTYPE: tl.constexpr):
+    if tl.float16 == DTYPE:
+        return number.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    else:
+        return number.to(tl.uint32, bitcast=True) >> 16

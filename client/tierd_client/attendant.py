@@ -11,6 +11,7 @@ from tierd_client.errors import ClientClosed, DaemonGone
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tierd_client.graphs import Graphs
     from tierd_client.leasing import LayerLeases
 
 #: Others wait this long at most for what is kept here.
@@ -27,11 +28,17 @@ _log = logging.getLogger(__name__)
 class Attendant:
     """Starts the thread; `stop` ends it. It dies with the process, and is not there in a fork.
 
-    scratch_bytes: how much memory of a GPU the model uses for itself.
+    scratch_bytes: how much memory of a GPU the model uses for itself. graphs: they hold leases too.
     """
 
-    def __init__(self, leases: LayerLeases, scratch_bytes: Callable[[], int] = int) -> None:
+    def __init__(
+        self,
+        leases: LayerLeases,
+        scratch_bytes: Callable[[], int] = int,
+        graphs: Graphs | None = None,
+    ) -> None:
         self._leases = leases
+        self._graphs = graphs
         self._opened = leases.opened
         self._scratch_bytes = scratch_bytes
         self._lost = False
@@ -83,6 +90,8 @@ class Attendant:
         self._opened.look()
 
     def _tend(self) -> None:
+        if self._graphs is not None:
+            self._graphs.tend()
         self._leases.tend(QUIET_S if self._opened.arenas is None else None)
         self._opened.connection.departures.send()
 
@@ -92,6 +101,8 @@ class Attendant:
 
     def _wind_up(self) -> None:
         """The daemon is gone. What it had on a GPU nobody gets while this process has it mapped."""
+        if self._graphs is not None:
+            self._graphs.drop()
         self._leases.abandon()
         connection = self._opened.connection
         connection.departures.send()

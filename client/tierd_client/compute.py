@@ -22,7 +22,10 @@ from tierd_client.scratch import HOST, Scratch
 from tierd_client.streams import CudaStreams
 
 if TYPE_CHECKING:
-    from tierd_client.leasing import LayerLeases
+    from contextlib import AbstractContextManager
+
+    from tierd_client.device_leasing import DeviceLeases
+    from tierd_client.device_products import Captured
     from tierd_client.names import Stored
     from tierd_client.streams import Streams
     from tierd_client.tensors import PackedTensor
@@ -77,7 +80,7 @@ class Arithmetic:
 
     def __init__(
         self,
-        leases: LayerLeases,
+        leases: DeviceLeases,
         compute: Compute,
         device: torch.device = HOST,
         streams: Streams | None = None,
@@ -86,6 +89,8 @@ class Arithmetic:
         self.device = device
         if streams is None and device.type != HOST.type:
             streams = CudaStreams(device)
+        #: Those of the GPU; None on the CPU.
+        self.streams = streams
         self._products = None
         if streams is not None:
             kernels = device_kernels(device)
@@ -163,6 +168,16 @@ class Arithmetic:
         found wrong meanwhile."""
         if self._products is not None:
             self._products.begin_pass()
+
+    def capturing(self) -> AbstractContextManager[Captured]:
+        """See `DeviceProducts.capturing`; on a GPU only."""
+        assert self._products is not None
+        return self._products.capturing()
+
+    def repeated(self, captured: Captured) -> None:
+        """Products that were captured were done once more."""
+        assert self._products is not None
+        self._products.repeated(captured)
 
     def counters(self) -> ArithmeticCounters:
         """A copy of the sums."""

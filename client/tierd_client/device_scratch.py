@@ -92,6 +92,11 @@ class DeviceScratch:
         return len(self._made)
 
     @property
+    def largest_bytes(self) -> int:
+        """Memory of the largest buffer."""
+        return max((buffer.scratch.nbytes for buffer in list(self._made)), default=0)
+
+    @property
     def nbytes(self) -> int:
         """Memory of all buffers."""
         return sum(buffer.scratch.nbytes for buffer in list(self._made))

@@ -111,6 +111,15 @@ class Expansions:
         """How many there were, and the nanoseconds of those that the GPU is through with."""
         return self._watch.totals()
 
+    def count(self, times: int) -> None:
+        """So many were done in a graph."""
+        self._watch.count(times)
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of the matrices that were expanded."""
+        return self._scratch.largest_bytes
+
     @property
     def nbytes(self) -> int:
         """Memory of the device for all this, temporaries included."""

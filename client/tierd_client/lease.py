@@ -88,17 +88,28 @@ class Lease:
 
     # ----------------------------------------------------------------------------------------- end
 
-    def leave(self) -> bool:
+    def leave(self, *, fenced: bool = True) -> bool:
         """Note that a thread's use ends here: on a GPU, with what it was given to do until now.
 
+        fenced: False where that is only captured, and another use of the lease goes on.
         Returns whether the lease may be kept for a later use: what was read is valid, no view is
         alive. Else `release` says what is wrong. A view in a reference cycle counts as alive here.
         """
-        fence = self.mapping.fence()
+        fence = self.mapping.fence() if fenced else None
         if fence is not None:
             self._fences = [*(other for other in self._fences if not other.passed()), fence]
         self._views = [view for view in self._views if view[1]() is not None]
-        return not self._views and self.opened.table.generation(self.slot) == self.generation
+        return not self._views and self.sound
+
+    @property
+    def where(self) -> str:
+        """Model and layer, for errors."""
+        return f"{self.opened.name}/{self.layer.name}"
+
+    @property
+    def sound(self) -> bool:
+        """Whether the slot has had the layer since the grant. One look into shared memory."""
+        return self.opened.table.generation(self.slot) == self.generation
 
     @property
     def ended(self) -> bool:
@@ -157,16 +168,15 @@ class Lease:
         names = sorted({name for name, _ in alive})
         self.opened.lease_ended(self)
         self._give_back(alive, self.mapping.fence if here else self.mapping.fence_all)
-        where = f"{self.opened.name}/{self.layer.name}"
         if now != self.generation:
             return LeaseLost(
-                f"the slot of {where} changed from generation {self.generation} to {now} while it "
-                "was leased: what was computed with it is void"
+                f"the slot of {self.where} changed from generation {self.generation} to {now} "
+                "while it was leased: what was computed with it is void"
             )
         if names:
             return ViewStillAlive(
-                f"the lease of {where} ended while a view of {', '.join(names)} was alive: delete "
-                "it, and what shares its storage, before leaving the context"
+                f"the lease of {self.where} ended while a view of {', '.join(names)} was alive: "
+                "delete it, and what shares its storage, before leaving the context"
             )
         return None
 

@@ -14,7 +14,7 @@ layer. Leaving needs no turn and nobody asks ahead meanwhile, so somebody always
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from tierd_client.errors import ClientClosed, LeaseLimit, LeaseLost, Refused, Vi
 from tierd_client.holdings import Held, Holdings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from tierd_client.lease import Lease, PendingLease
     from tierd_client.opened import OpenedModel
@@ -57,6 +57,7 @@ class _Place(threading.local):
 
     def __init__(self) -> None:
         self.inside: dict[int, int] = {}  # layer: entries not left
+        self.frozen = False  # what it gives its stream is captured, not done
 
 
 class LayerLeases:
@@ -116,7 +117,7 @@ class LayerLeases:
             with self._turn:
                 held = self._acquire(layer)
         inside[layer] = inside.get(layer, 0) + 1
-        if following is not None:
+        if following is not None and not self._place.frozen:
             try:
                 self._ask_ahead(following)
             except BaseException:
@@ -136,7 +137,7 @@ class LayerLeases:
         with self._left:
             held = self._holdings.leave(layer)
             self._used_at = monotonic()
-            sound = held.lease.leave()
+            sound = held.lease.leave(fenced=not self._place.frozen)
             stays = sound and (held.wanted or not self.opened.pressed)
             ended = not held.users and (not stays or self._starved or self._closed)
             if ended:
@@ -144,54 +145,6 @@ class LayerLeases:
                 self._leaving += 1
         if ended:
             self._release([held.lease])
-
-    @contextmanager
-    def glimpse(self, layer: int) -> Iterator[Lease | None]:
-        """The lease of `layer` if it is here without waiting for the daemon; nobody enters.
-
-        What this thread gave the stream that is current at the end is fenced. Raises what
-        `OpenedModel.acquire` raises.
-        """
-        held = self._use_if_here(layer)
-        if held is None and self._collect(layer):
-            held = self._use_if_here(layer)
-        if held is None:
-            yield None
-            return
-        try:
-            yield held.lease
-        finally:
-            self._end_use(layer)
-
-    def _use_if_here(self, layer: int) -> Held | None:
-        with self._lock:
-            held = self._holdings.get(layer)
-            if held is not None:
-                held.users += 1
-            return held
-
-    def _collect(self, layer: int) -> bool:
-        """Take in the lease that was asked for ahead, if its grant has come and nobody asks."""
-        if layer not in self._pending or not self._turn.acquire(blocking=False):
-            return False
-        try:
-            with self._lock:
-                pending = self._pending.get(layer)
-                if pending is None or self._closed or not pending.granted:
-                    return False
-                del self._pending[layer]
-                self._asking = layer
-            try:
-                lease = pending.resolve()
-            finally:
-                self._asking = None
-            with self._lock:
-                self._counters.leases += 1
-                self._counters.ahead += 1
-                self._holdings.add_wanted(layer, lease)
-            return True
-        finally:
-            self._turn.release()
 
     def _release(self, leases: list[Lease]) -> None:
         """Give back leases that were taken out of the holdings and added to `_leaving`."""

@@ -13,9 +13,10 @@ import torch
 from tierd_client.attendant import Attendant
 from tierd_client.compute import Arithmetic, Compute
 from tierd_client.device import check_device, choose_tier
+from tierd_client.device_leasing import DeviceLeases
 from tierd_client.eager import eager
 from tierd_client.errors import UnsupportedModel
-from tierd_client.leasing import LayerLeases
+from tierd_client.graphs import Graphs
 from tierd_client.names import check_loaded, map_checkpoint, placeholders, stored_tensors
 from tierd_client.placement import Placement
 from tierd_client.served import Served, serve
@@ -40,6 +41,7 @@ def load_model(
     device: str = "cpu",
     tier: str | None = None,
     tokens_per_pass: int = 1,
+    graphs: bool = False,
 ) -> PreTrainedModel:
     """The model served as `name_or_pack`, or the pack in that directory, in evaluation mode.
 
@@ -52,6 +54,9 @@ def load_model(
     a GPU as "dense". The in-memory model of a pack in a lossy codec (int8, int4) is that of
     `tierctl unpack`, with the quantised weights rounded to its dtype; "fused" multiplies a few
     tokens with the unrounded ones.
+    graphs: on a GPU, decoding with a static cache (`generate(cache_implementation="static")`) is
+    captured as a CUDA graph and repeated, while all layers are resident and nobody else needs their
+    memory; decoding with another cache is refused.
     socket: see `Client`. tokens_per_pass: how many tokens a forward pass mostly serves (a batch, or
     what a speculative pass verifies), for the daemon's figures per token. The model has
     `model.tierd`, with `.statistics()` and `.close()`. Norms and biases stay on the meta device
@@ -65,7 +70,7 @@ def load_model(
     mode = Compute.chosen(compute, torch.device(check_device(device)))
     source = open_source(name_or_pack, socket, choose_tier(device, tier), device)
     try:
-        return _load(source, mode, tokens_per_pass)
+        return _load(source, mode, tokens_per_pass, graphs)
     except BaseException:
         source.close()
         raise
@@ -90,24 +95,25 @@ def load_tokenizer(
     return tokenizer
 
 
-def _load(source: Source, compute: Compute, tokens_per_pass: int) -> Any:
+def _load(source: Source, compute: Compute, tokens_per_pass: int, graphs: bool) -> Any:
     opened = source.opened
     with control_directory(opened.files) as directory:
         model, mapping = _empty_model(opened, directory)
     device = opened.mapping.device
     placement = Placement(model, mapping, device)
-    leases = LayerLeases(opened, placement.order, tokens_per_pass=tokens_per_pass)
+    leases = DeviceLeases(opened, placement.order, tokens_per_pass=tokens_per_pass)
     arithmetic = Arithmetic(leases, compute, device)
+    captured = Graphs(leases, arithmetic) if graphs else None
     sites = placement.install(leases, arithmetic)
     copied_bytes = _copy_now(opened, placement.copied_now)
-    attendant = Attendant(leases, lambda: arithmetic.scratch_bytes)
-    served = Served(leases, attendant, arithmetic, sites, copied_bytes, source.close)
+    attendant = Attendant(leases, lambda: arithmetic.scratch_bytes, captured)
+    served = Served(leases, attendant, arithmetic, sites, copied_bytes, source.close, captured)
     _mark_passes(model, leases, arithmetic)
     serve(model, served)
     return model
 
 
-def _mark_passes(model: Any, leases: LayerLeases, arithmetic: Arithmetic) -> None:
+def _mark_passes(model: Any, leases: DeviceLeases, arithmetic: Arithmetic) -> None:
     @eager
     def begin(module: Any, args: Any) -> None:
         leases.begin_pass()

@@ -42,6 +42,7 @@ class Scratch:
 
     def _grow(self, nbytes: int) -> None:
         self._matrices.clear()
+        self.nbytes = 0  # should there be no room for the new one
         # The old one goes before the new one comes.
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
         room = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=self._device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from tierd_client.attendant import Attendant
     from tierd_client.compute import Arithmetic, Compute
+    from tierd_client.graphs import Graphs
     from tierd_client.leasing import LayerLeases
     from tierd_client.modules import Site
 
@@ -30,6 +32,7 @@ class ModelStatistics:
     scratch, of them expanded_ahead on a GPU before they were asked for, used_ahead of these not in
     vain; fused_calls, fused_ns: multiplied without it; blocked_calls, blocked_ns: multiplied a
     block at a time, expanding included.
+    captures: graphs that were made; replays: passes that were done by one, which enter no layer.
     copied_bytes (norms, biases) and scratch_bytes are the model's own memory beside the arena.
     """
 
@@ -46,6 +49,8 @@ class ModelStatistics:
     fused_ns: int
     blocked_calls: int
     blocked_ns: int
+    captures: int
+    replays: int
     copied_bytes: int
     scratch_bytes: int
 
@@ -65,13 +70,18 @@ class Served:
         sites: list[Site],
         copied_bytes: int,
         end: Callable[[], None],
+        graphs: Graphs | None = None,
     ) -> None:
         self.leases = leases
+        #: Passes that a GPU repeats by itself; None if the model was loaded without.
+        self.graphs = graphs
         self._arithmetic = arithmetic
         self._sites = sites
         self._copied_bytes = copied_bytes
         # Not bound to self: also runs when the model is collected, and at exit.
-        self._finalizer = weakref.finalize(self, _end, leases, attendant, fork.current(), end)
+        self._finalizer = weakref.finalize(
+            self, _end, leases, graphs, attendant, fork.current(), end
+        )
 
     def __repr__(self) -> str:
         where = f"{self.compute} on {self.device} by {self.kernels}, from {self.tier}"
@@ -114,6 +124,8 @@ class Served:
             fused_ns=arithmetic.fused_ns,
             blocked_calls=arithmetic.blocked_calls,
             blocked_ns=arithmetic.blocked_ns,
+            captures=0 if self.graphs is None else self.graphs.captures,
+            replays=0 if self.graphs is None else self.graphs.replays,
             copied_bytes=self._copied_bytes + sum(site.copied_bytes for site in self._sites),
             scratch_bytes=self._arithmetic.scratch_bytes,
         )
@@ -131,11 +143,21 @@ class Served:
 
 
 def _end(
-    leases: LayerLeases, attendant: Attendant, life: fork.Life, end: Callable[[], None]
+    leases: LayerLeases,
+    graphs: Graphs | None,
+    attendant: Attendant,
+    life: fork.Life,
+    end: Callable[[], None],
 ) -> None:
     def give_back() -> None:
-        leases.close()
-        end()
+        try:
+            if graphs is not None:
+                graphs.close()  # raises what it likes where the GPU is lost
+        finally:
+            try:
+                leases.close()
+            finally:
+                end()
 
     if life is fork.current():  # a forked child owns none of this
         attendant.stop(give_back)
@@ -169,6 +191,18 @@ class _ServedMethods:
 
     cuda = half = float = to
 
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What `generate` decodes with on a GPU, with a static cache: this model as it is, unless
+        the user asked for torch.compile. The inherited method would choose that by itself."""
+        if compile_config is None:
+            return self.__call__  # type: ignore[operator]
+        if isinstance(self, _GraphedMethods):
+            raise UnsupportedOperation(
+                f"{type(self).__name__}: compile_config is refused: the model was loaded with "
+                "graphs=True, which captures its passes as they are"
+            )
+        return super().get_compiled_call(compile_config)  # type: ignore[misc]
+
     def train(self, mode: bool = True) -> Any:
         if mode:
             raise UnsupportedOperation(f"{type(self).__name__}: training is refused: {_WHERE}")
@@ -178,6 +212,21 @@ class _ServedMethods:
         if requires_grad:
             raise UnsupportedOperation(f"{type(self).__name__}: gradients are refused: {_WHERE}")
         return super().requires_grad_(requires_grad)  # type: ignore[misc]
+
+
+class _GraphedMethods(_ServedMethods):
+    """The same for a model whose passes may be captured."""
+
+    tierd: Served
+    config: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run, graphs = super().__call__, self.tierd.graphs  # type: ignore[misc]
+        assert graphs is not None
+        if args:
+            names = inspect.signature(self.forward).parameters  # type: ignore[attr-defined]
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        return graphs.call(run, kwargs, str(self.config._attn_implementation))
 
 
 def _refuse(model: Any, operation: str) -> NoReturn:
@@ -191,18 +240,18 @@ def _refusing(operation: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-_classes: dict[type, type] = {}
+_classes: dict[tuple[type, type], type] = {}
 
 
-def _served_class(original: type) -> type:
-    if original in _classes:
-        return _classes[original]
+def _served_class(original: type, methods: type[_ServedMethods]) -> type:
+    if (methods, original) in _classes:
+        return _classes[methods, original]
     # Name and module stay: transformers finds per-class facts (losses, recordable outputs, task
     # mappings) by them, and the class behaves as the one that it names.
     members = {name: _refusing(name) for name in _REFUSED}
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    served = type(original.__name__, (_ServedMethods, original), {**members, **names})
-    return _classes.setdefault(original, served)
+    served = type(original.__name__, (methods, original), {**members, **names})
+    return _classes.setdefault((methods, original), served)
 
 
 def serve(model: Any, served: Served) -> None:
@@ -211,6 +260,8 @@ def serve(model: Any, served: Served) -> None:
 
     for module in list(model.modules()):
         if isinstance(module, PreTrainedModel):
-            module.__class__ = _served_class(type(module))
+            graphed = module is model and served.graphs is not None
+            methods = _GraphedMethods if graphed else _ServedMethods
+            module.__class__ = _served_class(type(module), methods)
             module._tierd_device = served.device
     model.tierd = served

@@ -27,6 +27,13 @@ class Event(Protocol):
         """Milliseconds to a later mark; both have passed."""
 
 
+class Graph(Protocol):
+    """Work of a GPU that was captured."""
+
+    def replay(self) -> None:
+        """Give it to this thread's stream."""
+
+
 class Streams(Protocol):
     """The streams of one GPU. The real one is `CudaStreams`; tests have one without a GPU."""
 
@@ -38,6 +45,10 @@ class Streams(Protocol):
 
     def aside(self) -> AbstractContextManager[Any]:
         """Inside, this thread gives its work to another stream, the same one for all threads."""
+
+    def captured(self, run: Callable[[], Any]) -> tuple[Graph, Any]:
+        """What this thread gives the GPU in `run`, as a graph, and what `run` returned: that is
+        filled in by each replay. Nothing is done before. Waits for the GPU."""
 
     def cells(self, count: int, value: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Two int64 [count] of `value`: on the GPU, and on the host where a copy from there makes
@@ -64,6 +75,14 @@ class CudaStreams:
             self._aside = make(self._device)
         found: AbstractContextManager[Any] = torch.cuda.stream(self._aside)
         return found
+
+    def captured(self, run: Callable[[], Any]) -> tuple[Graph, Any]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on meanwhile: they look whether events have passed, and allocate.
+        capture: Any = torch.cuda.graph(graph, capture_error_mode="thread_local")
+        with torch.cuda.device(self._device), capture:
+            result = run()
+        return graph, result
 
     def cells(self, count: int, value: int) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode(False):

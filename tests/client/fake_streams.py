@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tests.client.fake_graph import FakeGraph
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class FakeStream:
@@ -33,14 +35,17 @@ class FakeEvent:
         self.synchronized = 0
 
     def record(self, stream: Any) -> None:
+        self._streams.check()
         self._streams.now_ms += 1
         self.at_ms, self.stream = self._streams.now_ms, stream
 
     def query(self) -> bool:
+        self._streams.check()
         assert self.at_ms is not None, "never recorded"
         return self.at_ms <= self._streams.passed_ms
 
     def synchronize(self) -> None:
+        self._streams.check()
         self.synchronized += 1
 
     def elapsed_time(self, end: FakeEvent) -> float:
@@ -73,6 +78,20 @@ class FakeStreams:
     def event(self) -> FakeEvent:
         self.events.append(FakeEvent(self))
         return self.events[-1]
+
+    def captured(self, run: Callable[[], Any]) -> tuple[FakeGraph, Any]:
+        graph = FakeGraph()
+        self._local.capturing = True
+        try:
+            result = graph.capture(run)
+        finally:
+            self._local.capturing = False
+        return graph, result
+
+    def check(self) -> None:
+        """CUDA refuses marks of outside to who captures, and what it captures to everybody."""
+        if getattr(self._local, "capturing", False):
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tierd_client import leasing
-from tierd_client.errors import ClientClosed, DaemonGone, ForkedClient, LayerNotFound, LeaseLimit
+from tierd_client.errors import (
+    ClientClosed,
+    DaemonGone,
+    ForkedClient,
+    LayerNotFound,
+    LeaseLimit,
+    LeaseLost,
+)
 from tierd_client.leasing import LayerLeases
 
 if TYPE_CHECKING:
@@ -21,14 +28,26 @@ class FakeLease:
         self.opened = opened
         self.layer = layer
 
-    def leave(self) -> bool:
-        self.opened.fences.append(self.layer)
+    generation = 1
+
+    @property
+    def where(self) -> str:
+        return f"fake/{self.layer}"
+
+    def leave(self, *, fenced: bool = True) -> bool:
+        self.opened.fences += [self.layer] * fenced
+        return self.sound
+
+    @property
+    def sound(self) -> bool:
         return self.layer not in self.opened.spoilt
 
     def release(self) -> None:
         with self.opened.lock:
             self.opened.held.remove(self.layer)
         self.opened.log.append(("release", self.layer))
+        if self.opened.raises_lost and not self.sound:
+            raise LeaseLost("the slot changed")
 
 
 class FakePending:
@@ -72,6 +91,7 @@ class FakeOpened:
         self.plans: list[tuple[int, ...]] = []
         self.log: list[tuple[str, int]] = []
         self.broken: set[int] = set()
+        self.raises_lost = False  # when a lease that is spoilt is released
         self.fences: list[int] = []  # layers whose use ended
         self.spoilt: set[int] = set()  # layers whose lease cannot be kept
         self.ended: DaemonGone | None = None

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from tierd_client.scratch import ALIGNMENT, Scratch
@@ -48,3 +51,20 @@ def test_it_may_grow_before_anybody_asks() -> None:
     assert scratch.nbytes == 1000
     matrix = scratch.matrix((3, 4), torch.float32)
     assert (scratch.nbytes, matrix.is_inference()) == (1000, False)
+
+
+def test_a_failure_to_grow_leaves_it_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = Scratch()
+    scratch.matrix((4, 4), torch.float32)
+    make = torch.empty
+
+    def full(nbytes: int, **how: Any) -> torch.Tensor:
+        if nbytes > 1000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(nbytes, **how)
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        scratch.matrix((400, 4), torch.float32)
+    assert scratch.nbytes == 0
+    assert scratch.matrix((3, 4), torch.float32).shape == (3, 4)

@@ -15,6 +15,7 @@ from tierd_client.expansions import Expansions
 from tierd_client.fault_cells import FaultCells
 from tierd_client.streams import CudaStreams
 from tierd_kernels import torch_matrix
+from tierd_kernels.torch_expand import new_faults
 from tierd_layouts import exponent_packed, packed_matrix
 
 if TYPE_CHECKING:
@@ -53,6 +54,32 @@ def test_marks_know_their_time_and_streams_are_those_of_the_device(
     for _ in range(2):
         cuda.aside()
     assert asked == [("new", device), ("use", "a stream"), ("use", "a stream")]
+
+
+def test_a_graph_is_captured_on_its_device_while_other_threads_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    device = torch.device("cuda", 3)
+
+    @contextmanager
+    def capture(graph: str, **options: Any) -> Iterator[None]:
+        asked.append(("begin", graph, options))
+        yield
+        asked.append(("end", graph))
+
+    @contextmanager
+    def use(device: torch.device) -> Iterator[None]:
+        asked.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "a graph")
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "device", use)
+    found: Any = CudaStreams(device).captured(lambda: asked.append("work"))
+    assert found == ("a graph", None)
+    mode = {"capture_error_mode": "thread_local"}
+    assert asked == [device, ("begin", "a graph", mode), "work", ("end", "a graph")]
 
 
 class Weight:
@@ -168,3 +195,24 @@ def test_a_tile_that_goes_wrong_on_a_gpu_is_found_later_and_met_first_at_once(
         model.cells.raise_found()
     with pytest.raises(TensorCorrupt, match="model/layer, 'w': tile 5: "):
         Model(there, kernels).expanded().__enter__()
+
+
+@pytest.mark.parametrize("cuda", [pytest.param("cuda", marks=gpu)])
+def test_a_captured_product_is_repeated_with_what_is_in_its_input_then(cuda: str) -> None:
+    from tierd_kernels.gpu.linear import linear
+
+    device = torch.device(cuda, 0)
+    matrix = torch_matrix.measured(torch_matrix.from_arrays(random_matrix(), device))
+    x = torch.randn(3, 700, device=device).bfloat16()
+    cell = new_faults(device)
+
+    def run() -> torch.Tensor:
+        return linear(matrix, x, faults=cell)
+
+    run()  # compiles
+    graph, out = CudaStreams(device).captured(run)
+    for _ in range(3):
+        x.copy_(torch.randn(3, 700, device=device))
+        expected = run()
+        graph.replay()
+        assert torch.equal(out, expected)

@@ -1,19 +1,26 @@
-"""A look at a layer that is not entered yet: what a GPU expands beforehand."""
+"""A look at a layer that is not entered yet, for what is expanded beforehand; and a hold of all."""
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.client.conftest import MODEL
-from tests.client.test_leasing import FakeOpened, leases_of, run_pass
+from tests.client.test_leasing import FakeOpened, run_pass
 from tierd_client import Client
-from tierd_client.errors import DaemonGone
+from tierd_client.device_leasing import DeviceLeases
+from tierd_client.errors import DaemonGone, LeaseLost
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tests.client.conftest import FakeDaemon
+
+
+def leases_of(opened: Any, order: Sequence[int]) -> DeviceLeases:
+    return DeviceLeases(opened, order)
 
 
 def test_a_lease_that_was_asked_for_ahead_is_taken_in_when_its_grant_has_come() -> None:
@@ -158,3 +165,64 @@ def test_a_daemons_grant_is_seen_without_waiting(daemon: FakeDaemon) -> None:
         daemon.may_grant.set()
         for each in (later.resolve(), waiting.resolve(), lease):
             each.release()
+
+
+# -------------------------------------------------------------------------------- held for graphs
+
+
+def test_all_layers_are_held_if_all_are_here_and_their_uses_end_together() -> None:
+    opened = FakeOpened()
+    opened.pressed = False
+    leases = leases_of(opened, (0, 1, 0))
+    assert leases.hold() is None
+    leases.enter(0)
+    leases.leave(0)
+    assert leases.hold() is None, "the second one is not here"
+    run_pass(leases, (0, 1, 0))
+    hold = leases.hold()
+    assert hold is not None
+    opened.pressed = True
+    leases.tend()
+    assert sorted(opened.held) == [0, 1]
+    opened.fences.clear()
+    hold.end()
+    assert opened.held == [0], "this thread wants it next"
+    assert sorted(opened.fences) == [0, 1]
+    hold.end()  # again does nothing
+    leases.close()
+    assert leases.hold() is None
+
+
+def test_a_lease_that_changed_is_lost_to_the_hold_and_the_others_go_back() -> None:
+    opened = FakeOpened()
+    opened.pressed = False
+    leases = leases_of(opened, (0, 1))
+    run_pass(leases, (0, 1))
+    hold = leases.hold()
+    assert hold is not None
+    hold.check()
+    opened.spoilt.add(0)
+    opened.raises_lost = True
+    with pytest.raises(LeaseLost, match=r"fake/0 changed .* while a graph had it"):
+        hold.check()
+    opened.pressed = True
+    with pytest.raises(LeaseLost):
+        hold.end()
+    assert opened.held == []  # the one that is wanted next was the lost one
+
+
+def test_who_captures_sets_no_marks_and_asks_for_nothing() -> None:
+    opened = FakeOpened()
+    opened.pressed = False
+    leases = leases_of(opened, (0, 1, 2))
+    run_pass(leases, (0, 1, 2))
+    hold = leases.hold()
+    assert hold is not None
+    opened.fences.clear()
+    opened.log.clear()
+    with leases.frozen():
+        opened.pressed = True
+        run_pass(leases, (0, 1, 2))
+    assert (opened.fences, opened.log) == ([], [])
+    run_pass(leases, (0, 1, 2))
+    assert opened.fences == [0, 1, 2]

@@ -48,7 +48,7 @@ class CapturedPass:
         def once() -> Any:
             return run(**self._inputs, **call.others, **{CACHE: call.cache})
 
-        with leases.frozen(), arithmetic.capturing() as self.work:
+        with leases.frozen(hold), arithmetic.capturing() as self.work:
             try:
                 graph, output = streams.captured(once)
             except RuntimeError as error:  # what CUDA and torch raise

@@ -49,14 +49,14 @@ class DeviceLeases(LayerLeases):
         return LeaseHold(leases, self._end_use)
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self, hold: LeaseHold) -> Iterator[None]:
         """Inside, this thread's stream captures what it is given, and does not do it: nobody may
-        ask for marks in it. The leases are held besides."""
-        self._place.frozen = True
+        ask for marks in it, and only layers that are held may be entered."""
+        self._place.frozen = hold.layers
         try:
             yield
         finally:
-            self._place.frozen = False
+            self._place.frozen = None
 
     def _use_if_here(self, layer: int) -> Held | None:
         with self._lock:

@@ -19,6 +19,11 @@ class LeaseHold:
         self._leases = leases
         self._end_use = end_use
 
+    @property
+    def layers(self) -> frozenset[int]:
+        """The layers that are held."""
+        return frozenset(self._leases)
+
     def check(self) -> None:
         """Raise LeaseLost when the slot of a layer changed since it was leased."""
         for lease in self._leases.values():

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING
 
 from tierd_client import fork
 from tierd_client.course import Course
-from tierd_client.errors import ClientClosed, LeaseLimit, LeaseLost, Refused, ViewStillAlive
+from tierd_client.errors import (
+    ClientClosed,
+    LeaseLimit,
+    LeaseLost,
+    Refused,
+    UnsupportedOperation,
+    ViewStillAlive,
+)
 from tierd_client.holdings import Held, Holdings
 
 if TYPE_CHECKING:
@@ -57,7 +64,8 @@ class _Place(threading.local):
 
     def __init__(self) -> None:
         self.inside: dict[int, int] = {}  # layer: entries not left
-        self.frozen = False  # what it gives its stream is captured, not done
+        #: Layers that it may enter while what it gives its stream is captured, and not done.
+        self.frozen: frozenset[int] | None = None
 
 
 class LayerLeases:
@@ -109,6 +117,12 @@ class LayerLeases:
         Raises what `OpenedModel.acquire` raises; then there is nothing to leave.
         """
         self.check()
+        frozen = self._place.frozen
+        if frozen is not None and layer not in frozen:
+            raise UnsupportedOperation(
+                f"layer {self.opened.layer_name(layer)} of model {self.opened.name!r} was in no "
+                "pass before: a graph that has it cannot be captured"
+            )
         inside, following = self._place.inside, self._course.advance(layer)
         with self._lock:
             self._counters.entries += 1
@@ -117,7 +131,7 @@ class LayerLeases:
             with self._turn:
                 held = self._acquire(layer)
         inside[layer] = inside.get(layer, 0) + 1
-        if following is not None and not self._place.frozen:
+        if following is not None and frozen is None:
             try:
                 self._ask_ahead(following)
             except BaseException:
@@ -137,7 +151,7 @@ class LayerLeases:
         with self._left:
             held = self._holdings.leave(layer)
             self._used_at = monotonic()
-            sound = held.lease.leave(fenced=not self._place.frozen)
+            sound = held.lease.leave(fenced=self._place.frozen is None)
             stays = sound and (held.wanted or not self.opened.pressed)
             ended = not held.users and (not stays or self._starved or self._closed)
             if ended:

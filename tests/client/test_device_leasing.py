@@ -11,7 +11,7 @@ from tests.client.conftest import MODEL
 from tests.client.test_leasing import FakeOpened, run_pass
 from tierd_client import Client
 from tierd_client.device_leasing import DeviceLeases
-from tierd_client.errors import DaemonGone, LeaseLost
+from tierd_client.errors import DaemonGone, LeaseLost, UnsupportedOperation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -220,9 +220,11 @@ def test_who_captures_sets_no_marks_and_asks_for_nothing() -> None:
     assert hold is not None
     opened.fences.clear()
     opened.log.clear()
-    with leases.frozen():
+    with leases.frozen(hold):
         opened.pressed = True
         run_pass(leases, (0, 1, 2))
+        with pytest.raises(UnsupportedOperation, match=r"layer three .* was in no pass before"):
+            leases.enter(3)
     assert (opened.fences, opened.log) == ([], [])
     run_pass(leases, (0, 1, 2))
     assert opened.fences == [0, 1, 2]

@@ -98,6 +98,9 @@ class FakeOpened:
         self.pressed = True  # memory is short: nothing is kept
         self.on_resolve: Callable[[], None] | None = None
 
+    def layer_name(self, layer: int) -> str:
+        return ["zero", "one", "two", "three"][layer]
+
     def check_connection(self) -> None:
         if self.ended is not None:
             raise self.ended

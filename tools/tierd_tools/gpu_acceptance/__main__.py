@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tierd_tools.gpu_acceptance import machine, report
+from tierd_tools.gpu_acceptance.budgets import BUDGETS, PATIENCE, SECONDS, WITH_MODELS
 from tierd_tools.gpu_acceptance.environment import Environment, prepare
 from tierd_tools.gpu_acceptance.parts import Outcome, Parts, Running
 from tierd_tools.gpu_acceptance.promises import PROMISES
@@ -27,22 +28,6 @@ from tierd_tools.gpu_acceptance.promises import PROMISES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SECONDS: Final = 480.0
-#: What each part may take; what one leaves over, the next may use. Nothing can run without the
-#: build: it may take what the last parts would need (25 s with 2 cores that are free, 100 s and
-#: more with cores that are not).
-BUDGETS: Final = {
-    "wheels": 15.0, "build": 205.0, "look": 15.0, "models": 60.0, "kernels": 60.0, "tests": 60.0,
-    "doctor": 40.0, "gpu_error": 20.0, "gpu_expand": 20.0, "gpu_variants": 60.0, "gpu_fused": 35.0,
-    "gpu_decode": 60.0, "gpu_copy": 25.0, "gpu_acquire": 25.0, "gpu_killed": 30.0,
-    "gpu_token": 30.0, "gpu_layout": 15.0, "gpu_profile": 25.0, "gpu_sanitizer": 45.0,
-    "gpu_shared": 30.0, "gpu_memory": 15.0,
-}  # fmt: skip
-#: A benchmark that hangs does not take the time of all others: so many times its own at most,
-#: unless the parts were chosen.
-PATIENCE: Final = 2.0
-#: What runs on the models that `models` makes.
-WITH_MODELS: Final = ("gpu_decode", "gpu_killed", "gpu_token", "gpu_shared")
 KERNEL_TESTS: Final = "kernels"  #: in the folder of the tests
 PLUGINS: Final = ("-p", "pytest_asyncio.plugin", "-p", "pytest_timeout")
 WORKERS: Final = 8  #: each with a CUDA context of its own

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 import threading
 import weakref
 from collections import deque
@@ -17,11 +16,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from tierd_client import fork, orphans
+from tierd_client.daemon_socket import connected_socket, limit_calls
 from tierd_client.departures import Departures
 from tierd_client.errors import (
     ClientClosed,
     DaemonGone,
-    DaemonNotRunning,
     DaemonTimeout,
     ProtocolBroken,
     TierdError,
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
 
     from tierd_client.lease import Lease
 
-#: Longest sleep in one system call; deadlines are checked at least this often.
-SLICE_S = 0.5
-
 
 class Connection:
     """One Unix socket to one daemon life. Owns the socket; thread-safe; dead after EOF.
@@ -48,13 +44,7 @@ class Connection:
     def __init__(
         self, sock: socket.socket, path: str, timeout: float, tier: str = DRAM_TIER
     ) -> None:
-        slice_s = min(timeout, SLICE_S)
-        interval = struct.pack("ll", int(slice_s), int(slice_s % 1 * 1e6) or 1)
-        # Kernel timeouts, not settimeout(): that would poll before every receive.
-        sock.settimeout(None)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
-        patience = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6) or 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        limit_calls(sock, timeout)
         self.path = path
         self.timeout = timeout
         self.tier = tier
@@ -87,20 +77,7 @@ class Connection:
     @classmethod
     def connect(cls, path: str, timeout: float, tier: str = DRAM_TIER) -> Connection:
         """Connect to the socket at `path`. Raises DaemonNotRunning, DaemonTimeout."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            sock.settimeout(timeout)  # a full backlog waits
-            sock.connect(path)
-        except TimeoutError as error:
-            sock.close()
-            raise DaemonTimeout(f"tierd at {path} took no connection in {timeout:g} s") from error
-        except OSError as error:
-            sock.close()
-            raise DaemonNotRunning(
-                f"no tierd answers at {path} ({error.strerror}): start it, or name its socket "
-                "with socket= or TIERD_SOCKET"
-            ) from error
-        return cls(sock, path, timeout, tier)
+        return cls(connected_socket(path, timeout), path, timeout, tier)
 
     @property
     def alive(self) -> bool:

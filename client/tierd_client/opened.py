@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Mapping as MappingABC
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,10 @@ from tierd_client.errors import (
     LeaseLost,
     ProtocolBroken,
 )
+from tierd_client.hints import hint_fields
 from tierd_client.lease import Lease, PendingLease
 from tierd_client.shared import integer, receive
 from tierd_client.stored_matrices import StoredMatrices
-from tierd_layouts.wire import MAX_HINT_STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -133,30 +132,14 @@ class OpenedModel:
         """Say which layers of an open plan will be asked for `steps` steps from now; a mapping has
         the probability of each. Replaces what was said for the same `steps`. Returns at once: it is
         advice, dropped by a daemon that knows no such plan. Raises LayerNotFound, ValueError."""
-        said = layers if isinstance(layers, MappingABC) else dict.fromkeys(layers, 1.0)
-        # What numpy and torch count in is as good: the message takes plain numbers only.
-        chances = {item: float(chance) for item, chance in said.items()}
-        steps = operator.index(steps)
-        wrong = [chance for chance in chances.values() if not 0 <= chance <= 1]
-        if wrong or not 1 <= steps <= MAX_HINT_STEPS:
-            what = f"probability {wrong[0]}" if wrong else f"{steps} steps"
-            raise ValueError(
-                f"a hint needs probabilities of 0 to 1 and 1 to {MAX_HINT_STEPS} steps, not {what}"
-            )
-        # No reply would tell that the daemon drops a hint: what is wrong with it is said here.
-        numbers = [self._number(item) for item in chances]
-        for number in numbers:
-            if not 0 <= number < len(self.index.layers):
-                raise self._no_layer(number)
-        if len(set(numbers)) < len(numbers):
-            raise ValueError("a hint names a layer twice, by name and by number")
-        self.connection.notify(
-            "hint",
-            model_id=self.model_id,
-            layers=numbers,
-            ppm=[round(chance * 1_000_000) for chance in chances.values()],
-            steps=steps,
-        )
+        fields = hint_fields(layers, steps, self._known_number)
+        self.connection.notify("hint", model_id=self.model_id, **fields)
+
+    def _known_number(self, layer: str | int) -> int:
+        number = self._number(layer)
+        if not 0 <= number < len(self.index.layers):
+            raise self._no_layer(number)
+        return number
 
     def _number(self, layer: str | int) -> int:
         return self.layer_index(layer) if isinstance(layer, str) else operator.index(layer)

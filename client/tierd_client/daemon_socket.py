@@ -1,0 +1,42 @@
+"""A daemon's Unix socket as a connection uses it: calls block, and none blocks for ever."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+from tierd_client.errors import DaemonNotRunning, DaemonTimeout
+
+#: Longest sleep in one receiving call; deadlines are checked at least this often.
+SLICE_S = 0.5
+
+
+def connected_socket(path: str, timeout: float) -> socket.socket:
+    """Connect to the socket at `path`. Raises DaemonNotRunning, DaemonTimeout."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        # Not settimeout(): a socket that does not block is refused at once where others wait too.
+        limit_calls(sock, timeout)
+        sock.connect(path)
+    except BlockingIOError as error:
+        sock.close()
+        raise DaemonTimeout(f"tierd at {path} took no connection in {timeout:g} s") from error
+    except OSError as error:
+        sock.close()
+        raise DaemonNotRunning(
+            f"no tierd answers at {path} ({error.strerror}): start it, or name its socket "
+            "with socket= or TIERD_SOCKET"
+        ) from error
+    return sock
+
+
+def limit_calls(sock: socket.socket, timeout: float) -> None:
+    """Have no call on it take longer than `timeout` seconds, and no receive longer than SLICE_S."""
+    # Kernel timeouts, not settimeout(): that would poll before every receive.
+    sock.settimeout(None)
+    for option, seconds in (
+        (socket.SO_RCVTIMEO, min(timeout, SLICE_S)),
+        (socket.SO_SNDTIMEO, timeout),
+    ):
+        interval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) or 1)
+        sock.setsockopt(socket.SOL_SOCKET, option, interval)

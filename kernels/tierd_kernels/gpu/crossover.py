@@ -7,6 +7,7 @@ does not depend on how many tokens are with it.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from statistics import median
@@ -19,7 +20,7 @@ from tierd_kernels.errors import KernelError
 from tierd_kernels.gpu.crossover_file import CrossoverFile, Table, default_path
 from tierd_kernels.gpu.expand import expand
 from tierd_kernels.gpu.linear import ELEMENTS, linear, processors
-from tierd_kernels.gpu.plans import Plan, candidates
+from tierd_kernels.gpu.plans import Plan, candidates, default_plan
 from tierd_kernels.torch_expand import NO_FAULT, fault_text, new_faults
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix
 
@@ -31,9 +32,14 @@ TOKEN_CLASSES: Final = (1, 2, 4, 8, 16, 32, 64)
 """What is measured; another number of tokens is taken as the next class above."""
 DECODING: Final = (1, 16)
 """The classes that decide on the order of additions: one client that decodes, and a batch."""
+_UNMEASURED_TOKENS: Final = 16
+"""Fused up to here where there is no memory to measure."""
 _ROUNDS: Final = 9
 _FLUSHED_BYTES: Final = 256 << 20
 """Written before each round: in a model no matrix is read from the GPU's cache."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class Timer(Protocol):
@@ -47,7 +53,8 @@ class Crossovers:
     """Of one device. Thread-safe; the first choice for a new kind of matrix measures and waits.
 
     While it measures it has a dense matrix and 256 MiB on the device beside its own, and other work
-    there falsifies what it finds. timer, path: for tests; the GPU's events, the user's cache.
+    there falsifies what it finds. Where they do not fit it says so once and does not measure: 16
+    tokens are fused then. timer, path: for tests; the GPU's events, the user's cache.
     """
 
     def __init__(
@@ -75,7 +82,7 @@ class Crossovers:
         plans = self._plans.get(key)
         if plans is None:
             with self._lock:
-                plans = self._plans[key] = decide(self._table(key, matrix))
+                plans = self._plans[key] = self._decided(key, matrix)
         return plans[next(most for most in TOKEN_CLASSES if tokens <= most)]
 
     def table(self, matrix: TorchMatrix) -> Table:
@@ -83,13 +90,36 @@ class Crossovers:
         with self._lock:
             return self._table(kind(matrix), matrix)
 
+    def _decided(self, key: str, matrix: TorchMatrix) -> dict[int, Plan | None]:
+        try:
+            return decide(self._table(key, matrix))
+        except torch.OutOfMemoryError as error:
+            _log.warning(
+                "%s is not measured on %s, up to %d tokens are fused: %s",
+                key,
+                self._device,
+                _UNMEASURED_TOKENS,
+                error,
+            )
+            count = processors(matrix.device)
+            return {
+                tokens: default_plan(matrix.grid, tokens, count)
+                if tokens <= _UNMEASURED_TOKENS
+                else None
+                for tokens in TOKEN_CLASSES
+            }
+
     def _table(self, key: str, matrix: TorchMatrix) -> Table:
         if self._tables is None:
             self._tables = self._file.read()
         found = self._tables.get(key)
         if found is None or not _whole(found, matrix):
-            timer = self._timer or CudaTimer(self._device)
-            found = self._tables[key] = _measured(matrix, timer)
+            try:
+                found = _measured(matrix, self._timer or CudaTimer(self._device))
+            finally:
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()  # what it had is for others: the daemon, the user
+            self._tables[key] = found
             self._file.add(key, found)
         return found
 

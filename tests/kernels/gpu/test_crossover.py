@@ -17,7 +17,8 @@ from tierd_kernels import KernelError, PackedMatrix
 from tierd_kernels.gpu import crossover_file
 from tierd_kernels.gpu.crossover import TOKEN_CLASSES, Crossovers, decide, kind
 from tierd_kernels.gpu.crossover_file import CrossoverFile, Table
-from tierd_kernels.gpu.plans import VARIANTS, Plan
+from tierd_kernels.gpu.linear import processors
+from tierd_kernels.gpu.plans import VARIANTS, Plan, default_plan
 from tierd_kernels.torch_matrix import TorchMatrix, from_arrays
 
 Matrices = Callable[..., PackedMatrix]
@@ -137,6 +138,25 @@ def test_a_wrong_tile_is_named_before_its_times_are_kept(
         pytest.raises(KernelError, match="tile 0: offsets do not fit its record"),
     ):
         found.choice(from_arrays(packed, device), 1)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_memory_to_measure_few_tokens_are_fused_and_it_is_said_once(
+    device: torch.device, matrix: TorchMatrix, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class FullGpu(PlayedTimer):
+        def __call__(self, plan: Plan | None, tokens: int, run: Callable[[], object]) -> float:
+            super().__call__(plan, tokens, run)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 MiB.")
+
+    timer = FullGpu(0)
+    found = crossovers(device, timer, tmp_path)
+    for _ in range(2):
+        assert found.choice(matrix, 16) == default_plan(matrix.grid, 16, processors(device))
+        assert found.choice(matrix, 17) is None
+    assert len(timer.calls) == 1
+    assert len(caplog.records) == 1
+    assert "Tried to allocate 256.00 MiB" in caplog.text
     assert not (tmp_path / "cache").exists()
 
 

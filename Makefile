@@ -4,6 +4,7 @@ SIZE ?= full
 MODEL ?=
 ONLY ?=
 SECONDS ?= 60
+PROCESSES ?= auto
 WHEELS ?=
 MODELS ?=
 VENV := .venv
@@ -16,7 +17,7 @@ NATIVE := $(wildcard kernels/cpu/*) kernels/CMakeLists.txt
 
 help:
 	@echo "make demo      environment, build, and the main job end to end (SIZE=small, MODEL=path)"
-	@echo "make test      every check: make check, the tests, make sanitize, a small demo"
+	@echo "make test      every check: make check, the tests, make sanitize, a small demo (PROCESSES=auto, at most 4)"
 	@echo "make bench     all benchmarks (ONLY=name for one)"
 	@echo "make check     format, lint, types, import layers, the kernel stub"
 	@echo "make sanitize  the kernels' tests with AddressSanitizer and UBSan in the C++ modules"
@@ -47,8 +48,9 @@ check: $(STAMP)
 	    diff -u kernels/tierd_kernels/$$module.pyi build/$$module.pyi || exit 1; \
 	done
 
+# A file stays with one process: its daemons and packs are made once, and no two of its tests meet.
 pytest: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(PROCESSES) --maxprocesses 4 --dist loadfile
 
 test: check pytest
 	$(MAKE) sanitize

@@ -6,14 +6,19 @@ import os
 import runpy
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    import pytest
+import pytest
 
 # A job in the background of a shell without job control ignores SIGINT, and so would we and every
 # process that the tests start. As in a terminal, an interrupt interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# One thread a process unless a test asks for more, and none that spins while it waits for another:
+# beside daemons and other processes that costs several times what it gains on small matrices.
+# Before torch and numpy are imported, and for every process that the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Triton decides when it is first imported whether kernels are interpreted on the CPU or compiled.
 if os.environ.get("TIERD_KERNELS_DEVICE") != "cuda":
@@ -35,6 +40,17 @@ def pytest_report_header() -> list[str]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails a run that did not test the builds of the C++ modules that it was asked to test."""
     strangers = _native["strangers"]()
+    if not strangers:
+        return
+    print(f"\nmapped but not asked for, or asked for but not mapped: {', '.join(strangers)}")
+    session.exitstatus = 3
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist: tell the first one
+        session.config.workeroutput["strangers"] = strangers
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of pytest-xdist ended; the first process has to fail in its place."""
+    strangers = getattr(node, "workeroutput", {}).get("strangers")
     if strangers:
-        print(f"\nmapped but not asked for, or asked for but not mapped: {', '.join(strangers)}")
-        session.exitstatus = 3
+        pytest.exit(f"process {node.gateway.id} has other C++ modules: {', '.join(strangers)}", 3)

@@ -54,21 +54,24 @@ def test_a_second_build_beside_it_is_found_among_the_mappings(other: Path, tmp_p
     assert done.stdout == f"[{str(second)!r}]\n", done.stderr
 
 
+@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["here", "xdist"])
 @pytest.mark.parametrize(("variable", "code"), [("TIERD_CPU_MODULE", 3), ("NO_VARIABLE", 0)])
 def test_a_run_of_tests_with_the_wrong_build_does_not_pass(
-    other: Path, variable: str, code: int
+    other: Path, variable: str, code: int, options: tuple[str, ...]
 ) -> None:
-    """A test that maps the installed build behind the other one's back."""
+    """A test that maps the installed build behind the other one's back, here or in a process of
+    pytest-xdist."""
     test = other.parent / "test_other.py"
     test.write_text(f"import ctypes\ndef test(): ctypes.CDLL({_cpu.__file__!r})\n")
     shutil.copy(NATIVE, test.parent)
     shutil.copy(NATIVE.with_name("conftest.py"), test.parent)
     environ = {name: text for name, text in os.environ.items() if not name.startswith("TIERD_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, test],
+        [*command, "-c", os.devnull, test],
         env=environ | {variable: str(other)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == code, done.stdout
+    assert done.returncode == code, done.stdout + done.stderr

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MIB = 1 << 20
-PATIENCE_S = 20.0  # how long anything that must happen may take
+PATIENCE_S = 60.0  # how long anything that must happen may take, on a machine that is busy
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_S) -> Any:

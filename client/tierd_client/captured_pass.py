@@ -73,6 +73,8 @@ class CapturedPass:
         self._hold.check()
         stream = self._streams.current()
         if self._stream is not None and self._stream != stream:
+            # Behind all that was given there: passes without the graph may have used the cache too.
+            self._mark.record(self._stream)
             stream.wait_event(self._mark)
         for name, tensor in call.tensors.items():
             self._inputs[name].copy_(tensor, non_blocking=True)

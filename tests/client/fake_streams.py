@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 
 class FakeStream:
-    """Notes what it has to wait for."""
+    """Notes what it has to wait for, and what the marks were set behind then."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.waited: list[FakeEvent] = []
+        self.waited_ms: list[float | None] = []
 
     def wait_event(self, event: FakeEvent) -> None:
         self.waited.append(event)
+        self.waited_ms.append(event.at_ms)
 
 
 class FakeEvent:

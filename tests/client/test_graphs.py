@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, StaticCache
 
-from tests.client.fake_streams import FakeStreams
+from tests.client.fake_streams import FakeStream, FakeStreams
 from tests.client.test_load import SIZES, save
 from tests.daemon.conftest import RunningDaemon
 from tierd_client import load, load_model, tensors
@@ -285,6 +285,25 @@ def test_what_a_gpu_found_wrong_in_a_replay_is_raised_by_a_later_one(
         generate(model)
     assert model.tierd.graphs.alive == 0
     generate(model)
+
+
+def test_another_stream_waits_for_all_that_was_given_to_the_last_one(
+    model: Any, served: Served, streams: FakeStreams
+) -> None:
+    generate(model)
+    gc.collect()
+    first, other = streams.current(), FakeStream("other")
+    passed = streams.event()
+    passed.record(first)  # a pass without the graph, which used the cache too
+    streams.use(other)
+    assert torch.equal(generate(model, IDS + 20), served.tokens(IDS + 20))
+    assert model.tierd.statistics().captures == 1
+    mark = model.tierd.graphs._passes[0]._mark
+    waited_ms = other.waited_ms[other.waited.index(mark)]
+    assert waited_ms is not None
+    assert passed.at_ms is not None
+    assert waited_ms > passed.at_ms
+    assert not mark.synchronized
 
 
 def test_two_threads_decode_at_once(model: Any, served: Served) -> None:

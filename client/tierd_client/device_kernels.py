@@ -7,6 +7,7 @@ look for errors with; nothing falls back to it.
 from __future__ import annotations
 
 import os
+import tempfile
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 VARIABLE = "TIERD_GPU_KERNELS"
 NAMES = ("triton", "torch")
+#: Ampere: the first with arithmetic of bfloat16.
+LEAST_CAPABILITY = (8, 0)
 #: Of temporaries for each matrix that torch is expanding, at most: enough that the GPU, and not the
 #: launching of its kernels, takes the time.
 ROOM_BYTES = 128 << 20
@@ -134,13 +137,41 @@ def device_kernels(device: torch.device) -> DeviceKernels:
 def _made(name: str, device: torch.device) -> DeviceKernels:
     if name == TorchKernels.name:
         return TorchKernels()
-    try:
-        import triton  # type: ignore[import-untyped, unused-ignore]  # noqa: F401
-    except ImportError as error:
-        raise UnsupportedDevice(
-            f"kernels for {device} need Triton, which is not installed: pip install triton, or "
-            f'{VARIABLE}=torch, which expands every matrix (compute="dense")'
-        ) from error
+    _check_triton(device)
     from tierd_kernels.gpu.crossover import Crossovers
 
     return TritonKernels(Crossovers(device))
+
+
+def _check_triton(device: torch.device) -> None:
+    """Raise UnsupportedDevice where its kernels would fail in the middle of a pass."""
+    import torch
+
+    other = f'or {VARIABLE}=torch, which expands every matrix (compute="dense")'
+    try:
+        import triton
+    except ImportError as error:
+        raise UnsupportedDevice(
+            f"kernels for {device} need Triton, which is not installed: pip install triton, {other}"
+        ) from error
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        raise UnsupportedDevice(
+            f"kernels for {device} need compute capability {_dotted(LEAST_CAPABILITY)}, it has "
+            f"{_dotted(capability)}: another GPU, {other}"
+        )
+    folder = triton.knobs.cache.dir
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UnsupportedDevice(
+            f"kernels for {device} are compiled into {folder}, which cannot be written "
+            f"({error.strerror}): set TRITON_CACHE_DIR, {other}"
+        ) from error
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,13 +16,19 @@ from tierd_kernels import KernelError, torch_matrix
 from tierd_kernels.torch_expand import NO_FAULT, TILE_BYTES, fault_text, new_faults
 from tierd_layouts import exponent_packed, packed_matrix
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+def forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An A100 with a folder of its own for compiled kernels."""
     device_kernels._made.cache_clear()
     monkeypatch.delenv("TIERD_GPU_KERNELS", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
 
 def stored(rows: int = 70, cols: int = 130) -> tuple[torch_matrix.TorchMatrix, torch.Tensor]:
@@ -96,4 +102,20 @@ def test_the_variable_chooses_and_nothing_falls_back(monkeypatch: pytest.MonkeyP
 def test_a_missing_triton_is_an_error_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UnsupportedDevice, match=r"cuda:0 need Triton.*pip install triton"):
+        device_kernels.device_kernels(CUDA)
+
+
+def test_a_gpu_that_they_cannot_be_compiled_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UnsupportedDevice, match=r"cuda:0 need .* 8\.0, it has 7\.5: .*=torch"):
+        device_kernels.device_kernels(CUDA)
+    monkeypatch.setenv("TIERD_GPU_KERNELS", "torch")
+    assert device_kernels.device_kernels(CUDA).name == "torch"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_what_to_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/nowhere/triton")
+    with pytest.raises(UnsupportedDevice, match=r"/proc/nowhere/triton.*set TRITON_CACHE_DIR"):
         device_kernels.device_kernels(CUDA)

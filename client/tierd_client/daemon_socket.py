@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
+from time import monotonic
 
 from tierd_client.errors import DaemonNotRunning, DaemonTimeout
 
@@ -17,7 +19,13 @@ def connected_socket(path: str, timeout: float) -> socket.socket:
     try:
         # Not settimeout(): a socket that does not block is refused at once where others wait too.
         limit_calls(sock, timeout)
+        deadline = monotonic() + timeout
         sock.connect(path)
+        while not _has_peer(sock):
+            # A signal came while it waited: Python takes that for a connection under way.
+            if monotonic() > deadline:
+                raise BlockingIOError
+            sock.connect(path)
     except BlockingIOError as error:
         sock.close()
         raise DaemonTimeout(f"tierd at {path} took no connection in {timeout:g} s") from error
@@ -28,6 +36,16 @@ def connected_socket(path: str, timeout: float) -> socket.socket:
             "with socket= or TIERD_SOCKET"
         ) from error
     return sock
+
+
+def _has_peer(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return False
+    return True
 
 
 def limit_calls(sock: socket.socket, timeout: float) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import socket
 import struct
 import threading
@@ -68,3 +69,34 @@ def test_who_connects_when_many_do_waits_for_its_turn(tmp_path: Path) -> None:
         accept.join()
         first.close()
         second.close()
+
+
+def test_a_signal_while_it_waits_does_not_end_the_wait(tmp_path: Path) -> None:
+    """Python would return from `connect` with a socket that is not connected."""
+    path = str(tmp_path / "busy.sock")
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(0)
+        first = connected_socket(path, 1)
+        me = threading.main_thread().ident
+        assert me is not None
+        disturb = threading.Timer(0.1, lambda: signal.pthread_kill(me, signal.SIGUSR1))
+        accept = threading.Timer(0.4, lambda: listener.accept()[0].close())
+        try:
+            disturb.start()
+            accept.start()
+            with connected_socket(path, 20) as second:
+                assert second.getpeername() == path
+                assert seen == [signal.SIGUSR1]
+                # Nobody makes room for another: it is given up all the same.
+                again = threading.Timer(0.1, lambda: signal.pthread_kill(me, signal.SIGUSR1))
+                again.start()
+                with pytest.raises(DaemonTimeout, match=r"took no connection in 0.3 s"):
+                    connected_socket(path, 0.3)
+                again.join()
+        finally:
+            accept.join()
+            first.close()
+            signal.signal(signal.SIGUSR1, before)

@@ -29,31 +29,39 @@ def pytest_report_header() -> str:
     return f"kernels here: {', '.join(dispatch.kernels())}; default: {dispatch.current().name}"
 
 
-def _with_kernel(name: str) -> Iterator[str]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Runs a test with the kernel and the encoder that its fixtures name, and no others: fixtures
+    of a module need not end in the order in which they began, and one that set the kernel itself
+    would then put back what another had set."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    name = parameters.get("kernel", parameters.get("native_kernel"))
+    encoder = parameters.get("encoder")
     with pytest.MonkeyPatch.context() as patch:
-        kernel = dispatch.kernels()[name]
-        patch.setattr(dispatch, "current", lambda: kernel)
-        yield name
+        if name is not None:
+            kernel = dispatch.kernels()[name]
+            patch.setattr(dispatch, "current", lambda: kernel)
+        if encoder is not None:
+            patch.setattr(encode, "encoder_name", lambda: encoder)
+        return (yield)
 
 
 @pytest.fixture(scope="module", params=list(dispatch.kernels()))
-def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+def kernel(request: pytest.FixtureRequest) -> str:
     """The public functions run this kernel; a test with this fixture runs once for each."""
-    yield from _with_kernel(request.param)
+    return str(request.param)
 
 
 @pytest.fixture(scope="module", params=[n for n in dispatch.kernels() if n != "reference"])
-def native_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+def native_kernel(request: pytest.FixtureRequest) -> str:
     """As `kernel`, without the reference."""
-    yield from _with_kernel(request.param)
+    return str(request.param)
 
 
 @pytest.fixture(scope="module", params=encode.available())
-def encoder(request: pytest.FixtureRequest) -> Iterator[str]:
+def encoder(request: pytest.FixtureRequest) -> str:
     """The encoding functions use this instruction set, each in turn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "encoder_name", lambda: request.param)
-        yield request.param
+    return str(request.param)
 
 
 @pytest.fixture(

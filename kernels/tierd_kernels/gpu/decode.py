@@ -1,9 +1,10 @@
 """One tile of a packed matrix, decoded by a Triton program: what all kernels for GPUs share.
 
-A lane has an *octet*: 8 columns of one row, a byte of the bitmap. The rank of its first kept
-element among those of the tile is found once (popcounts and one scan over half rows), and what it
-keeps are then at most 8 neighbours in the record: a *window* of it, words that are read and shifted
-into place. `spread.py` takes them from there to their columns, four bytes an instruction.
+A lane has half a row: 32 columns, a word of the bitmap. The rank of its first kept element among
+those of the tile is found by one scan, those of its *octets*, 8 columns each, by counting on. What
+an octet keeps are then at most 8 neighbours in the record: a *window* of it, words that are read
+and shifted into place; a window of a bit plane holds those of all four octets. `spread.py` takes
+them from there to their columns, four bytes an instruction.
 
 Contents are hostile: a tile's record, as its bitmap and head say it must be, is compared with its
 offsets and with the size of `values`, which the host knows, before anything follows it. A rank is
@@ -23,11 +24,21 @@ from typing import Final
 import triton
 import triton.language as tl
 
-from tierd_kernels.gpu.escapes import escaped, escapes_are_wrong
+from tierd_kernels.gpu.escapes import escapes_are_wrong
 from tierd_kernels.gpu.levels import numbers_of
-from tierd_kernels.gpu.octets import eight_bytes, gathered, halves, octets, pairs, window
-from tierd_kernels.gpu.planes import codes, turned_back
-from tierd_kernels.gpu.spread import digits, spread_bytes, spread_nibbles
+from tierd_kernels.gpu.octets import (
+    bits_inside,
+    eight_bytes,
+    gathered,
+    halves,
+    halves_of,
+    octet,
+    pairs,
+    rows_of,
+    window,
+)
+from tierd_kernels.gpu.planes import packed
+from tierd_kernels.gpu.spread import spread_bytes, spread_nibbles
 from tierd_kernels.torch_expand import REASONS
 
 VARIANTS: Final = ("gather", "window", "masked")
@@ -90,6 +101,7 @@ def decode_tile(
         tile,
         height,
         width,
+        bits_inside(height, width),
         CODEC,
         DTYPE,
         MASKED,
@@ -111,6 +123,7 @@ def decode_lanes(
     tile,
     height,
     width,
+    allowed,
     CODEC: tl.constexpr,
     DTYPE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -119,13 +132,13 @@ def decode_lanes(
 ):
     """As `decode_tile`, but the reason is int32 [128], the same in all lanes.
 
-    A program with many tiles takes the smallest once, not for each of them.
+    A program with many tiles takes the smallest once, not for each of them. And `allowed`, the
+    `bits_inside` of height and width, are the same for all of them but the last.
     """
     PACKED: tl.constexpr = CODEC == "exponent-packed"
-    half, first, count, outside = halves(bitmap, tile, height, width, MASKED, PACKED)
+    half, first, count, outside = halves(bitmap, tile, height, width, allowed, MASKED, PACKED)
     count = count.to(tl.uint32)
-    reason = tl.where(outside, _BITS, NO_REASON)
-    begin, units, sane, more = _record(offsets, tile, tiles, values_bytes)
+    begin, units, misplaced, sane, more = _record(offsets, tile, tiles, values_bytes)
     record = values + begin.to(tl.int64) * 16
     ITEM_BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     if PACKED:
@@ -133,10 +146,11 @@ def decode_lanes(
         base = head & 0xFF
         planes = head >> 8 & 0xFF
         escapes = head >> 16
-        can_be = (planes <= PLANES) & (escapes <= most_escapes) & (escapes <= count)
-        can_be &= base + (tl.full([], 1, tl.uint32) << tl.minimum(planes, 8)) <= 256
-        can_be &= (count > 0) | (head == 0)
-        reason = tl.where(can_be, reason, tl.minimum(reason, _HEAD))
+        codes = base + (tl.full([], 1, tl.uint32) << tl.minimum(planes, 8))
+        most = tl.minimum(count.to(tl.int32), most_escapes)
+        over = tl.maximum(planes.to(tl.int32) - PLANES, escapes.to(tl.int32) - most)
+        over = tl.maximum(over, codes.to(tl.int32) - 256)
+        can_be = (over <= 0) & (tl.where(count > 0, 0, head) == 0)
         byte_plane = (count + 7) // 8 * 8
         bit_plane = (count + 63) // 64 * 8
         planes_at = (ITEM_BYTES - 1) * byte_plane
@@ -149,15 +163,18 @@ def decode_lanes(
     else:
         tl.static_assert(CODEC == "raw")
         needed = count * ITEM_BYTES
-    sane &= units == (needed + 15) // 16
-    reason = tl.where(sane, reason, tl.minimum(reason, _OFFSETS))
+    sane &= (misplaced | units ^ (needed + 15) // 16) == 0
+    reason = tl.where(sane, NO_REASON, _OFFSETS)
+    if PACKED:
+        reason = tl.where(can_be, reason, _HEAD)
+    reason = tl.where(outside, _BITS, reason)
     if PACKED:
         # Zero where something is wrong already: then nothing is followed.
         escapes = tl.where(reason == NO_REASON, escapes, 0)
         escape = (record + escapes_at).to(tl.pointer_type(tl.uint32))
         reason = tl.where(escapes_are_wrong(escape, escapes, count), _ESCAPES, reason)
         escapes = tl.where(reason == NO_REASON, escapes, 0)
-    kept, ones, rank = octets(tl.where(reason == NO_REASON, half, 0), first)
+    half = tl.where(reason == NO_REASON, half, 0)
     if not PACKED:
         planes_at, byte_plane, bit_plane, planes, base, escape, escapes = 0, 0, 0, 0, 0, None, 0
     if PACKED:
@@ -168,9 +185,8 @@ def decode_lanes(
     if more:
         elements = _elements(
             record,
-            kept,
-            ones,
-            rank,
+            half,
+            first,
             planes_at,
             byte_plane,
             bit_plane,
@@ -187,9 +203,8 @@ def decode_lanes(
     else:
         elements = _elements(
             record,
-            kept,
-            ones,
-            rank,
+            half,
+            first,
             planes_at,
             byte_plane,
             bit_plane,
@@ -203,14 +218,15 @@ def decode_lanes(
             VARIANT,
             True,
         )
+    if ITEM_BYTES == 2:
+        elements = halves_of(elements, DTYPE)
     return elements, reason + tl.zeros([128], tl.int32)
 
 
 @triton.jit
 def _elements(
     record,
-    kept,
-    ones,
+    half,
     rank,
     planes_at,
     byte_plane,
@@ -225,42 +241,76 @@ def _elements(
     VARIANT: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
-    """The elements of a tile in whose record nothing is wrong, or of which nothing is kept."""
+    """The elements of a tile in whose record nothing is wrong, or of which nothing is kept: DTYPE
+    [64, 64], or of 2 bytes uint32 [64, 32]. half, rank: see `halves`.
+    """
+    if CODEC == "exponent-packed":
+        return packed(
+            record,
+            half,
+            rank,
+            planes_at,
+            byte_plane,
+            bit_plane,
+            planes,
+            base,
+            escape,
+            escapes,
+            DTYPE,
+            PLANES,
+            CHECKED,
+        )
+    else:
+        first, rank = _octet(record, half, rank, 0, CODEC, DTYPE, VARIANT, CHECKED)
+        second, rank = _octet(record, half, rank, 1, CODEC, DTYPE, VARIANT, CHECKED)
+        third, rank = _octet(record, half, rank, 2, CODEC, DTYPE, VARIANT, CHECKED)
+        fourth, rank = _octet(record, half, rank, 3, CODEC, DTYPE, VARIANT, CHECKED)
+        return rows_of(first, second, third, fourth)
+
+
+@triton.jit
+def _octet(
+    record,
+    half,
+    rank,
+    NUMBER: tl.constexpr,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    VARIANT: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Return the columns [128, 8] of an octet of each half row, and the rank of the next one."""
+    kept, spread, ones = octet(half, NUMBER)
     if CODEC == "raw":
         if VARIANT != "gather" and DTYPE.primitive_bitwidth == 16:
-            elements = pairs(record, kept, rank, CHECKED).to(DTYPE, bitcast=True)
+            found, rank = pairs(record, kept, rank, CHECKED)
         else:
-            elements = gathered(record.to(tl.pointer_type(DTYPE)), kept, rank)
+            found = gathered(record.to(tl.pointer_type(DTYPE)), kept, rank)
+            rank += ones
     elif CODEC == "int8":
-        low, high = eight_bytes(record, rank, ones, CHECKED)
-        low, high = spread_bytes(low, high, digits(kept), tl.zeros([512], tl.uint32))
-        elements = numbers_of(low ^ 0x80808080, high ^ 0x80808080, 8, DTYPE)
-    elif CODEC == "int4":
-        word = window(record, rank * 4, ones * 4, CHECKED) ^ 0x88888888
-        low, high = spread_nibbles(word, digits(kept))
-        elements = numbers_of(low, high, 4, DTYPE)
+        low, high = eight_bytes(record, rank, ones, 1, CHECKED)
+        low, high = spread_bytes(low, high, spread, tl.zeros([128], tl.uint32))
+        rank += ones
+        found = numbers_of(low ^ 0x80808080, high ^ 0x80808080, 8, DTYPE)
     else:
-        low, high = codes(record + planes_at, bit_plane, planes, rank, ones, PLANES, CHECKED)
-        low += base * 0x01010101
-        high += base * 0x01010101
-        if escapes > 0:
-            top = low.to(tl.uint64) | high.to(tl.uint64) << 32
-            top = escaped(escape, escapes, top, rank, ones)
-            low, high = top.to(tl.uint32), (top >> 32).to(tl.uint32)
-        elements = turned_back(record, byte_plane, low, high, kept, ones, rank, DTYPE, CHECKED)
-    return elements
+        word = window(record, rank * 4, ones * 4, CHECKED) ^ 0x88888888
+        low, high = spread_nibbles(word, spread)
+        rank += ones
+        found = numbers_of(low, high, 4, DTYPE)
+    return found, rank
 
 
 @triton.jit
 def _record(offsets, tile, tiles, values_bytes):
-    """Return where the record begins and how long it is, in units of 16 bytes, uint32; whether it
-    lies where it must; and whether at least _MORE units come after it.
+    """Return where the record begins and how long it is, in units of 16 bytes, uint32; 0 where it
+    is the first or the last one only if it must be; whether it lies in `values`; and whether at
+    least _MORE units come after it.
     """
     offset = offsets.to(tl.pointer_type(tl.uint32)) + tile
     begin = tl.load(offset)
     end = tl.load(offset + 1)
-    most = (values_bytes // 16).to(tl.uint32)
+    most = (values_bytes >> 4).to(tl.uint32)
     sane = (end <= most) & (begin <= end)
-    sane &= (tile > 0) | (begin == 0)
-    sane &= (tile + 1 < tiles) | (end == most)
-    return begin, end - begin, sane, (begin <= end) & (end <= most) & (most - end >= _MORE)
+    misplaced = tl.where(tile.to(tl.int32) == 0, begin, 0)
+    misplaced |= tl.where((tile + 1).to(tl.int32) == tl.cast(tiles, tl.int32), end ^ most, 0)
+    return begin, end - begin, misplaced, sane, sane & (most - end >= _MORE)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tierd_kernels.gpu.spread import permuted
+
 _AT_ONCE = tl.constexpr(128)
 
 
@@ -34,30 +36,38 @@ def escapes_are_wrong(escape, escapes, count):
 
 
 @triton.jit
-def escaped(escape, escapes, top, rank, ones):
-    """The top bytes of each octet's kept elements, with those that its escapes say; uint64 [512].
+def first_escapes(escape, escapes, rank):
+    """Return how many escapes lie before each half row, [128], and a bit for each of those that one
+    has at most: compilers repeat the body of a loop whose rounds they can count.
 
-    Escapes ascend: each octet finds its first one by bisection, and has at most 8.
+    rank: of the half row's first kept element. Escapes ascend: a bisection for each.
     """
-    # Escapes [0, index) lie before the octet, those from index + 2 * step on do not.
+    # Escapes [0, index) lie before the rank, those from index + 2 * step on do not.
     index = tl.zeros_like(rank)
     step = 4096
     while step > escapes:
         step = step // 2
     while step > 0:
         last = index + step - 1
-        this = tl.load(escape + last, mask=(last < escapes) & (ones > 0), other=0xFFFF) & 0xFFFF
+        this = tl.load(escape + last, mask=last < escapes, other=0xFFFF) & 0xFFFF
         index = tl.where(this.to(tl.int32) < rank, last + 1, index)
         step = step // 2
-    left = 1
-    while left > 0:
-        this = tl.load(escape + index, mask=(index < escapes) & (ones > 0), other=0xFFFF)
-        place = (this & 0xFFFF).to(tl.int32) - rank
-        mine = (place >= 0) & (place < ones)
-        shift = (tl.where(mine, place, 0) * 8).to(tl.uint64)
-        said = (this >> 16 & 0xFF).to(tl.uint64)
-        changed = (top >> shift ^ said) & 0xFF
-        top ^= tl.where(mine, changed << shift, 0)
-        index += mine.to(tl.int32)
-        left = tl.max(mine.to(tl.int32), axis=0)
-    return top
+    half = tl.arange(0, 128)
+    end = tl.gather(index, tl.minimum(half + 1, 127), axis=0)
+    end = tl.where(half < 127, end, escapes.to(tl.int32))
+    most = tl.minimum(tl.max(end - index, axis=0), 32)
+    return index, ((tl.full([], 1, tl.int64) << most.to(tl.int64)) - 1)
+
+
+@triton.jit
+def escaped(this, low, high, rank):
+    """The top bytes of each octet's elements with what an escape says, if it is for one of them.
+
+    low, high: of elements `rank` to rank + 7; those that belong to later octets are changed, too.
+    """
+    place = ((this & 0xFFFF).to(tl.int32) - rank).to(tl.uint32)
+    # Which byte the escape replaces: digits of two selectors, none of them where it is none of 8.
+    changed = tl.where(place < 8, (place & 3 ^ 4) << (place & 7) * 4, 0)
+    said = this >> 16
+    low = permuted(low, said, changed & 0xFFFF ^ 0x3210)
+    return low, permuted(high, said, changed >> 16 ^ 0x3210)

@@ -34,8 +34,9 @@ class Way:
     warps: int
 
 
-WAYS: Final = (Way("gather", 4), Way("window", 4), Way("gather", 8), Way("window", 8))
-"""All that can be chosen, each of them tested. Which is faster is for a card to say."""
+WAYS: Final = (Way("gather", 4), Way("window", 4))
+"""All that can be chosen, each of them tested. Which is faster is for a card to say. Not 8 warps: a
+tile has 128 half rows, a lane each; twice the lanes would do everything twice."""
 DEFAULT_WAY: Final = Way("window", 4)
 """The fewest issue slots (tests/kernels/gpu/resources.json)."""
 

@@ -13,7 +13,8 @@ from tierd_kernels.gpu.spread import columns_of_bytes, columns_of_pairs, woven
 
 @triton.jit
 def numbers_of(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """The levels in the bytes of two words of 4 columns, as DTYPE [64, 64].
+    """The levels in the bytes of two words of 4 columns, as DTYPE [128, 8], or as
+    words of two.
 
     A byte is the level + 2^(BITS - 1).
     """
@@ -28,7 +29,7 @@ def numbers_of(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr):
             _two(low, 0x4342, BITS, DTYPE),
             _two(high, 0x4140, BITS, DTYPE),
             _two(high, 0x4342, BITS, DTYPE),
-        ).to(DTYPE, bitcast=True)
+        )
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from tierd_kernels.gpu.decode import NO_REASON, decode_lanes
 from tierd_kernels.gpu.numbers import INTERPRETED, rounded, widened
+from tierd_kernels.gpu.octets import bits_inside
 from tierd_kernels.torch_expand import REASONS
 
 _NO_COLUMN = tl.constexpr(2**31 - 1)
@@ -76,12 +77,16 @@ def multiply_tiles(
     """
     tile_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    tile_cols = (cols + 63) // 64
-    tiles = (rows + 63).to(tl.int64) // 64 * tile_cols
+    tile_cols = cols + 63 >> 6  # as a division it would ask for the sign
+    tiles = (rows + 63).to(tl.int64) >> 6
+    tiles *= tile_cols
+    first_tile = (tile_row * tile_cols).to(tl.uint32)
     groups = (tile_cols + group_tiles - 1) // group_tiles
     first = (split.to(tl.int64) * tile_cols // splits).to(tl.int32)
     end = ((split + 1).to(tl.int64) * tile_cols // splits).to(tl.int32)
     height = tl.minimum(rows - tile_row * 64, 64).to(tl.int32)
+    last_width = (cols - (tl.cast(tile_cols, tl.int64) - 1) * 64).to(tl.int32)
+    inside, last_inside = bits_inside(height, 64), bits_inside(height, last_width)
 
     step = tl.arange(0, 64)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -94,9 +99,10 @@ def multiply_tiles(
     fault = tl.full([128], _NO_COLUMN, tl.int32)
     group_end = (first // group_tiles + 1) * group_tiles
     for tile_col in tl.range(_bound(first), _bound(end), num_stages=STAGES):
-        tile = tile_row * tile_cols + tile_col
+        tile = first_tile + tl.cast(tile_col, tl.uint32)
         left = tl.cast(tile_col, tl.int64) * 64
-        width = tl.minimum(cols - left, 64).to(tl.int32)
+        last = tile_col + 1 == tile_cols
+        width = tl.where(last, last_width, 64)
         elements, reason = decode_lanes(
             bitmap,
             offsets,
@@ -108,6 +114,7 @@ def multiply_tiles(
             tile,
             height,
             width,
+            tl.where(last, last_inside, inside),
             CODEC,
             DTYPE,
             MASKED,

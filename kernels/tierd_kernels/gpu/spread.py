@@ -2,7 +2,7 @@
 
 Four bytes at a time: an instruction (`prmt`) takes each byte of a word from any of eight; where its
 *selector* points at a byte that is zero, nothing is kept. Selectors follow from the octet's bits by
-multiplication: no table, no step for each element. Tensors are uint32 [512].
+multiplication: no table, no step for each element. Tensors are uint32 [128].
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -46,6 +46,14 @@ def woven(low, high, WHICH: tl.constexpr):
     elif WHICH == 0x4342:
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, 0x4342;", "=r,r,r", [low, high], tl.uint32, True, 1
+        )
+    elif WHICH == 0x2301:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x2301;", "=r,r,r", [low, high], tl.uint32, True, 1
+        )
+    elif WHICH == 0x5410:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [low, high], tl.uint32, True, 1
         )
     elif WHICH == 0x5140:
         return tl.inline_asm_elementwise(
@@ -102,7 +110,13 @@ def selector(spread):
 @triton.jit
 def before_later(spread):
     """How many of columns 0 to 3 are kept."""
-    return spread * 0x1111 >> 12 & 7
+    return upto(spread) >> 12 & 7
+
+
+@triton.jit
+def upto(spread):
+    """Digit j: how many columns are kept up to column j, itself included."""
+    return spread * 0x11111111
 
 
 @triton.jit
@@ -124,16 +138,53 @@ def spread_pairs(low, high, ones):
 
     ones: byte j is 1 if column j is kept, else 0.
     """
-    later = shifted(low, high, ones * 0x1010 >> 8 & 0x30)
     zero = low * 0
+    later = shifted(low, high, weighed(ones, 0x00001010, zero))
     first = permuted(low, zero, ones * 0x21BC + 0x5454)
-    return first, permuted(later, zero, (ones >> 16) * 0x21BC + 0x5454)
+    return first, permuted(later, zero, _weighed_later(ones, 0xBC0021BC, zero + 0x5454))
+
+
+@triton.jit
+def weighed(ones, WEIGHTS: tl.constexpr, before):
+    """`before` and the bytes of `ones`, each times that of WEIGHTS."""
+    if INTERPRETED:
+        found = before
+        for i in tl.static_range(4):
+            found += ((ones >> 8 * i & 0xFF) * (WEIGHTS >> 8 * i & 0xFF)).to(before.dtype)
+        return found
+    else:
+        weights = tl.full(ones.shape, WEIGHTS, tl.uint32)
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.u32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [ones, weights, before],
+            before.dtype,
+            True,
+            1,
+        )
+
+
+@triton.jit
+def _weighed_later(ones, WEIGHTS: tl.constexpr, before):
+    """`before` and bytes 2 and 3 of `ones`, each times 16 bits of WEIGHTS."""
+    if INTERPRETED:
+        return before + (ones >> 16 & 0xFF) * (WEIGHTS & 0xFFFF) + (ones >> 24) * (WEIGHTS >> 16)
+    else:
+        weights = tl.full(ones.shape, WEIGHTS, tl.uint32)
+        return tl.inline_asm_elementwise(
+            "dp2a.hi.u32.u32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [weights, ones, before],
+            tl.uint32,
+            True,
+            1,
+        )
 
 
 @triton.jit
 def columns_of_bytes(low, high):
-    """Of two words of 4 columns, [512], the bytes as [64, 64]."""
-    return _joined(
+    """Of two words of 4 columns, [128], the bytes as [128, 8]."""
+    return joined(
         low & 0xFF,
         low >> 8 & 0xFF,
         low >> 16 & 0xFF,
@@ -147,22 +198,13 @@ def columns_of_bytes(low, high):
 
 @triton.jit
 def columns_of_pairs(first, second, third, fourth):
-    """Of four words of 2 columns, [512], the halves as uint16 [64, 64]."""
-    return _joined(
-        first.to(tl.uint16),
-        (first >> 16).to(tl.uint16),
-        second.to(tl.uint16),
-        (second >> 16).to(tl.uint16),
-        third.to(tl.uint16),
-        (third >> 16).to(tl.uint16),
-        fourth.to(tl.uint16),
-        (fourth >> 16).to(tl.uint16),
-    )
+    """Four words of 2 columns, [128], as [128, 4]."""
+    return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [128, 4])
 
 
 @triton.jit
-def _joined(e0, e1, e2, e3, e4, e5, e6, e7):
-    """[64, 64] of the columns of all octets: e0 are the first ones, [512]."""
+def joined(e0, e1, e2, e3, e4, e5, e6, e7):
+    """[128, 8] of the columns of octets: e0 are the first ones, [128]."""
     even = tl.join(tl.join(e0, e4), tl.join(e2, e6))
     odd = tl.join(tl.join(e1, e5), tl.join(e3, e7))
-    return tl.reshape(tl.join(even, odd), [64, 64])
+    return tl.reshape(tl.join(even, odd), [128, 8])

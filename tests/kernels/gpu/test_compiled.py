@@ -69,11 +69,11 @@ def test_every_kernel_has_a_record() -> None:
 
 
 def test_registers_are_kept_in_memory_by_two_products_on_sm_100_alone() -> None:
-    """8 bytes, at 96 registers: ptxas chooses that number for itself."""
+    """8 bytes, at 64 and 80 registers: ptxas chooses those numbers for itself."""
     spilled = {name: record["spilled_bytes"] for name, record in recorded().items()}
     assert {name: nbytes for name, nbytes in spilled.items() if nbytes} == {
         "linear/exponent-packed-masked/BF16/window-4warps-1stages-16tokens/sm_100": 8,
-        "linear/exponent-packed-dense/BF16/window-4warps-1stages-32tokens/sm_100": 8,
+        "linear/exponent-packed-masked/BF16/window-4warps-1stages-32tokens/sm_100": 8,
     }
 
 

@@ -107,8 +107,10 @@ class DirectReads:
         Blocks. Raises TimeoutError when cuFile does not answer: then it may still write into a GPU.
         """
         deadline_s = time.monotonic() + timeout_s
-        self._reading.close(deadline_s)
-        self._verifying.close(deadline_s)
+        for stage in (self._reading, self._verifying):
+            stage.give_up()
+        for stage in (self._reading, self._verifying):
+            stage.join(deadline_s)
 
     def _close_reader(self) -> None:
         if self._opened:
@@ -116,7 +118,7 @@ class DirectReads:
 
 
 class _Stage:
-    """One thread, and what it has to do, in order. `done` is called in it, or by `close`."""
+    """One thread, and what it has to do, in order. `done` is called in it, or by `give_up`."""
 
     def __init__(self, name: str, last: Work | None = None) -> None:
         """last: done at the end, if the thread ever started."""
@@ -143,7 +145,7 @@ class _Stage:
         return self._thread is None or self._thread.is_alive()
 
     def submit(self, what: str, work: Work, done: Done) -> None:
-        """After `close`: DeviceError."""
+        """After `give_up`: DeviceError."""
         with self._queued:
             if not self._closing:
                 if self._thread is None:
@@ -154,15 +156,18 @@ class _Stage:
                 return
         done(_given_up(what))
 
-    def close(self, deadline_s: float) -> None:
-        """deadline_s: of the monotonic clock. Raises TimeoutError."""
+    def give_up(self) -> None:
+        """Begin nothing any more."""
         with self._queued:
             self._closing = True
             dropped, self._queue = self._queue, deque()
             self._queued.notify()
-            thread = self._thread
         for what, _, done in dropped:
             done(_given_up(what))
+
+    def join(self, deadline_s: float) -> None:
+        """After `give_up`. deadline_s: of the monotonic clock. Raises TimeoutError."""
+        thread = self._thread
         if thread is not None:
             thread.join(max(0.0, deadline_s - time.monotonic()))
             if thread.is_alive():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.kernels.torch_expansions import (
     NAMES,
     ROOMS,
+    WRONG_ESCAPES,
     bits_of,
     dirty,
     expanded,
@@ -96,17 +97,7 @@ def touched(good: PackedMatrix, bad: PackedMatrix, name: str, tile: int) -> bool
     return bool((old[begin:end] != new[begin:end]).any())
 
 
-@pytest.mark.parametrize(
-    ("ordinals", "pads"),
-    [
-        ([3, 3], [0, 0]),
-        ([5, 4], [0, 0]),
-        ([64], [0]),
-        ([0xFFFF], [0]),
-        ([1, 2, 0], [0, 0, 0]),
-        ([7], [1]),
-    ],
-)
+@pytest.mark.parametrize(("ordinals", "pads"), WRONG_ESCAPES)
 def test_escapes_that_do_not_ascend_within_the_elements_are_a_fault(
     device: torch.device, ordinals: list[int], pads: list[int]
 ) -> None:

@@ -40,6 +40,17 @@ def bits_of(out: torch.Tensor) -> Any:
     return out.cpu().view(torch.uint16 if out.itemsize == 2 else torch.uint32).numpy()
 
 
+WRONG_ESCAPES: list[tuple[list[int], list[int]]] = [
+    ([3, 3], [0, 0]),
+    ([5, 4], [0, 0]),
+    ([64], [0]),
+    ([0xFFFF], [0]),
+    ([1, 2, 0], [0, 0, 0]),
+    ([7], [1]),
+]
+"""Elements and pads of escapes that do not ascend within the 64 elements of the tile below."""
+
+
 def tile_of_escapes(ordinals: list[int], pads: list[int]) -> PackedMatrix:
     """A tile of 64 elements in exponent 127, with these escapes."""
     escapes = b"".join(

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tierd_kernels import KernelError, PackedMatrix, reference, torch_expand
-from tierd_kernels.geometry import ELEMENT
+from tests.kernels.torch_expansions import WRONG_ESCAPES, specified, tile_of_escapes
+from tierd_kernels import KernelError, PackedMatrix, torch_expand
 from tierd_kernels.gpu.expand import WAYS, Way, expand
 from tierd_kernels.torch_expand import NO_FAULT, fault_text, new_faults
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix, from_arrays, measured
@@ -37,13 +37,6 @@ def way(request: pytest.FixtureRequest, device: torch.device) -> Way:
     if device.type == "cpu" and chosen.warps != 4:
         pytest.skip("the interpreter has no warps")
     return chosen
-
-
-def specified(matrix: PackedMatrix) -> Any:
-    """What the reference says. Raises KernelError."""
-    out: Any = np.empty((matrix.rows, matrix.cols), ELEMENT[matrix.dtype])
-    reference.expand(matrix, out, 0, -(-matrix.rows // 64), 1)
-    return out
 
 
 def dirty(matrix: TorchMatrix, rows: int) -> torch.Tensor:
@@ -270,37 +263,7 @@ def test_records_behind_the_end_of_values_are_zeros(
     assert not out[:, 64:].any()
 
 
-def tile_of_escapes(ordinals: list[int], pads: list[int]) -> PackedMatrix:
-    """A tile of 64 elements in exponent 127, with these escapes."""
-    escapes = b"".join(
-        bytes([number & 255, number >> 8, 9, pad])
-        for number, pad in zip(ordinals, pads, strict=True)
-    )
-    record = bytes(64) + escapes
-    record += bytes(-len(record) % 16)
-    return PackedMatrix(
-        "exponent-packed",
-        "BF16",
-        1,
-        64,
-        None,
-        np.array([0, len(record) // 16], np.uint32),
-        np.frombuffer(record, np.uint8).copy(),
-        heads=np.array([127 | len(ordinals) << 16], np.uint32),
-    )
-
-
-@pytest.mark.parametrize(
-    ("ordinals", "pads"),
-    [
-        ([3, 3], [0, 0]),
-        ([5, 4], [0, 0]),
-        ([64], [0]),
-        ([0xFFFF], [0]),
-        ([1, 2, 0], [0, 0, 0]),
-        ([7], [1]),
-    ],
-)
+@pytest.mark.parametrize(("ordinals", "pads"), WRONG_ESCAPES)
 def test_escapes_that_do_not_ascend_within_the_elements_are_a_fault(
     device: torch.device, ordinals: list[int], pads: list[int]
 ) -> None:

@@ -36,6 +36,8 @@ class CapturedPass:
         streams: Streams,
     ) -> None:
         self.key = call.key
+        #: When it was last used, in decoding passes of the model.
+        self.used_at = 0
         self._streams = streams
         self._hold = hold
         self._mark = streams.event()

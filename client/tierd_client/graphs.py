@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tierd_client.captured_pass import CapturedPass
@@ -25,12 +27,27 @@ if TYPE_CHECKING:
 
 #: Each has an input and a result of its own, and a cache.
 MOST_GRAPHS = 4
+#: Passes that a cache runs as usual while all graphs are taken, before the one that nobody used
+#: meanwhile is given up for it: making one costs about two of them.
+PATIENCE = 8
 MOST_SEEN = 64  # kinds of passes that ran once
 NEW = "no pass of this kind was met before"
 PRESSED = "memory is short: others may need what a graph would hold"
 NOT_HERE = "not all layers are leased and kept"
+TAKEN = (
+    "all {most} graphs are taken: one that rests for {patience} passes of this cache is given up"
+)
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Wait:
+    """Of a cache without a graph: passes that it ran as usual since all graphs were last used, and
+    when that was, in decoding passes of the model."""
+
+    since: int
+    passes: int = 0
 
 
 class Graphs:
@@ -48,6 +65,8 @@ class Graphs:
         self._lock = threading.Lock()
         self._passes: list[CapturedPass] = []  # last used last
         self._seen: set[Hashable] = set()
+        self._waits: weakref.WeakKeyDictionary[Any, _Wait] = weakref.WeakKeyDictionary()
+        self._calls = 0
         self._closed = False
         #: Why the last pass that decodes was not a replay; "" when it was one.
         self.refusal = ""
@@ -92,6 +111,7 @@ class Graphs:
     def _ready(self, call: DecodeCall, run: Callable[..., Any]) -> CapturedPass | None:
         """The graph for a call, captured if it is time for it."""
         self._leases.check()
+        self._calls += 1
         if self._closed or self._leases.opened.pressed:
             self._drop("closed" if self._closed else PRESSED)
             return None
@@ -103,7 +123,23 @@ class Graphs:
             self._seen = {kind, *list(self._seen)[:MOST_SEEN]}
             self.refusal = NEW
             return None
+        if not self._place(call):
+            self.refusal = TAKEN.format(most=MOST_GRAPHS, patience=PATIENCE)
+            return None
         return self._captured(call, run)
+
+    def _place(self, call: DecodeCall) -> bool:
+        """Whether a graph may be made for this cache: one more, or in place of one that rests.
+
+        Caches that decode in turn would otherwise take each other's graphs, a new one each pass.
+        """
+        if len(self._passes) < MOST_GRAPHS:
+            return True
+        wait = self._waits.get(call.cache)
+        if wait is None or self._passes[0].used_at > wait.since:
+            wait = self._waits[call.cache] = _Wait(self._calls)
+        wait.passes += 1
+        return wait.passes > PATIENCE
 
     def _captured(self, call: DecodeCall, run: Callable[..., Any]) -> CapturedPass | None:
         hold = self._leases.hold()
@@ -131,6 +167,7 @@ class Graphs:
         except BaseException:
             self._end(captured)
             raise
+        captured.used_at = self._calls
         self._passes.append(captured)
         self._arithmetic.repeated(captured.work)
         self.replays += 1

@@ -26,7 +26,7 @@ from tierd_client.errors import (
     UnsupportedDevice,
     UnsupportedOperation,
 )
-from tierd_client.graphs import NEW, PRESSED
+from tierd_client.graphs import NEW, PRESSED, TAKEN
 from tierd_client.opened import OpenedModel
 from tierd_kernels import torch_expand
 from tierd_tools.pack import pack
@@ -188,6 +188,7 @@ def test_there_are_a_few_at_once_and_the_one_that_was_used_last_stays(
     model: Any, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tierd_client.graphs.MOST_GRAPHS", 2)
+    monkeypatch.setattr("tierd_client.graphs.PATIENCE", 0)
     for steps in (3, 4, 5):
         assert torch.equal(generate(model, IDS, steps), served.tokens(IDS, steps))
     graphs = model.tierd.graphs
@@ -195,6 +196,52 @@ def test_there_are_a_few_at_once_and_the_one_that_was_used_last_stays(
     assert model.tierd.leases._holdings.users == 2 * len(set(model.tierd.leases.order))
     generate(model, IDS, 4)
     assert graphs.captures == 3
+
+
+def decoded_in_turn(model: Any, caches: list[StaticCache], rounds: int) -> list[str]:
+    """What the model says of each pass, a token for one cache after another; "" is a replay."""
+    said = []
+    with torch.no_grad():
+        for _ in range(rounds):
+            for cache in caches:
+                model(IDS[:, :1], past_key_values=cache)
+                said.append(model.tierd.graphs.refusal)
+    return said
+
+
+def test_more_caches_in_turn_than_graphs_do_not_take_each_others(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tierd_client.graphs.MOST_GRAPHS", 2)
+    monkeypatch.setattr("tierd_client.graphs.PATIENCE", 3)
+    caches = [StaticCache(model.config, max_cache_len=20) for _ in range(3)]
+    with torch.no_grad():
+        for cache in caches:
+            model(IDS[:, :2], past_key_values=cache)
+    taken = TAKEN.format(most=2, patience=3)
+    assert decoded_in_turn(model, caches, 1) == [NEW, "", ""]
+    assert decoded_in_turn(model, caches, 6) == 6 * [taken, "", ""]
+    assert model.tierd.graphs.captures == 2
+    # One that rests is given up, for the one that was without, and that once.
+    assert decoded_in_turn(model, caches[:2], 5) == 3 * [taken, ""] + 2 * ["", ""]
+    assert model.tierd.graphs.captures == 3
+
+
+def test_passes_in_turn_are_the_same_with_a_graph_and_without(
+    model: Any, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tierd_client.graphs.MOST_GRAPHS", 1)
+    monkeypatch.setattr("tierd_client.graphs.PATIENCE", 1)
+    caches = [StaticCache(model.config, max_cache_len=40) for _ in range(2)]
+    theirs = [StaticCache(model.config, max_cache_len=40) for _ in range(2)]
+    with torch.no_grad():
+        for ids in (IDS, *(IDS[:, at : at + 1] for at in range(5))):
+            # Twice at a time: the second pass takes the other cache's graph.
+            for number in (0, 0, 1, 1):
+                got = model(ids, past_key_values=caches[number]).logits
+                expected = served.reference(ids, past_key_values=theirs[number]).logits
+                assert torch.equal(got, expected)
+    assert model.tierd.graphs.captures == 10
 
 
 def test_a_cache_that_is_still_used_is_not_written_to_by_another(

@@ -2,11 +2,12 @@
 
 Its name says card, driver and a digest of all that the times depend on beside them: with other
 kernels, another Triton or torch, another file is used. A file that cannot be understood is named in
-the log and measured anew.
+the log and measured anew. A file beside it, *.lock, is locked by who adds to it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -14,18 +15,26 @@ import math
 import os
 import re
 import tempfile
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import triton
 
 from tierd_kernels.gpu.plans import TOKEN_BLOCKS, VARIANTS, Plan
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 Table = dict[int, dict[Plan | None, float]]
 """Seconds by number of tokens and plan; None is expanding and a dense product."""
 
 FORMAT: Final = "tierd-crossovers-1"
+LOCK_WAIT_S: Final = 10.0
+"""Adding takes milliseconds: who has the lock for longer is stopped, and is not waited for."""
+_RETRY_S: Final = 0.01
 _DRIVER_VERSION: Final = Path("/sys/module/nvidia/version")
 
 _WRONG: Final = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -37,8 +46,7 @@ _log = logging.getLogger(__name__)
 class CrossoverFile:
     """Tables of one card by the matrix that they were measured with. Not thread-safe.
 
-    path: None where nothing can be kept. Of two processes that add at once one may be forgotten:
-    what it measured is measured again.
+    path: None where nothing can be kept.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -60,19 +68,10 @@ class CrossoverFile:
         """Put a table into the file, which other processes may have added to meanwhile."""
         if self.path is None:
             return
-        tables = self.read() | {key: table}
-        content = {
-            "format": FORMAT,
-            "tables": {
-                name: {
-                    str(tokens): [[_plain(plan), seconds] for plan, seconds in times.items()]
-                    for tokens, times in found.items()
-                }
-                for name, found in tables.items()
-            },
-        }
         try:
-            _replace(self.path, json.dumps(content, indent=1))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(self.path):
+                _replace(self.path, _text(self.read() | {key: table}))
         except OSError as error:
             _log.warning("%s is not written, every process measures: %s", self.path, error)
 
@@ -103,6 +102,17 @@ def _digest() -> str:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _text(tables: dict[str, Table]) -> str:
+    plain = {
+        key: {
+            str(tokens): [[_plain(plan), seconds] for plan, seconds in times.items()]
+            for tokens, times in table.items()
+        }
+        for key, table in tables.items()
+    }
+    return json.dumps({"format": FORMAT, "tables": plain}, indent=1)
 
 
 def _plain(plan: Plan | None) -> list[Any] | None:
@@ -144,9 +154,37 @@ def _seconds(number: Any) -> float:
     return number
 
 
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Inside, no other process is inside for this file; one that dies inside is so no longer.
+
+    Where files cannot be locked, or another keeps the lock, it goes on without, which the log says:
+    of two processes that add at once one may then be forgotten, and measures again. Raises OSError.
+    """
+    with path.with_suffix(".lock").open("ab") as file, ExitStack() as stack:
+        try:
+            _lock(file.fileno())
+            # Closing does not free it while a forked child has the file.
+            stack.callback(fcntl.flock, file.fileno(), fcntl.LOCK_UN)
+        except OSError as error:
+            _log.warning("%s is written without a lock: %s", path, error)
+        yield
+
+
+def _lock(descriptor: int) -> None:
+    """Raises OSError, BlockingIOError when the wait was in vain."""
+    deadline = monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if monotonic() > deadline:
+                raise
+            sleep(_RETRY_S)
+
+
 def _replace(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees half of it. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         try:
             file.write(text)

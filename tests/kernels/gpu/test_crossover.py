@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from tierd_kernels import KernelError, PackedMatrix
-from tierd_kernels.gpu import crossover_file
 from tierd_kernels.gpu.crossover import TOKEN_CLASSES, Crossovers, decide, kind
 from tierd_kernels.gpu.crossover_file import CrossoverFile, Table
 from tierd_kernels.gpu.linear import processors
@@ -262,41 +260,12 @@ def test_a_table_that_is_not_what_would_be_measured_is_measured_again(
     assert plan.splits <= 3
 
 
-def test_processes_add_to_one_file(tmp_path: Path) -> None:
-    path = tmp_path / "card.json"
-    mine, yours = table(lambda _: (1.0, 2.0, 3.0)), table(lambda _: (3.0, 2.0, 1.0))
-    CrossoverFile(path).add("mine", mine)
-    CrossoverFile(path).add("yours", yours)
-    assert CrossoverFile(path).read() == {"mine": mine, "yours": yours}
-    assert os.listdir(tmp_path) == ["card.json"]
-
-
 def test_a_cache_that_cannot_be_written_is_said_and_the_choice_made(
     device: torch.device, matrix: TorchMatrix, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert crossovers(device, PlayedTimer(4), tmp_path).choice(matrix, 4) is not None
     assert "is not written, every process measures" in caplog.text
-
-
-def test_the_name_of_the_file_says_card_driver_and_a_digest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    version = tmp_path / "version"
-    version.write_text("580.159.03\n")
-    monkeypatch.setattr(crossover_file, "_DRIVER_VERSION", version)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200 / MIG")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = crossover_file.default_path(torch.device("cuda"))
-    assert path is not None
-    assert path.parent == tmp_path / "tierd"
-    assert path.name.startswith("crossover-NVIDIA-H200-MIG-580.159.03-")
-    monkeypatch.setattr(torch, "__version__", "another")
-    assert crossover_file.default_path(torch.device("cuda")) != path
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # as the specification says: ignored
-    path = crossover_file.default_path(torch.device("cuda"))
-    assert path is not None
-    assert path.parent == Path.home() / ".cache/tierd"
 
 
 def test_who_has_no_home_measures_and_keeps_nothing(

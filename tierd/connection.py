@@ -134,8 +134,9 @@ class Connection:
                 os.close(duplicate)
         self._queue.clear()
         self._sock.close()
-        if self._owner is not None:
-            self._owner.ended(reason)
+        owner, self._owner = self._owner, None  # and no cycle is left of the two
+        if owner is not None:
+            owner.ended(reason)
 
     def _close_soon(self, reason: str) -> None:
         self._last_words = True

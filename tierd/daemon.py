@@ -8,7 +8,6 @@ starts one that looks again.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import secrets
@@ -25,6 +24,7 @@ from tierd.core.model import Adopted, ArenaAdded, CoreConfig
 from tierd.costs import Costs
 from tierd.diagnosis import Diagnosis
 from tierd.engine import Engine
+from tierd.garbage import Garbage
 from tierd.holders import Holders
 from tierd.io.memory_limits import auto_budget, available_bytes, available_for, check_budget
 from tierd.io.pages import choose_pages
@@ -71,6 +71,7 @@ class Daemon:
         self.budgets: Budgets
         self.holders: Holders
         self.costs: Costs
+        self._garbage: Garbage
         self._listener: Listener
         self._stop = asyncio.Event()
         self._fault: Exception | None = None
@@ -253,8 +254,8 @@ class Daemon:
         self.costs.probe_new(loop)
         self.tiers.open(self.engine, self.registry)
         self.models.changed = lambda: self._models_changed(loop)
-        # Modules and indices live as long as the daemon: no collection has to walk them again.
-        gc.freeze()
+        self._garbage = Garbage(loop, lambda: self.engine.heard)
+        self._garbage.start()
 
     def _models_changed(self, loop: asyncio.AbstractEventLoop) -> None:
         self.costs.probe_new(loop)
@@ -265,6 +266,7 @@ class Daemon:
     async def _shut_down(self, loop: asyncio.AbstractEventLoop) -> None:
         self.engine.stop()
         self.holders.stop()
+        self._garbage.stop()
         self.tiers.stop()
         sdnotify.notify("STOPPING=1", environ=os.environ)
         leases = self.slots.leases

@@ -87,6 +87,7 @@ class Engine:
         self._stopped = False
         self._asked: dict[int, Callable[[Done | Refuse], None]] = {}  # by request of an operator
         self._requests = 0
+        self.heard = 0  #: events so far
         self.pressure = Pressure(slots.table, self.now())  #: in DRAM
         self.operators = Operators(self, registry)
 
@@ -98,6 +99,7 @@ class Engine:
         """Hand an event to the core and do what it decides. Events that come up meanwhile wait."""
         if self._stopped:
             return
+        self.heard += 1
         self._events.append(event)
         if self._deciding:
             return

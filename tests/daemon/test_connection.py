@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import signal
 import socket
+import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 from tests.daemon.conftest import wait_until, write_pack
@@ -39,6 +40,7 @@ class Loop:
 
 class Owner:
     reason = ""
+    connection: Connection  #: as a session has it
 
     def received(self, message: dict[str, Any]) -> None: ...
 
@@ -61,6 +63,19 @@ def test_an_answer_to_a_peer_that_is_gone_waits_for_nothing() -> None:
     close(*arguments)
     assert connection.closed
     assert "cannot be written" in owner.reason
+
+
+def test_a_connection_that_ended_is_gone_with_its_owner_at_once() -> None:
+    """A cycle of the two would stay until `garbage` has a quiet moment."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection, owner = Connection(cast("asyncio.AbstractEventLoop", Loop()), ours), Owner()
+    owner.connection = connection
+    connection.start(owner)
+    connection.close("the test ends it")
+    theirs.close()
+    left = weakref.ref(owner)
+    del connection, owner
+    assert left() is None
 
 
 def test_a_peer_that_closes_with_replies_unread_and_requests_underway_holds_nothing(

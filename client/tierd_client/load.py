@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tierd_client import progress_bars
 from tierd_client.attendant import Attendant
 from tierd_client.compute import Arithmetic, Compute
 from tierd_client.device import check_device, choose_tier
@@ -152,14 +153,15 @@ def _empty_model(opened: OpenedModel, directory: Path) -> tuple[Any, dict[str, S
     generation = None
     if "generation_config.json" in opened.files:
         generation = GenerationConfig.from_pretrained(directory)
-    model, info = type(skeleton).from_pretrained(
-        None,
-        config=config,
-        state_dict=made,
-        dtype=config.dtype,
-        generation_config=generation,
-        output_loading_info=True,
-    )
+    with progress_bars.left_out():
+        model, info = type(skeleton).from_pretrained(
+            None,
+            config=config,
+            state_dict=made,
+            dtype=config.dtype,
+            generation_config=generation,
+            output_loading_info=True,
+        )
     check_loaded(model, info, mapping, made)
     model.requires_grad_(False)
     model.name_or_path = model.config.name_or_path = opened.name

@@ -102,6 +102,14 @@ def real_bytes(model: Any) -> int:
 # ------------------------------------------------------------------------------------ what it gives
 
 
+def test_loading_prints_nothing(
+    tiny: Tiny, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with tiny.load().tierd:
+        assert capfd.readouterr() == ("", "")
+        assert not caplog.records
+
+
 def test_weights_stay_in_the_arena_and_vectors_are_copied(model: Any) -> None:
     model(IDS)
     norms = (2 * 3 + 1) * 60 * 2

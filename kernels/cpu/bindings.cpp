@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 
+#include "interface.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -323,6 +324,7 @@ void bind(nb::module_& module) {
 
 NB_MODULE(_cpu, module) {
   module.doc() = "C++ kernels over the tile layout; tierd_kernels is the interface.";
+  module.attr("INTERFACE") = tierd::kInterface;
   module.attr("MAX_THREADS") = tierd::kMaxThreads;
   module.def("kernel_names", &tierd::kernel_names,
              nb::sig("def kernel_names() -> tuple[tuple[str, bool], ...]"),

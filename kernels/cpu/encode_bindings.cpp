@@ -13,6 +13,7 @@
 #include "encode_passes.h"
 #include "encode_prune.h"
 #include "encode_quantise.h"
+#include "interface.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -256,6 +257,7 @@ void bind(nb::module_& module) {
 
 NB_MODULE(_encode, module) {
   module.doc() = "The native encoder; tierd_kernels.encode is the interface.";
+  module.attr("INTERFACE") = tierd::kInterface;
   module.def("encoder_names", &tierd::encode::encoder_names,
              nb::sig("def encoder_names() -> tuple[tuple[str, bool], ...]"),
              "(name, whether this processor can run it) of every encoder built, slowest first.");

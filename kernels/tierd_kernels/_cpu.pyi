@@ -6,6 +6,8 @@ import numpy
 from numpy.typing import NDArray
 
 
+INTERFACE: int = 1
+
 MAX_THREADS: int = 128
 
 def kernel_names() -> tuple[tuple[str, bool], ...]:

@@ -6,6 +6,8 @@ import numpy
 from numpy.typing import NDArray
 
 
+INTERFACE: int = 1
+
 def encoder_names() -> tuple[tuple[str, bool], ...]:
     """
     (name, whether this processor can run it) of every encoder built, slowest first.

@@ -6,10 +6,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd_kernels import _cpu
+from tierd_kernels import _cpu, native
 from tierd_kernels.errors import KernelError
 from tierd_kernels.geometry import TILE, Bits, tiles_over
 from tierd_layouts.packed_matrix import PackedMatrix
+
+native.check(_cpu)
 
 MAX_THREADS: Final = _cpu.MAX_THREADS
 

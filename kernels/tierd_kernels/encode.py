@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd_kernels import _encode, dispatch
+from tierd_kernels import _encode, dispatch, native
 from tierd_kernels.errors import KernelError
 from tierd_kernels.geometry import Bits
 from tierd_layouts import runs
@@ -21,6 +21,8 @@ from tierd_layouts.float_bits import INFINITY
 from tierd_layouts.packed_matrix import PackedMatrix
 from tierd_layouts.quantised import check_codec
 from tierd_layouts.tile_grid import TILE, TileGrid, check_matrix
+
+native.check(_encode)
 
 # Which overload is meant follows from dtypes that were checked at run time, which mypy cannot see.
 _native: Any = _encode

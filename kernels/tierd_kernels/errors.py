@@ -2,6 +2,7 @@
 
 KernelsError
 ├── KernelError        (ValueError)    arrays that do not fit each other, or whose contents lie
+├── OtherBuild         (ImportError)   a compiled module is not of this source
 └── UnsupportedKernel  (RuntimeError)  TIERD_KERNELS names a kernel that is not here
 """
 
@@ -12,6 +13,10 @@ class KernelsError(Exception):
 
 class KernelError(KernelsError, ValueError):
     """An array has the wrong type, shape or contents. The output's contents are then undefined."""
+
+
+class OtherBuild(KernelsError, ImportError):
+    """A compiled module was built from other bindings than the Python that imports it expects."""
 
 
 class UnsupportedKernel(KernelsError, RuntimeError):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tierd_layouts import slot_table_rules
+from tierd_layouts import slot_words as at
 from tierd_layouts.errors import (
     LeaseInvalid,
     SlotInvalid,
@@ -32,6 +33,7 @@ from tierd_layouts.slot_entries import (
     HEADER_BYTES,
     KEY_BYTES,
     LEASE,
+    LEASE_BYTES,
     MAGIC,
     SLOT,
     SLOT_BYTES,
@@ -45,6 +47,9 @@ from tierd_layouts.slot_entries import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from mmap import mmap
+
+
+_FREE, _FILLING, _RESIDENT = map(int, SlotState)
 
 
 class SlotTable:
@@ -84,14 +89,14 @@ class SlotTable:
         """
         table = cls.__new__(cls)
         table._attach(np.frombuffer(buffer, np.uint8), slot_count, lease_count)
-        header = table._header
-        header["version"][0] = VERSION
-        header["slot_count"][0] = slot_count
-        header["lease_count"][0] = lease_count
-        header["epoch"][0] = epoch
-        header["next_generation"][0] = 1
-        header["next_lease"][0] = 1
-        header["magic"][0] = int.from_bytes(MAGIC, "little")  # last: now it is a table
+        words, halves = table._words, table._halves
+        halves[at.VERSION] = VERSION
+        halves[at.SLOT_COUNT] = slot_count
+        halves[at.LEASE_COUNT] = lease_count
+        words[at.EPOCH] = epoch
+        words[at.NEXT_GENERATION] = 1
+        words[at.NEXT_LEASE] = 1
+        words[at.MAGIC] = int.from_bytes(MAGIC, "little")  # last: now it is a table
         return table
 
     def _attach(self, raw: np.ndarray[Any, np.dtype[np.uint8]], slots: int, leases: int) -> None:
@@ -103,18 +108,18 @@ class SlotTable:
         end_of_slots = HEADER_BYTES + slots * SLOT_BYTES
         self.slot_count = slots
         self.lease_count = leases
-        self._header: Any = raw[:HEADER_BYTES].view(HEADER)
-        slot_view: Any = raw[HEADER_BYTES:end_of_slots].view(SLOT)
-        lease_view: Any = raw[end_of_slots:needed].view(LEASE)
-        # One strided view a field: indexing a record first would cost a temporary per store.
-        self._slot: dict[str, Any] = {name: slot_view[name] for name in SLOT.names or ()}
-        self._lease: dict[str, Any] = {name: lease_view[name] for name in LEASE.names or ()}
+        self._slot: Any = raw[HEADER_BYTES:end_of_slots].view(SLOT)
+        self._lease: Any = raw[end_of_slots:needed].view(LEASE)
+        # For single numbers: numpy takes up to a hundred times as long for one, with cold caches.
+        self._words = raw[:needed].data.cast("Q")
+        self._halves = raw[:needed].data.cast("I")
+        self._first_lease = end_of_slots
 
     def close(self) -> None:
         """Drops every view of the buffer; the table cannot be used afterwards."""
-        self._header = None
-        self._slot = {}
-        self._lease = {}
+        self._slot = self._lease = None
+        self._words.release()
+        self._halves.release()
 
     # ----------------------------------------------------------------------------------------------
     # Header
@@ -122,51 +127,51 @@ class SlotTable:
     @property
     def epoch(self) -> int:
         """The daemon life that wrote last."""
-        return int(self._header["epoch"][0])
+        return self._words[at.EPOCH]
 
     @epoch.setter
     def epoch(self, value: int) -> None:
-        self._header["epoch"][0] = value
+        self._words[at.EPOCH] = value
 
     @property
     def next_generation(self) -> int:
         """Above every generation that this table ever held."""
-        return int(self._header["next_generation"][0])
+        return self._words[at.NEXT_GENERATION]
 
     @property
     def next_lease(self) -> int:
         """Above every lease id that this table ever held."""
-        return int(self._header["next_lease"][0])
+        return self._words[at.NEXT_LEASE]
 
     @property
     def holders(self) -> int:
         """Processes that work with leases right now, as the daemon counts them: an advice to
         clients how to share the cores. 0 until the daemon wrote it, and from one that never does.
         """
-        return int(self._header["holders"][0])
+        return self._halves[at.HOLDERS]
 
     @holders.setter
     def holders(self, value: int) -> None:
-        self._header["holders"][0] = value
+        self._halves[at.HOLDERS] = value
 
     @property
     def pressed(self) -> bool:
         """Whether somebody may want memory that others keep: a client then gives back the leases
         that it does not compute with. While it is False they may be kept between uses."""
-        return bool(self._header["pressed"][0])
+        return bool(self._halves[at.PRESSED])
 
     @pressed.setter
     def pressed(self, value: bool) -> None:
-        self._header["pressed"][0] = value
+        self._halves[at.PRESSED] = value
 
     @property
     def attention(self) -> int:
         """How often the clients of this tier were asked to `attend`, modulo 2**32."""
-        return int(self._header["attention"][0])
+        return self._halves[at.ATTENTION]
 
     def call_attention(self) -> None:
         """The clients of this tier should ask `attend`."""
-        self._header["attention"][0] = (self.attention + 1) & 0xFFFFFFFF
+        self._halves[at.ATTENTION] = (self.attention + 1) & 0xFFFFFFFF
 
     # ----------------------------------------------------------------------------------------------
     # Writing (the daemon only)
@@ -193,42 +198,45 @@ class SlotTable:
             )
         if len(key) != KEY_BYTES:
             raise SlotInvalid(f"slot {slot}: key has {len(key)} bytes, needs {KEY_BYTES}")
-        fields = self._slot
+        words, halves = self._words, self._halves
+        word, half = self._slot_at(slot)
         low = int.from_bytes(key[:8], "little")
         high = int.from_bytes(key[8:], "little")
         same = (
-            fields["state"][slot] != SlotState.FREE
-            and fields["generation"][slot] == generation
-            and fields["offset"][slot] == offset
-            and fields["nbytes"][slot] == nbytes
-            and fields["arena"][slot] == arena
-            and fields["key"][slot, 0] == low
-            and fields["key"][slot, 1] == high
+            halves[half + at.STATE] != _FREE
+            and words[word + at.GENERATION] == generation
+            and words[word + at.OFFSET] == offset
+            and words[word + at.NBYTES] == nbytes
+            and halves[half + at.ARENA] == arena
+            and words[word + at.KEY] == low
+            and words[word + at.KEY + 1] == high
         )
         if not same:
-            if generation >= self.next_generation:
-                self._header["next_generation"][0] = generation + 1
-            fields["state"][slot] = SlotState.FREE
-            fields["generation"][slot] = 0
-            fields["offset"][slot] = offset
-            fields["nbytes"][slot] = nbytes
-            fields["arena"][slot] = arena
-            fields["key"][slot, 0] = low
-            fields["key"][slot, 1] = high
-            fields["generation"][slot] = generation
-        fields["state"][slot] = state
+            if generation >= words[at.NEXT_GENERATION]:
+                words[at.NEXT_GENERATION] = generation + 1
+            halves[half + at.STATE] = _FREE
+            words[word + at.GENERATION] = 0
+            words[word + at.OFFSET] = offset
+            words[word + at.NBYTES] = nbytes
+            halves[half + at.ARENA] = arena
+            words[word + at.KEY] = low
+            words[word + at.KEY + 1] = high
+            words[word + at.GENERATION] = generation
+        halves[half + at.STATE] = state
 
     def mark_resident(self, slot: int) -> None:
         """The bytes of a FILLING slot are verified. Raises SlotInvalid for any other."""
-        state = int(self._slot["state"][slot])
-        if state != SlotState.FILLING:
+        place = self._slot_at(slot)[1] + at.STATE
+        state = self._halves[place]
+        if state != _FILLING:
             raise SlotInvalid(f"slot {slot}: state {state}, only a FILLING one becomes RESIDENT")
-        self._slot["state"][slot] = SlotState.RESIDENT
+        self._halves[place] = _RESIDENT
 
     def clear_slot(self, slot: int) -> None:
         """Frees `slot`. Its leases must be cleared before."""
-        self._slot["state"][slot] = SlotState.FREE
-        self._slot["generation"][slot] = 0
+        word, half = self._slot_at(slot)
+        self._halves[half + at.STATE] = _FREE
+        self._words[word + at.GENERATION] = 0
 
     def set_lease(
         self, entry: int, *, lease: int, pid: int, start_time: int, slot: int, generation: int
@@ -236,41 +244,57 @@ class SlotTable:
         """Records a lease; must be done before the holder is told."""
         if lease < 1:
             raise LeaseInvalid(f"lease entry {entry}: lease {lease}: use clear_lease")
-        fields = self._lease
-        if lease >= self.next_lease:
-            self._header["next_lease"][0] = lease + 1
-        fields["lease"][entry] = 0
-        fields["start_time"][entry] = start_time
-        fields["pid"][entry] = pid
-        fields["slot"][entry] = slot
-        fields["generation"][entry] = generation
-        fields["lease"][entry] = lease
+        words, halves = self._words, self._halves
+        word, half = self._lease_at(entry)
+        if lease >= words[at.NEXT_LEASE]:
+            words[at.NEXT_LEASE] = lease + 1
+        words[word + at.LEASE] = 0
+        words[word + at.START_TIME] = start_time
+        halves[half + at.PID] = pid
+        halves[half + at.LEASE_SLOT] = slot
+        words[word + at.LEASE_GENERATION] = generation
+        words[word + at.LEASE] = lease
 
     def clear_lease(self, entry: int) -> None:
         """Forgets a lease; must be done before its slot is freed or filled again."""
-        self._lease["lease"][entry] = 0
+        self._words[self._lease_at(entry)[0] + at.LEASE] = 0
+
+    def _slot_at(self, slot: int) -> tuple[int, int]:
+        """Where its words begin, and its halves."""
+        if not 0 <= slot < self.slot_count:
+            raise SlotInvalid(f"slot {slot}: the table has {self.slot_count}")
+        begin = HEADER_BYTES + slot * SLOT_BYTES
+        return begin // 8, begin // 4
+
+    def _lease_at(self, entry: int) -> tuple[int, int]:
+        if not 0 <= entry < self.lease_count:
+            raise LeaseInvalid(f"lease entry {entry}: the table has {self.lease_count}")
+        begin = self._first_lease + entry * LEASE_BYTES
+        return begin // 8, begin // 4
 
     # ----------------------------------------------------------------------------------------------
     # Reading
 
     def generation(self, slot: int) -> int:
         """Returns the slot's generation, 0 while it is free. A client compares before and after."""
-        return int(self._slot["generation"][slot])
+        return self._words[self._slot_at(slot)[0] + at.GENERATION]
 
     def slot(self, slot: int) -> SlotEntry:
         """Returns one entry, FREE ones too. Raises SlotInvalid for an unknown state."""
-        fields = self._slot
-        state = int(fields["state"][slot])
-        if state > SlotState.RESIDENT:
+        words, halves = self._words, self._halves
+        word, half = self._slot_at(slot)
+        state = halves[half + at.STATE]
+        if state > _RESIDENT:
             raise SlotInvalid(f"slot {slot}: state {state}, known are 0 to 2")
+        key = words[word + at.KEY], words[word + at.KEY + 1]
         return SlotEntry(
             slot=slot,
-            generation=int(fields["generation"][slot]),
-            offset=int(fields["offset"][slot]),
-            nbytes=int(fields["nbytes"][slot]),
-            arena=int(fields["arena"][slot]),
+            generation=words[word + at.GENERATION],
+            offset=words[word + at.OFFSET],
+            nbytes=words[word + at.NBYTES],
+            arena=halves[half + at.ARENA],
             state=SlotState(state),
-            key=fields["key"][slot].tobytes(),
+            key=b"".join(number.to_bytes(8, "little") for number in key),
         )
 
     def slots(self) -> Iterator[SlotEntry]:
@@ -280,15 +304,16 @@ class SlotTable:
 
     def leases(self) -> Iterator[LeaseEntry]:
         """Yields every lease."""
-        fields = self._lease
-        for entry in np.flatnonzero(fields["lease"]).tolist():
+        words, halves = self._words, self._halves
+        for entry in np.flatnonzero(self._lease["lease"]).tolist():
+            word, half = self._lease_at(entry)
             yield LeaseEntry(
                 entry=entry,
-                lease=int(fields["lease"][entry]),
-                start_time=int(fields["start_time"][entry]),
-                pid=int(fields["pid"][entry]),
-                slot=int(fields["slot"][entry]),
-                generation=int(fields["generation"][entry]),
+                lease=words[word + at.LEASE],
+                start_time=words[word + at.START_TIME],
+                pid=halves[half + at.PID],
+                slot=halves[half + at.LEASE_SLOT],
+                generation=words[word + at.LEASE_GENERATION],
             )
 
     def parse_check(self) -> None:

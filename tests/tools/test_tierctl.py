@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tierd_tools import random_model, tierctl
+from tierd_tools import daemon_commands, pack_commands, random_model, tierctl
 from tierd_tools.serving import serve
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ def test_an_interrupt_promises_to_resume_only_where_that_is_so(
     def interrupted(arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tierctl, "_ask", interrupted)
-    monkeypatch.setattr(tierctl, "_pack", interrupted)
+    monkeypatch.setattr(daemon_commands, "_ask", interrupted)
+    monkeypatch.setattr(pack_commands, "_pack", interrupted)
     assert tierctl.main(["pack", "m", "p"] if command == "pack" else [command]) == 1
     assert ("resumes" in capsys.readouterr().err) == (command == "pack")
 

@@ -24,7 +24,7 @@ from tierd_layouts.index import ARRAY_ALIGNMENT
 from tierd_tools.diagnostics import ask
 from tierd_tools.errors import BadSetting, EvaluationError
 from tierd_tools.progress import SilentProgress
-from tierd_tools.render import size
+from tierd_tools.quantities import size
 from tierd_tools.serving import serve
 from tierd_tools.sparsity import is_linear
 from tierd_tools.token_windows import consecutive, read_tokens

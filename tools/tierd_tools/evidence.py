@@ -28,7 +28,7 @@ from tierd_tools.errors import CheckpointMissing, EvaluationError, ToolError
 from tierd_tools.evaluate import WINDOW_TOKENS, WINDOWS, EvalReport, evaluate
 from tierd_tools.pack import pack
 from tierd_tools.pack_settings import DEFAULT_WINDOWS as CALIBRATION_WINDOWS
-from tierd_tools.render import size
+from tierd_tools.quantities import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -16,7 +16,7 @@ from tierd.sim.steady import Node, SteadyState, Work, steady_state
 from tierd_layouts.container import open_pack
 from tierd_layouts.records import PAGE_BYTES
 from tierd_tools.errors import BadSetting, NotServable
-from tierd_tools.render import duration, size
+from tierd_tools.quantities import duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,15 +10,13 @@ from tierd.sizes import parse_size
 from tierd_tools.errors import BadSetting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Command = Callable[[str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
+    from tierd_tools.command_line import Command
 
 LONGEST = 1e9  #: seconds of compute, microseconds of latency
 
 
 def add(command: Command) -> None:
-    """Add the command. `command`: what tierctl makes its commands with."""
+    """Add the command."""
     sub = command("predict", _predict, "Say how fast a model would be on a machine of given sizes.")
     sub.add_argument("--model", type=Path, metavar="PACK", help="a pack; only its index is read")
     sub.add_argument("--layers", type=_count, metavar="N", help="instead of a pack: equal layers")

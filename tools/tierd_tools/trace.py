@@ -17,7 +17,7 @@ import msgpack  # type: ignore[import-untyped]
 
 from tierd.sim.recording import FORMAT, VERSION, Recording
 from tierd_tools.diagnostics import asking
-from tierd_tools.render import duration
+from tierd_tools.quantities import duration
 from tierd_tools.trace_tracks import Decided, tracks
 
 if TYPE_CHECKING:

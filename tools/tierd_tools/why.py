@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierd_layouts.names import check_model_name
 from tierd_tools.diagnostics import ask
-from tierd_tools.render import duration, size
+from tierd_tools.quantities import duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

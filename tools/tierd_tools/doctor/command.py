@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tierd_tools.command_line import add_socket, asked_socket
 from tierd_tools.doctor.finding import Diagnosis, Finding, show
 from tierd_tools.errors import BadSetting
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from tierd_tools.render import Reply
-
-    Command = Callable[[str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
+    from tierd_tools.command_line import Command
+    from tierd_tools.terminal import Reply
 
 __all__ = ["add", "examine", "show"]
 
@@ -24,7 +24,7 @@ _ABOUT = "Try out what tierd relies on here: devices, memory, disks, systemd."
 
 
 def add(command: Command) -> None:
-    """Add the command. `command`: what tierctl makes its commands with."""
+    """Add the command."""
     sub = command("doctor", _doctor, _ABOUT)
     sub.add_argument(
         "--packs", type=Path, action="append", default=[], metavar="DIR",
@@ -34,15 +34,13 @@ def add(command: Command) -> None:
         "--gpu", type=int, action="append", default=[], metavar="N",
         help="a GPU that must work, as nvidia-smi counts; repeatable; default: those that are here",
     )  # fmt: skip
-    sub.add_argument("--socket", help="default: $TIERD_SOCKET, then the usual places")
+    add_socket(sub)
 
 
 def _doctor(arguments: argparse.Namespace) -> Reply:
-    if arguments.socket == "":  # `--socket "$UNSET"` must not end at another daemon
-        raise BadSetting("--socket '' is no path")
     if any(number < 0 for number in arguments.gpu):
         raise BadSetting(f"--gpu {min(arguments.gpu)} is no number of a GPU")
-    return examine(arguments.socket, arguments.packs, arguments.gpu).as_reply()
+    return examine(asked_socket(arguments), arguments.packs, arguments.gpu).as_reply()
 
 
 def examine(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from tierd_tools.render import printable
+from tierd_tools.terminal import printable
 
 if TYPE_CHECKING:
-    from tierd_tools.render import Reply
+    from tierd_tools.terminal import Reply
 
 Verdict = Literal["works", "does not work", "unknown"]
 

@@ -1,0 +1,34 @@
+"""What several commands of tierctl have in common: a daemon's socket, progress on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tierd_tools.errors import BadSetting
+
+if TYPE_CHECKING:
+    from tierd_tools.progress import Progress
+
+Command = Callable[[str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
+"""Makes a command: its name, what it runs, a sentence about it."""
+
+
+def add_socket(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--socket", help="default: $TIERD_SOCKET, then the usual places")
+
+
+def asked_socket(arguments: argparse.Namespace) -> str | None:
+    """What `--socket` says. Raises BadSetting."""
+    if arguments.socket == "":  # `--socket "$UNSET"` must not end at another daemon
+        raise BadSetting("--socket '' is no path")
+    return arguments.socket  # type: ignore[no-any-return]
+
+
+def progress(arguments: argparse.Namespace) -> Progress:
+    """On stderr; none beside --json."""
+    from tierd_tools.progress import SilentProgress, for_stream
+
+    return SilentProgress() if arguments.json else for_stream(sys.stderr)

@@ -16,22 +16,12 @@ layer: it waits for DRAM first) and `clients of gpu:0`. What copies take is a cl
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tierd.core.model import (
-    ClientGone,
-    Evict,
-    Grant,
-    LayerKey,
-    ModelAdded,
-    Read,
-    ReadDone,
-    ReadFailed,
-    Release,
-)
+from tierd.core.model import Evict, Grant, LayerKey
 from tierd.sim.workload import clients_of
+from tierd_tools.recorded_bytes import Reading, bandwidth, occupancy, readings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +32,6 @@ if TYPE_CHECKING:
     Names = Mapping[int, tuple[str, Sequence[str]]]
 
 TIER, SSD, CLIENTS = 1, 2, 3  #: process ids of the tracks; those of each further tier follow
-RATE_STEP_NS, RATE_STEPS = 10_000_000, 5_000  #: resolution of the bandwidth: at most so many
 DRAWN = ("read", "resident", "grant", "wait")  #: decisions that other events show
 
 TraceEvent = dict[str, Any]
@@ -56,17 +45,6 @@ class Decided:
     what: str
     key: tuple[int, int] | None
     text: str
-
-
-@dataclass(slots=True)
-class Reading:
-    """A read of the recording."""
-
-    read: Read
-    begin_ns: int
-    end_ns: int
-    result: str
-    lane: int = 0
 
 
 def tracks(
@@ -104,7 +82,7 @@ class _Drawing:
         self._layers = layers
         self._begin_ns = recording.begin_ns
         self._zero_ns = self._begin_ns if zero_ns is None else zero_ns
-        self._readings = _readings(recording)
+        self._readings = readings(recording)
         self._lanes = 0
         self._clients: dict[int, None] = {}
 
@@ -238,9 +216,9 @@ class _Drawing:
             self._add("e", name, end_ns, TIER, 1, **same)
 
     def counters(self, memory: Mapping[str, int]) -> None:
-        for name, changes in _occupancy(self._recording).items():
+        for name, changes in occupancy(self._recording).items():
             self._counter(TIER, name, changes, memory.get(f"{name}_bytes"))
-        self._counter(SSD, "bytes per second", _bandwidth(self._recording, self._readings), 0)
+        self._counter(SSD, "bytes per second", bandwidth(self._recording, self._readings), 0)
 
     def _counter(
         self, pid: int, name: str, changes: list[tuple[int, int]], end: int | None
@@ -254,92 +232,3 @@ class _Drawing:
             at[at_ns] = value
         for at_ns, value in at.items():
             self._add("C", name, at_ns, pid, 0, args={"bytes": max(value, 0)})
-
-
-def _readings(recording: Recording) -> list[Reading]:
-    """Every read; one that did not end in the recording ends with it."""
-    running: dict[int, Reading] = {}
-    found: list[Reading] = []
-    for moment in recording.moments:
-        event = moment.event
-        if isinstance(event, ReadDone | ReadFailed) and event.slot in running:
-            reading = running.pop(event.slot)
-            reading.end_ns = moment.at_ns
-            reading.result = "done" if isinstance(event, ReadDone) else event.code
-        for action in moment.actions:
-            if isinstance(action, Read):
-                reading = Reading(action, moment.at_ns, recording.end_ns, "in flight")
-                running[action.slot] = reading
-                found.append(reading)
-    return found
-
-
-def _bandwidth(recording: Recording, readings: Iterable[Reading]) -> list[tuple[int, int]]:
-    """Changes of the bytes a second, in steps. The bytes of a read came between the end of the one
-    that ended before it, or its own begin, and its end."""
-    begin_ns = recording.begin_ns
-    step_ns = max(RATE_STEP_NS, (recording.end_ns - begin_ns) // RATE_STEPS)
-    steps: Counter[int] = Counter()
-    before_ns = begin_ns
-    for reading in sorted(readings, key=lambda reading: reading.end_ns):
-        if reading.result != "done":
-            continue
-        from_ns = max(before_ns, reading.begin_ns)
-        before_ns = reading.end_ns
-        first, last = (from_ns - begin_ns) // step_ns, (reading.end_ns - begin_ns) // step_ns
-        for step in range(first, last + 1):
-            low = max(from_ns, begin_ns + step * step_ns)
-            high = min(reading.end_ns, begin_ns + (step + 1) * step_ns)
-            share = (high - low, reading.end_ns - from_ns) if reading.end_ns > from_ns else (1, 1)
-            steps[step] += reading.read.nbytes * share[0] // share[1]
-    changes: list[tuple[int, int]] = []
-    for step, nbytes in steps.items():
-        rate = nbytes * 10**9 // step_ns
-        changes += [(begin_ns + step * step_ns, rate), (begin_ns + (step + 1) * step_ns, -rate)]
-    return changes
-
-
-def _occupancy(recording: Recording) -> dict[str, list[tuple[int, int]]]:
-    """Changes of the bytes resident and leased, (at_ns, by how much)."""
-    events = [*recording.opening, *(moment.event for moment in recording.moments)]
-    sizes = {event.model: event.layer_bytes for event in events if isinstance(event, ModelAdded)}
-    changes: dict[str, list[tuple[int, int]]] = {"resident": [], "leased": []}
-    reading: dict[int, int] = {}
-    leases: dict[int, tuple[int, int, int]] = {}  # lease: client, slot, bytes
-    holders: Counter[int] = Counter()
-
-    def over(lease: int, at_ns: int) -> None:
-        _, slot, nbytes = leases.pop(lease)
-        holders[slot] -= 1
-        if not holders[slot]:
-            changes["leased"].append((at_ns, -nbytes))
-
-    for moment in recording.moments:
-        at_ns, event = moment.at_ns, moment.event
-        match event:
-            case ReadDone() if event.slot in reading:
-                changes["resident"].append((at_ns, reading.pop(event.slot)))
-            case Release() if event.lease in leases:
-                over(event.lease, at_ns)
-            case ClientGone():
-                for lease in [n for n, (c, _, _) in leases.items() if c == event.client]:
-                    over(lease, at_ns)
-            case _:
-                pass
-        for action in moment.actions:
-            match action:
-                case Read():
-                    reading[action.slot] = action.nbytes
-                case Evict():
-                    failed = reading.pop(action.slot, None) is not None
-                    if not failed and action.key is not None and action.key.model in sizes:
-                        nbytes = sizes[action.key.model][action.key.layer]
-                        changes["resident"].append((at_ns, -nbytes))
-                case Grant():
-                    leases[action.lease] = (action.client, action.slot, action.nbytes)
-                    holders[action.slot] += 1
-                    if holders[action.slot] == 1:
-                        changes["leased"].append((at_ns, action.nbytes))
-                case _:
-                    pass
-    return changes

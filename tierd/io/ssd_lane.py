@@ -108,7 +108,8 @@ class Lane:
                 raise _cancelled(work)
             self._start_threads()
             self._queue.extend((work, chunk) for chunk in chunks)
-            self._queued.notify(len(chunks))
+            # No more than may read: who wakes up for nothing costs a reader the interpreter's lock.
+            self._queued.notify(min(len(chunks), max(self._readers - self._taken, 0)))
 
     def _start_threads(self) -> None:
         while len(self._threads) < self._readers + 1:
@@ -207,7 +208,8 @@ class Lane:
             finally:
                 with self._queued:
                     self._taken -= 1
-                    self._queued.notify()
+                    if self._queue:
+                        self._queued.notify()
             self._verify(work, chunk)
             return None
         except ReadError as failure:

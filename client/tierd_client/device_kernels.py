@@ -36,7 +36,7 @@ class DeviceKernels(Protocol):
     fused: bool
 
     def expand(self, matrix: TorchMatrix, out: torch.Tensor, faults: torch.Tensor | None) -> None:
-        """Write the matrix to `out`. faults: see `torch_expand.new_faults`; without it the call
+        """Write the matrix to `out`. faults: see `faults.new_faults`; without it the call
         waits. Raises KernelError."""
 
     def temporary_bytes(self, matrix: TorchMatrix) -> int:

@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from tierd_client.errors import TensorCorrupt
-from tierd_kernels.torch_expand import NO_FAULT, fault_text
+from tierd_kernels.faults import NO_FAULT, fault_text
 
 if TYPE_CHECKING:
     import torch

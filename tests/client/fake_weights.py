@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tierd_client.errors import TensorCorrupt
 from tierd_kernels.errors import KernelError
-from tierd_kernels.torch_expand import NO_FAULT, fault_text
+from tierd_kernels.faults import NO_FAULT, fault_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

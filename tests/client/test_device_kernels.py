@@ -13,7 +13,8 @@ from tierd_client import device_kernels
 from tierd_client.device_kernels import ROOM_BYTES, TorchKernels, TritonKernels
 from tierd_client.errors import UnsupportedDevice
 from tierd_kernels import KernelError, torch_matrix
-from tierd_kernels.torch_expand import NO_FAULT, TILE_BYTES, fault_text, new_faults
+from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
+from tierd_kernels.torch_expand import TILE_BYTES
 from tierd_layouts import exponent_packed, packed_matrix
 
 if TYPE_CHECKING:

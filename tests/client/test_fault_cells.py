@@ -6,7 +6,7 @@ import torch
 from tests.client.fake_streams import FakeStreams
 from tierd_client.errors import TensorCorrupt
 from tierd_client.fault_cells import BLOCK_CELLS, FaultCells
-from tierd_kernels.torch_expand import NO_FAULT
+from tierd_kernels.faults import NO_FAULT
 
 FAULT = 4 * 7 + 1  # tile 7, its head
 SAID = r"^here/w: tile 7: its head cannot be$"

@@ -16,7 +16,7 @@ from tierd_client.expansions import Expansions
 from tierd_client.fault_cells import FaultCells
 from tierd_client.streams import CudaStreams
 from tierd_kernels import torch_matrix
-from tierd_kernels.torch_expand import new_faults
+from tierd_kernels.faults import new_faults
 from tierd_layouts import exponent_packed, packed_matrix
 
 if TYPE_CHECKING:

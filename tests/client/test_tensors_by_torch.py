@@ -18,7 +18,7 @@ from tierd_client import Client, device_tensors, tensors
 from tierd_client.compute import Arithmetic, Compute
 from tierd_client.errors import TensorCorrupt, UnsupportedDevice
 from tierd_client.scratch import Scratch
-from tierd_kernels.torch_expand import NO_FAULT, fault_text, new_faults
+from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.kernels.torch_expansions import NAMES, ROOMS, bits_of, dirty, expanded, specified
 from tierd_kernels import KernelError, PackedMatrix, torch_expand
-from tierd_kernels.torch_expand import NO_FAULT, TILE_BYTES, new_faults
+from tierd_kernels.faults import NO_FAULT, new_faults
+from tierd_kernels.torch_expand import TILE_BYTES
 from tierd_kernels.torch_matrix import DTYPES, from_arrays, measured
 
 Matrices = Callable[..., PackedMatrix]

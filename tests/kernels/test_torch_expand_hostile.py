@@ -22,7 +22,7 @@ from tests.kernels.torch_expansions import (
     tile_of_escapes,
 )
 from tierd_kernels import KernelError, PackedMatrix, torch_expand
-from tierd_kernels.torch_expand import NO_FAULT, fault_text, new_faults
+from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
 from tierd_kernels.torch_matrix import from_arrays, measured
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from tierd_kernels.torch_expand import new_faults
+from tierd_kernels.faults import new_faults
 from tierd_tools.gpu_matrices import dense_weights, kernel_ground, packed_there
 
 if TYPE_CHECKING:

@@ -26,10 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from tierd_kernels.errors import KernelError
+from tierd_kernels.faults import new_faults
 from tierd_kernels.gpu import expand, linear, plans
 from tierd_kernels.gpu.instructions import count, fewest, fewest_of_loop
 from tierd_kernels.gpu.numbers import INTERPRETED
-from tierd_kernels.torch_expand import new_faults
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix
 from tierd_layouts.codecs import fixed_bytes
 from tierd_layouts.tile_grid import TileGrid

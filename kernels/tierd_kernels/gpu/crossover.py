@@ -17,11 +17,11 @@ import torch
 from torch.nn import functional
 
 from tierd_kernels.errors import KernelError
+from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
 from tierd_kernels.gpu.crossover_file import CrossoverFile, Table, default_path
 from tierd_kernels.gpu.expand import expand
 from tierd_kernels.gpu.linear import ELEMENTS, linear, processors
 from tierd_kernels.gpu.plans import Plan, candidates, default_plan
-from tierd_kernels.torch_expand import NO_FAULT, fault_text, new_faults
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix
 
 if TYPE_CHECKING:

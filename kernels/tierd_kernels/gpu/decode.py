@@ -24,6 +24,7 @@ from typing import Final
 import triton
 import triton.language as tl
 
+from tierd_kernels.faults import REASONS
 from tierd_kernels.gpu.escapes import escapes_are_wrong
 from tierd_kernels.gpu.levels import numbers_of
 from tierd_kernels.gpu.octets import (
@@ -39,7 +40,6 @@ from tierd_kernels.gpu.octets import (
 )
 from tierd_kernels.gpu.planes import packed
 from tierd_kernels.gpu.spread import spread_bytes, spread_nibbles
-from tierd_kernels.torch_expand import REASONS
 
 VARIANTS: Final = ("gather", "window", "masked")
 """How elements are fetched. Which is faster is measured on the card.

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 
 from tierd_kernels.errors import KernelError
+from tierd_kernels.faults import NO_FAULT, REASONS, fault_text, new_faults
 from tierd_kernels.geometry import tile_range
 from tierd_kernels.gpu.arrays import check_arrays, group_tiles
 from tierd_kernels.gpu.decode import NO_REASON, decode_tile
 from tierd_kernels.gpu.numbers import rounded, widened
-from tierd_kernels.torch_expand import NO_FAULT, REASONS, check_out, fault_text, new_faults
+from tierd_kernels.torch_expand import check_out
 
 if TYPE_CHECKING:
     from tierd_kernels.torch_matrix import TorchMatrix
@@ -58,7 +59,7 @@ def expand(
 
     out: the matrix's dtype, [rows, cols], contiguous, on the matrix's device, overwritten.
     tile_rows: (first, end), the part of the matrix that `out` holds; all of it by default.
-    faults: see `torch_expand.new_faults`; tiles that are wrong are zeros, and the call does not
+    faults: see `faults.new_faults`; tiles that are wrong are zeros, and the call does not
     wait for the device. Without it the call waits and raises KernelError for the first of them.
     way: one of WAYS, DEFAULT_WAY by default.
     Raises KernelError for arrays that do not fit.

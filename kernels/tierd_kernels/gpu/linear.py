@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 
 from tierd_kernels.errors import KernelError
+from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
 from tierd_kernels.gpu.arrays import check_arrays, group_tiles
 from tierd_kernels.gpu.plans import (
     DATA_CENTER_PROCESSORS,
@@ -20,7 +21,6 @@ from tierd_kernels.gpu.plans import (
     default_plan,
 )
 from tierd_kernels.gpu.product import add_parts, multiply_tiles
-from tierd_kernels.torch_expand import NO_FAULT, fault_text, new_faults
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix
 
 ELEMENTS: Final = {"BF16": tl.bfloat16, "F16": tl.float16}
@@ -44,7 +44,7 @@ def linear(
     the elements of a row are adjacent.   bias: [rows] of that dtype; added before the rounding.
     out: [tokens, rows], of that dtype or float32 (which is not rounded), overwritten; a new tensor
     by default.
-    faults: see `torch_expand.new_faults`; tiles that are wrong count as zeros, and the call does
+    faults: see `faults.new_faults`; tiles that are wrong count as zeros, and the call does
     not wait for the device. Without it the call waits and raises KernelError for the first of them.
     plan: how to run it (`crossover.py` measures which); a sensible one by default.
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tierd_kernels.faults import REASONS
 from tierd_kernels.gpu.decode import NO_REASON, decode_lanes
 from tierd_kernels.gpu.numbers import INTERPRETED, rounded, widened
 from tierd_kernels.gpu.octets import bits_inside
-from tierd_kernels.torch_expand import REASONS
 
 _NO_COLUMN = tl.constexpr(2**31 - 1)
 _REASONS = tl.constexpr(len(REASONS))

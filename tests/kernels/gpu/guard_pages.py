@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from tierd_kernels import PackedMatrix, reference
+from tierd_kernels.faults import NO_FAULT, new_faults
 from tierd_kernels.geometry import ELEMENT
 from tierd_kernels.gpu.expand import WAYS, expand
-from tierd_kernels.torch_expand import NO_FAULT, new_faults
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix, measured
 
 HERE = Path(__file__).parent

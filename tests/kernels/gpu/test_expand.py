@@ -16,8 +16,8 @@ import torch
 
 from tests.kernels.torch_expansions import WRONG_ESCAPES, specified, tile_of_escapes
 from tierd_kernels import KernelError, PackedMatrix, torch_expand
+from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
 from tierd_kernels.gpu.expand import WAYS, Way, expand
-from tierd_kernels.torch_expand import NO_FAULT, fault_text, new_faults
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix, from_arrays, measured
 
 Matrices = Callable[..., PackedMatrix]

@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional
 
 from tierd_kernels import KernelError, PackedMatrix, reference
+from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
 from tierd_kernels.gpu.linear import linear
 from tierd_kernels.gpu.plans import VARIANTS, Plan, candidates
-from tierd_kernels.torch_expand import NO_FAULT, fault_text, new_faults
 from tierd_kernels.torch_matrix import DTYPES, from_arrays, measured
 
 Matrices = Callable[..., PackedMatrix]

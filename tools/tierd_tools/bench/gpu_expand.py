@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tierd_kernels.torch_expand import new_faults
+from tierd_kernels.faults import new_faults
 from tierd_tools.gpu_acceptance.promises import EXPAND
 from tierd_tools.gpu_binding import bound_by
 from tierd_tools.gpu_matrices import (

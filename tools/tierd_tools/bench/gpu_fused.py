@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from tierd_kernels.torch_expand import new_faults
+from tierd_kernels.faults import new_faults
 from tierd_tools import gpu_plans
 from tierd_tools.gpu_acceptance.promises import FUSED, FUSED_FORMS
 from tierd_tools.gpu_binding import bound_by, watch

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OBSERVED_BYTES = 64 * MIB  #: of real reads make one observation
+USUAL_LAYER_BYTES = 64 * MIB  #: while nothing is served
 TUNABLE = ("readers", "read_chunk", "reads_in_flight")
 
 
@@ -55,8 +56,11 @@ class Device:
     reads_in_flight: int
     cost: DeviceCost | None = None
     note: str = "not measured yet"
-    read_bytes: int = 0  #: of the pool's counters, when they were last looked at
+    unseen_bytes: int = 0  #: of layers that were read since the pool's counters were looked at
+    read_bytes: int = 0  #: of these counters then
     busy_ns: int = 0
+    models: tuple[int, ...] = ()  #: that `layer_bytes` is of
+    layer_bytes: int = USUAL_LAYER_BYTES  #: of a typical layer
 
     @property
     def name(self) -> str:
@@ -127,12 +131,16 @@ class Costs:
 
     # ------------------------------------------------------------------------------- real reads
 
-    def read_done(self, number: int) -> None:
+    def read_done(self, number: int, nbytes: int) -> None:
         """A layer was read. Cheap, except once in 64 MiB."""
         device = self._device(number)
+        device.unseen_bytes += nbytes
+        if device.unseen_bytes < OBSERVED_BYTES:
+            return
         counters = self._pool.devices().get(number)
         if counters is None:
             return
+        device.unseen_bytes = 0
         nbytes = counters.read_bytes - device.read_bytes
         busy_ns = counters.busy_ns - device.busy_ns
         if nbytes < OBSERVED_BYTES or busy_ns <= 0:
@@ -160,7 +168,7 @@ class Costs:
         """Puts the best setting into effect, if another one is worth the change."""
         assert device.cost is not None
         before = (device.setting, device.reads_in_flight)
-        layer_bytes = self._typical_layer(device.id)
+        layer_bytes = self._typical_layer(device)
         now = device.setting
         device.setting = device.cost.choose(
             now,
@@ -190,14 +198,14 @@ class Costs:
             )
         )  # fmt: skip
 
-    def _typical_layer(self, number: int) -> int:
-        sizes = [
-            layer.nbytes
-            for pack in self._registry.by_model.values()
-            if pack.device == number
-            for layer in pack.index.layers
-        ]
-        return typical_layer(sizes) if sizes else 64 * MIB
+    def _typical_layer(self, device: Device) -> int:
+        packs = [p for p in self._registry.by_model.values() if p.device == device.id]
+        models = tuple(pack.model for pack in packs)
+        if models != device.models:
+            device.models = models
+            sizes = [layer.nbytes for pack in packs for layer in pack.index.layers]
+            device.layer_bytes = typical_layer(sizes) if sizes else USUAL_LAYER_BYTES
+        return device.layer_bytes
 
     # -------------------------------------------------------------------------------- what is said
 

@@ -46,8 +46,8 @@ class Transfers:
     ) -> None:
         """slots: of DRAM."""
         self.reads = 0  #: in flight
-        #: called with the device of every layer that was read
-        self.after_read: Callable[[int], None] | None = None
+        #: called with the device and the bytes of every layer that was read
+        self.after_read: Callable[[int, int], None] | None = None
         self._submit = submit
         self._slots = slots
         self._arenas = arenas
@@ -121,7 +121,7 @@ class Transfers:
             self._arenas.exists(read.arena, read.offset, read.nbytes)
             self._submit(ReadDone(time.monotonic_ns(), read.slot))
             if self.after_read is not None:
-                self.after_read(pack.device)
+                self.after_read(pack.device, read.nbytes)
 
     def _over(self, pack: Pack) -> None:
         self.reads -= 1

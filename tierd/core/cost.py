@@ -111,6 +111,7 @@ class DeviceCost:
         self.observations = 0
         self._level = 0.0  # log of the factor for the whole curve
         self._points: dict[Setting, float] = {}  # log of the factor
+        self._nearest: dict[Setting, Setting] = {}  # the point of a setting, while points are these
         for sample in samples:
             expected = self.curve.bandwidth(sample.chunk_bytes, sample.depth)
             point = Setting(sample.chunk_bytes, sample.depth)
@@ -118,7 +119,7 @@ class DeviceCost:
 
     def device_bandwidth(self, setting: Setting) -> int:
         """What the device gives, whatever is allowed."""
-        factor = exp(self._level + self._points.get(setting, self._nearest(setting)))
+        factor = exp(self._level + self._points[self._point_of(setting)])
         return max(int(self.curve.bandwidth(setting.chunk_bytes, setting.depth) * factor), 1)
 
     def bandwidth(self, setting: Setting) -> int:
@@ -130,7 +131,9 @@ class DeviceCost:
         """Real reads had this bandwidth, without the time for which a limit held them back."""
         point = Setting(sample.chunk_bytes, sample.depth)
         ratio = log(sample.bytes_per_s / self.device_bandwidth(point))
-        self._points.setdefault(point, self._nearest(point))
+        if point not in self._points:
+            self._points[point] = self._points[self._point_of(point)]
+            self._nearest.clear()
         # Half is blamed on the device as a whole, e.g. others read it too, half on this point. The
         # first ones count more: the probe was short, and a start is a busy time.
         step = ratio * max(_CORRECTION, 0.5 / (self.observations + 1))
@@ -152,16 +155,17 @@ class DeviceCost:
         layer_bytes: of a typical layer; two of them are what is asked for at a time.
         chunks, depths: what may be chosen; a single one where the user has said which.
         """
+        smallest = min(chunks)
         settings = [
-            Setting(chunk, depth)
-            for chunk in chunks
-            for depth in depths
-            if chunk == min(chunks) or self._suits(Setting(chunk, depth), 2 * layer_bytes)
+            setting
+            for setting in (Setting(chunk, depth) for chunk in chunks for depth in depths)
+            if setting.chunk_bytes == smallest or self._suits(setting, 2 * layer_bytes)
         ]
-        best = max(self._worth(setting) for setting in settings)
-        if now in settings and best < WORTH_A_CHANGE * self._worth(now):
+        worth = {setting: self._worth(setting) for setting in settings}
+        best = max(worth.values())
+        if now in worth and best < WORTH_A_CHANGE * worth[now]:
             return now
-        good = [setting for setting in settings if self._worth(setting) >= NEAR_BEST * best]
+        good = [setting for setting in settings if worth[setting] >= NEAR_BEST * best]
         return min(good, key=lambda setting: (setting.depth, -setting.chunk_bytes))
 
     def _worth(self, setting: Setting) -> int:
@@ -173,16 +177,22 @@ class DeviceCost:
     def _suits(self, setting: Setting, window_bytes: int) -> bool:
         """Whether so much is asked for at once, and is no burden for what is needed now."""
         nbytes = setting.chunk_bytes * setting.depth
-        longest_bytes = self.bandwidth(setting) * LONGEST_WINDOW_NS // SECOND_NS
-        return nbytes <= min(window_bytes, longest_bytes)
+        if nbytes > window_bytes:
+            return False
+        return nbytes <= self.bandwidth(setting) * LONGEST_WINDOW_NS // SECOND_NS
 
-    def _nearest(self, setting: Setting) -> float:
-        def far(point: Setting) -> tuple[float, int, int]:
-            steps = abs(log2(point.chunk_bytes / setting.chunk_bytes))
-            steps += abs(log2(point.depth / setting.depth))
-            return steps, point.chunk_bytes, point.depth
+    def _point_of(self, setting: Setting) -> Setting:
+        """The measured point that is nearest."""
+        found = self._nearest.get(setting)
+        if found is None:
 
-        return self._points[min(self._points, key=far)]
+            def far(point: Setting) -> tuple[float, int, int]:
+                steps = abs(log2(point.chunk_bytes / setting.chunk_bytes))
+                steps += abs(log2(point.depth / setting.depth))
+                return steps, point.chunk_bytes, point.depth
+
+            found = self._nearest[setting] = min(self._points, key=far)
+        return found
 
 
 def typical_layer(layer_bytes: Sequence[int]) -> int:

@@ -117,18 +117,10 @@ class FakeKernels:
         self.planned.append((matrix.name, tokens))
         return SimpleNamespace(tokens=tokens) if tokens <= self.fused_up_to else None
 
-    def linear(
-        self,
-        matrix: Any,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        *,
-        plan: Any,
-        faults: torch.Tensor | None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        assert plan.tokens == len(x)
+    def linear(self, matrix: Any, x: torch.Tensor, bias: Any, **options: Any) -> torch.Tensor:
+        assert options["plan"].tokens == len(x)
         self.multiplied.append((matrix.name, len(x)))
-        self._find(matrix, faults)
+        self._find(matrix, options["faults"])
         product = functional.linear(x, matrix.content, bias)
+        out = options.get("out")
         return product if out is None else out.copy_(product)

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Triton decides when it is first imported whether kernels are interpreted on the CPU or compiled.
-if os.environ.get("TIERD_KERNELS_DEVICE") != "cuda":
+if "TIERD_KERNELS_DEVICE" not in os.environ:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _native = runpy.run_path(str(Path(__file__).with_name("native_modules.py")))
@@ -30,9 +30,11 @@ _native = runpy.run_path(str(Path(__file__).with_name("native_modules.py")))
 def pytest_report_header() -> list[str]:
     """Names where the Triton kernels run, and builds of the C++ modules that are not installed."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    where = "interpreted" if interpreted else "on a GPU"
+    device = os.environ.get("TIERD_KERNELS_DEVICE", "")
+    compiled = f"compiled for {device}, PTX executed" if device.startswith("sm_") else "on a GPU"
+    where = "interpreted" if interpreted else compiled
     return [
-        f"Triton kernels: {where} (TIERD_KERNELS_DEVICE=cuda for a GPU)",
+        f"Triton kernels: {where} (TIERD_KERNELS_DEVICE=cuda for a GPU, sm_80 or sm_90 without)",
         *(f"{name}={os.environ[name]}" for name in _native["VARIABLES"] if name in os.environ),
     ]
 

@@ -1,8 +1,10 @@
-"""Where the Triton kernels run: under the interpreter on the CPU, or compiled on a GPU.
+"""Where the Triton kernels run: under the interpreter on the CPU, compiled on a GPU, or compiled
+for one and their PTX executed here (`ptx/`).
 
-The same tests for both. A process has one or the other: Triton decides when it is imported.
+The same tests for all. A process has one of them: Triton decides when it is imported.
 TIERD_KERNELS_DEVICE=cuda (`make gpu-acceptance` sets it) takes the GPU, and the tests of this
-folder that use `device` are then marked `gpu`.
+folder that use `device` are then marked `gpu`; TIERD_KERNELS_DEVICE=sm_80 or sm_90 (`make ptx`)
+compiles for such a processor, which need not be there.
 """
 
 from __future__ import annotations
@@ -10,14 +12,19 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 HERE: Final = Path(__file__).parent
-ON_GPU: Final = os.environ.get("TIERD_KERNELS_DEVICE") == "cuda"
-if not ON_GPU:
+DEVICE: Final = os.environ.get("TIERD_KERNELS_DEVICE", "")
+ON_GPU: Final = DEVICE == "cuda"
+INTERPRETED: Final = not DEVICE
+if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # tests/conftest.py said so before anybody asked
 
 
@@ -41,7 +48,7 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def host(device: torch.device) -> torch.device:
     """As `device`, for tests that watch the host's memory around the arrays: not on a GPU."""
-    if device.type != "cpu":
+    if not INTERPRETED:
         pytest.skip("watches the host's memory: with the interpreter only")
     return device
 
@@ -51,7 +58,7 @@ def interpreter_does_nothing_twice() -> None:
     """Nearly half of its time: it computes integers again for an overflow that it looks for in
     debug alone, and prepares the language again whenever a kernel calls a function.
     """
-    if not ON_GPU:
+    if INTERPRETED:
         from triton.runtime import interpreter
 
         builder = interpreter.interpreter_builder
@@ -66,3 +73,15 @@ def interpreter_does_nothing_twice() -> None:
             return call(function, *arguments, **named)
 
         interpreter.InterpretedFunction.__call__ = call_again
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processor_that_is_not_here() -> Iterator[None]:
+    """Where TIERD_KERNELS_DEVICE names one, each launch is compiled for it and its PTX executed."""
+    if not DEVICE.startswith("sm_"):
+        yield
+        return
+    from tests.kernels.gpu.ptx.triton_launch import launches_on
+
+    with launches_on(int(DEVICE.removeprefix("sm_"))):
+        yield

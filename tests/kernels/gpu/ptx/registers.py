@@ -1,0 +1,72 @@
+"""The registers of a program's threads, and who wrote them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from tests.kernels.gpu.ptx.operands import DTYPES, variable
+
+if TYPE_CHECKING:
+    from tests.kernels.gpu.ptx.source import Entry
+
+_POISON: Final = 0xA5
+
+
+class Registers:
+    """Arrays [threads] by the names of `operands.variable`. None of them is changed in place."""
+
+    def __init__(self, entry: Entry, threads: int) -> None:
+        self._dtypes = {
+            variable(register): np.dtype("?" if kind == "pred" else f"u{DTYPES[kind].itemsize}")
+            for register, kind in entry.registers.items()
+        }
+        self._threads = threads
+        self._values: dict[str, Any] = {}
+        self._partial: dict[str, Any] = {}
+        """Of registers that not all threads wrote: which did."""
+
+    def get(self, name: str, threads: Any = None) -> Any | None:
+        """Of these threads or (None) all; None where one of them has not written it."""
+        value = self._values.get(name)
+        if value is None:
+            return None
+        written = self._partial.get(name)
+        if written is not None and not (written if threads is None else written[threads]).all():
+            return None
+        return value if threads is None else value[threads]
+
+    def get_old(self, name: str, threads: Any = None) -> Any:
+        """As `get`, with a pattern where nothing was written."""
+        value = self._values.get(name)
+        if value is None:
+            value = self._poisoned(name)
+        return value if threads is None else value[threads]
+
+    def put(self, name: str, value: Any, threads: Any = None) -> None:
+        if threads is None:
+            self._values[name] = value
+            self._partial.pop(name, None)
+            return
+        new = self._values.get(name)
+        if new is None:
+            new = self._poisoned(name)
+            self._partial[name] = np.zeros(self._threads, np.bool_)
+        else:
+            new = new.copy()
+        new[threads] = value
+        self._values[name] = new
+        if name in self._partial:
+            self._partial[name][threads] = True
+
+    def forget(self, name: str) -> None:
+        """Until it is put again nobody wrote it."""
+        self._values.pop(name, None)
+        self._partial.pop(name, None)
+
+    def _poisoned(self, name: str) -> Any:
+        dtype = self._dtypes[name]
+        if dtype == np.bool_:
+            return np.ones(self._threads, dtype)
+        return np.full(self._threads * dtype.itemsize, _POISON, np.uint8).view(dtype)

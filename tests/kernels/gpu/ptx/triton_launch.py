@@ -1,0 +1,81 @@
+"""Triton's launches, compiled for a processor that is not here and run by the machine.
+
+Only where TRITON_INTERPRET is not set: there Triton has nothing to compile.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+from unittest.mock import patch
+
+import torch
+import triton.language as tl
+from triton.runtime import JITFunction, driver
+
+from tests.kernels.gpu.ptx.machine import kernel, launch
+from tests.kernels.gpu.ptx.memory import Array
+from tierd_kernels.gpu import arrays
+from tierd_kernels.gpu.compiled import _NoGpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WRITTEN: Final = frozenset({"out", "parts", "faults"})
+"""Parameters of our kernels that are written to."""
+
+
+@contextmanager
+def launches_on(architecture: int) -> Iterator[None]:
+    """Within, every launch is compiled for it (80, 90) and run here, on arrays of the CPU."""
+    run = JITFunction.run
+
+    def run_here(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        made = run(self, *arguments, grid=grid, warmup=True, **options)
+        if not warmup:
+            launch_compiled(made, grid, self.arg_names, arguments)
+        return made
+
+    before = driver._active
+    driver.set_active(_NoGpu(architecture))
+    JITFunction.run = run_here
+    try:
+        # The host's checks shall want arrays of the CPU.
+        with patch.object(arrays, "INTERPRETED", tl.constexpr(True)):
+            yield
+    finally:
+        JITFunction.run = run
+        driver._active = before
+
+
+def launch_compiled(made: Any, grid: Any, names: list[str], arguments: tuple[Any, ...]) -> None:
+    """Run what Triton compiled. names: of the parameters, the constants behind `arguments`.
+
+    What Triton made a constant of (None, 1, tl.constexpr) is no parameter of the PTX; behind the
+    others it has two pointers to scratch memory, which our kernels do not have.
+    """
+    given = dict(zip(names, arguments, strict=False))
+    values: list[Any] = []
+    given_arrays = []
+    for name, kind in made.src.signature.items():
+        if kind == "constexpr":
+            continue
+        value = given[name]
+        if isinstance(value, torch.Tensor):
+            given_arrays.append(_array(name, value))
+            value = value.data_ptr()
+        values.append(value)
+    assert not made.metadata.global_scratch_size
+    machine = kernel(made.asm["ptx"])
+    scratch = [0] * (len(machine.entry.parameters) - len(values))
+    threads = 32 * made.metadata.num_warps
+    launch(machine, grid, threads, [*values, *scratch], given_arrays, made.metadata.shared)
+
+
+def _array(name: str, tensor: torch.Tensor) -> Array:
+    """The bytes from its first element to its last one."""
+    extent = 0
+    if tensor.numel():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        extent = (sum((n - 1) * stride for n, stride in steps) + 1) * tensor.itemsize
+    return Array(name, tensor.data_ptr(), extent, name in WRITTEN)

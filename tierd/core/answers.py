@@ -19,27 +19,28 @@ class Answers:
         self._books = books
 
     def grant(self, request: Request, client: Client, slot: Slot) -> None:
-        lease = self._books.next_lease
-        self._books.next_lease += 1
+        books = self._books
+        lease = books.next_lease
+        books.next_lease += 1
         client.leases[lease] = slot
         if not slot.leases:
-            self._books.policy.leased(slot)
+            books.policy.leased(slot)
         slot.leases += 1
-        waited_ns = 0 if request.since_ns is None else self._books.now - request.since_ns
+        waited_ns = 0 if request.since_ns is None else books.now - request.since_ns
         if client.plan is not None:
             client.plan.waited(waited_ns)
         client.stall_ns += waited_ns
         client.granted += 1
-        self._books.count["grants"] += 1
-        self._books.count["stall_ns"] += waited_ns
+        books.count["grants"] += 1
+        books.count["stall_ns"] += waited_ns
         place = slot.place
-        self._books.actions.append(
+        books.actions.append(
             Grant(
                 client.id, request.request, lease, request.key, slot.id, slot.generation,
                 slot.arena, place.offset, place.nbytes, waited_ns,
             )
         )  # fmt: skip
-        self._books.tell("grant", request.key, "client {} after {} ns", client.id, waited_ns)
+        books.tell("grant", request.key, "client {} after {} ns", client.id, waited_ns)
 
     def refuse(self, request: Plan | Acquire | Request, code: str, text: str) -> None:
         self._books.count["refusals"] += 1

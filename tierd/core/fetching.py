@@ -44,23 +44,25 @@ class Fetcher:
 
     def advance(self) -> None:
         """Starts what can be started now: promised memory first, then requests, then plans."""
-        if self._books.memory.shrinking:
+        books = self._books
+        memory = books.memory
+        if memory.shrinking:
             self._shrink()
-        for slot in self._books.in_flight.values():
+        for slot in books.in_flight.values():
             if slot.claim is not None:
-                if not self._books.memory.can_warm_up(slot.claim):
+                if not memory.can_warm_up(slot.claim):
                     break
-                self._books.memory.warm_up(slot.claim)
+                memory.warm_up(slot.claim)
                 self._read(slot)
-        devices = self._books.devices.values()
-        served = [self._serve_requests(device) for device in devices]
+        limits = [(device, books.reads_limit(device.id)) for device in books.devices.values()]
+        served = [self._serve_requests(device, limit) for device, limit in limits]
         self._blocked = not all(served)
         if not self._blocked:
-            for device in devices:
-                while device.in_flight < self._books.reads_limit(device.id):
-                    if not self._fetch_ahead(device):
+            for device, limit in limits:
+                while device.in_flight < limit:
+                    if not self._fetch_ahead(device, limit):
                         break
-        if self._books.memory.shrinking:
+        if memory.shrinking:
             self._shrink()
 
     def _shrink(self) -> None:
@@ -78,24 +80,25 @@ class Fetcher:
             max(memory.ceiling, memory.occupied, memory.warm + memory.promised) > memory.budget
         )
 
-    def _serve_requests(self, device: Device) -> bool:
+    def _serve_requests(self, device: Device, limit: int) -> bool:
         """Starts what the device has room for; False if memory on its way must arrive first.
 
         Who stalls and gets nothing from the device may have one read more than its limit where a
         much larger one is in flight: it need not wait for the end of that.
         """
-        limit = self._books.reads_limit(device.id)
-        device.most_in_flight = max(device.most_in_flight, limit + 1)
+        if device.most_in_flight <= limit:
+            device.most_in_flight = limit + 1
+        now_ns = self._books.now
         while device.in_flight <= limit:
             full = device.in_flight == limit
-            request = device.eligible(limit, self._books.now)
+            request = device.eligible(limit, now_ns)
             if request is None and not full and (lowest := device.lowest_tag()) is not None:
-                if not self._blocked and self._fetch_ahead(device, lowest):
+                if not self._blocked and self._fetch_ahead(device, limit, lowest):
                     continue
-                if device.waits_at_lowest(limit, self._books.now):
+                if device.waits_at_lowest(limit, now_ns):
                     return True
                 device.advance_to(lowest)
-                request = device.eligible(limit, self._books.now)
+                request = device.eligible(limit, now_ns)
             if request is None or (full and not self._small_beside(request, device)):
                 return True
             if not self._serve(request):
@@ -140,14 +143,13 @@ class Fetcher:
             self._answers.refuse(waiting, "internal", text)
         return True
 
-    def _fetch_ahead(self, device: Device, below: int | None = None) -> bool:
+    def _fetch_ahead(self, device: Device, limit: int, below: int | None = None) -> bool:
         """Starts the read of the next missing layer of a plan, if that does no harm.
 
         Those who are not ahead of their share come first. `below`: only who has a lower tag, and
         comes to the layer before its share of the device would have brought it: until then the
         requests of others, who stall, go first.
         """
-        limit = self._books.reads_limit(device.id)
         chosen: tuple[int, Candidate, Share] | None = None
         for candidate in self._books.policy.soonest(CANDIDATES, device.id):
             client = self._books.clients[candidate.client]

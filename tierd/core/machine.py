@@ -58,6 +58,7 @@ from tierd.core.snapshot import Snapshot, snapshot_of
 from tierd.core.whereabouts import Whereabouts, whereabouts_of
 
 if TYPE_CHECKING:
+    from tierd.core.plans import PlanState
     from tierd.core.story import Decision, Story
 
 
@@ -85,22 +86,24 @@ class TierMachine:
 
     def handle(self, event: Event) -> list[Action]:
         """Takes one event, returns what is to be done, in this order."""
-        before_ns = self._books.now
-        self._books.now = max(before_ns, event.at_ns)
+        books = self._books
+        before_ns = books.now
+        if event.at_ns > before_ns:
+            books.now = event.at_ns
         actions: list[Action] = []
-        self._books.actions = actions
-        self._books.told = []
+        books.actions = actions
+        books.told = []
         try:
             self._decide(event)
         except IllegalEvent:
-            self._books.now = before_ns
+            books.now = before_ns
             raise
-        if self._books.awaiting:
+        if books.awaiting:
             for request in self._admission.admit_waiting():
                 self._acquire(request)
         self._convoys.expire()
         self._fetcher.advance()
-        self._books.story.keep(self._books.now, event, actions, self._books.told)
+        books.story.keep(books.now, event, actions, books.told)
         return actions
 
     def _decide(self, event: Event) -> None:
@@ -304,9 +307,10 @@ class TierMachine:
         self._books.tell("gone", None, "client {} left {} leases behind", client.id, len(leases))
 
     def _acquire(self, event: Acquire) -> None:
-        client = self._books.client(event.client)
+        books = self._books
+        client = books.client(event.client)
         key = event.key
-        model = self._books.served(key.model)
+        model = books.served(key.model)
         if isinstance(model, str):
             self._answers.refuse(event, model, f"model {key.model} is not served")
             return
@@ -320,39 +324,40 @@ class TierMachine:
             return
         idle = not client.leases and not client.requests
         wanted = model.reasons[key.layer] > 0
-        self._books.ledger.hold(client.id, key, model.charges[key.layer], wanted=wanted)
+        books.ledger.hold(client.id, key, model.charges[key.layer], wanted=wanted)
         stalled = idle or not event.ahead
         deadline_ns = self._deadline_ns(client, stalled=stalled)
-        if client.plan is not None:
-            client.plan.last_ns = self._books.now
-            if client.plan.model == key.model and not self._asked_already(client, key):
-                client.plan.advance(key.layer, self._books.now)
+        plan = client.plan
+        if plan is not None:
+            plan.last_ns = books.now
+            if plan.model == key.model and not self._asked_already(client, plan, key):
+                plan.advance(key.layer, books.now)
                 self._convoys.stepped(client)
-            self._books.policy.touched(client.id, client.plan)
-        self._books.arrivals += 1
-        share = self._books.devices[model.device].share(client.id, client.weight)
+            books.policy.touched(client.id, plan)
+        books.arrivals += 1
+        share = books.devices[model.device].share(client.id, client.weight)
         request = Request(
-            client.id, event.request, key, self._books.now if stalled else None, deadline_ns,
-            self._books.arrivals, share,
+            client.id, event.request, key, books.now if stalled else None, deadline_ns,
+            books.arrivals, share,
         )  # fmt: skip
         slot = model.slots[key.layer]
         if slot is not None and slot.state is SlotState.RESIDENT:
-            self._books.count["hits"] += 1
+            books.count["hits"] += 1
             self._answers.grant(request, client, slot)
             return
-        self._books.count["misses"] += 1
+        books.count["misses"] += 1
         if key.layer in model.failed:
-            self._books.policy.worth_a_read_again(model, key.layer)
+            books.policy.worth_a_read_again(model, key.layer)
         client.requests[request.number] = request
-        self._books.waiting.setdefault(key, []).append(request)
+        books.waiting.setdefault(key, []).append(request)
         client.stalled += stalled
         if slot is None:
             self._answers.enqueue(request)
         else:
             slot.demanded = True
             request.unread = False
-            self._books.bills[slot.id].join(share)
-        self._books.tell("wait", key, "client {} {}", client.id,
+            books.bills[slot.id].join(share)
+        books.tell("wait", key, "client {} {}", client.id,
             "stalls for it" if stalled else "wants it ahead",
         )  # fmt: skip
 
@@ -360,16 +365,15 @@ class TierMachine:
         """When the client's compute will reach a layer that it asks for now: after those that it
         stalls for, and before one ahead after all that it holds or asked for; at most 1 s."""
         before = client.stalled if stalled else len(client.leases) + len(client.requests)
-        if client.plan is None:
-            return self._books.now
-        return self._books.now + min(before * client.plan.compute_ns, LONGEST_STEP_NS)
+        now = self._books.now
+        if client.plan is None or not before:
+            return now
+        return now + min(before * client.plan.compute_ns, LONGEST_STEP_NS)
 
-    def _asked_already(self, client: Client, key: LayerKey) -> bool:
+    def _asked_already(self, client: Client, plan: PlanState, key: LayerKey) -> bool:
         """Asking again for what it just asked for does not move a client along its plan."""
-        plan = client.plan
         return (
-            plan is not None
-            and plan.position >= 0
+            plan.position >= 0
             and plan.order[plan.position] == key.layer
             and self._books.ledger[client.id].layers[key] > 1
         )

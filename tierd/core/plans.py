@@ -186,8 +186,8 @@ class PlanState:
         stalled = min(self.stalled_ns, elapsed_ns)
         longest = min(LONGEST_STEP_NS, 8 * self.compute_ns)
         sample = min(max(elapsed_ns - stalled, SHORTEST_STEP_NS), longest)
-        compute_ns = self.compute_ns + (sample - self.compute_ns) // 8
-        self.compute_ns = max(compute_ns, SHORTEST_STEP_NS)
+        # A mean of samples that are no shorter than the shortest is none either.
+        self.compute_ns += (sample - self.compute_ns) // 8
         self.passed += distance
         self.passed_ns += sample
         if self.passed >= len(self.order):

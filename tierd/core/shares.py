@@ -107,6 +107,8 @@ class Device:
 
     def __init__(self, number: int) -> None:
         self.id = number
+        self.in_flight = 0  #: reads under way
+        self.largest_in_flight = 0  #: bytes of the largest of them
         self.most_in_flight = 0  #: that was ever allowed at once
         self.virtual = 0  #: the virtual time, in bytes at DEFAULT_WEIGHT
         self.ns_per_mib = 0  #: what a MiB takes at present, while it is read without a pause
@@ -254,6 +256,8 @@ class Device:
         bill = Bill(self, model, nbytes, now_ns)
         self._reading[model] = self._reading.get(model, 0) + 1
         self._bills[bill] = None
+        self.in_flight += 1
+        self.largest_in_flight = max(self.largest_in_flight, nbytes)
         for share in shares:
             bill.join(share)
         bill.split()
@@ -274,18 +278,12 @@ class Device:
         total = weight + sum(w for m, (_, w) in self._recent.items() if m != model)
         return mine * total >= limit * weight
 
-    @property
-    def in_flight(self) -> int:
-        return len(self._bills)
-
-    @property
-    def largest_in_flight(self) -> int:
-        """Bytes of the largest read under way; costs O(reads in flight)."""
-        return max((bill.nbytes for bill in self._bills), default=0)
-
     def ended(self, bill: Bill, now_ns: int, nbytes: int) -> None:
         """A read ended; `nbytes` of it arrived."""
         del self._bills[bill]
+        self.in_flight -= 1
+        if bill.nbytes == self.largest_in_flight:
+            self.largest_in_flight = max((other.nbytes for other in self._bills), default=0)
         self._reading[bill.model] -= 1
         if not self._reading[bill.model]:
             del self._reading[bill.model]

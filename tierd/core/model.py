@@ -1,13 +1,15 @@
 """The vocabulary of the core: the events that it takes and the actions that it returns.
 
-Every record is a frozen slotted dataclass. Ids are opaque integers: the shell maps a model id to a
-pack, an arena id to a memfd, a client id to a connection. Bytes are exact, times are `at_ns` on one
-monotonic clock that the caller owns.
+Every record is a frozen slotted dataclass; those of every request are `quickly_made`. Ids are
+opaque integers: the shell maps a model id to a pack, an arena id to a memfd, a client id to a
+connection. Bytes are exact, times are `at_ns` on one monotonic clock that the caller owns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from tierd.core.records import quickly_made
 
 PLAN_KINDS = ("cyclic", "once", "open")
 DEFAULT_WEIGHT = 100
@@ -35,6 +37,7 @@ class CoreConfig:
     first_lease: int = 1  #: after a restart: above every lease in the slot table
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, order=True)
 class LayerKey:
     """One layer of one loaded pack. A replaced pack is a new `model`."""
@@ -142,6 +145,7 @@ class Hint:
     steps: int = 1
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Acquire:
     """`client` wants a lease; `ahead` marks one that it will not compute with yet."""
@@ -153,6 +157,7 @@ class Acquire:
     ahead: bool = False
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Release:
     at_ns: int
@@ -346,6 +351,7 @@ class Discard:
     nbytes: int
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Grant:
     client: int

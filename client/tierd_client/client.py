@@ -45,7 +45,8 @@ class Client:
     socket: the daemon's path, else $TIERD_SOCKET, else /run/tierd/tierd.sock, else
     $XDG_RUNTIME_DIR/tierd.sock. tier: what its leases are of, "dram" or "gpu:N". name: what
     `tierctl clients` shows. timeout: seconds to wait for any one answer. Raises DaemonNotRunning,
-    DaemonTimeout, VersionMismatch, TooManyClients, TierUnavailable.
+    DaemonTimeout, VersionMismatch, TooManyClients, TierUnavailable; ValueError for a socket "" and
+    a timeout of 0.
 
     On a GPU tier a client that idles calls `attend` now and then (`load_model` does).
     """
@@ -58,6 +59,10 @@ class Client:
         name: str | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
     ) -> None:
+        if socket == "":  # an unset variable of a script must not end at another daemon
+            raise ValueError("socket '' is no path; without one the default places are looked at")
+        if not timeout > 0:
+            raise ValueError(f"timeout is {timeout} s, expected more than 0")
         path = resolve_socket(socket, for_listening=False)
         self._connection = Connection.connect(path, timeout, check_tier(tier))
         self._counters = Counters()
@@ -111,13 +116,12 @@ class Client:
                 self._opened[model] = opened
             return opened
 
-    def lease(self, model: str, layer: str) -> Lease:
-        """A lease of one layer by name, opening the model on demand; use it as a context.
+    def lease(self, model: str, layer: str | int) -> Lease:
+        """A lease of one layer by name or number, opening the model on demand; use it as a context.
 
         Raises what `open` and `OpenedModel.acquire` raise.
         """
-        opened = self.open(model)
-        return opened.acquire(opened.layer_index(layer))
+        return self.open(model).acquire(layer)
 
     def ask(self, op: str, **fields: Any) -> dict[str, Any]:
         """The reply fields of a diagnostic request (status, models, layers, clients, config)."""

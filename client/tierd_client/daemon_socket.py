@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import stat
 import struct
 from time import monotonic
 
@@ -31,11 +33,19 @@ def connected_socket(path: str, timeout: float) -> socket.socket:
         raise DaemonTimeout(f"tierd at {path} took no connection in {timeout:g} s") from error
     except OSError as error:
         sock.close()
+        reason = "it is no socket" if _is_no_socket(path) else error.strerror
         raise DaemonNotRunning(
-            f"no tierd answers at {path} ({error.strerror}): start it, or name its socket "
-            "with socket= or TIERD_SOCKET"
+            f"no tierd answers at {path} ({reason}): start it, or name its socket with socket=, "
+            "--socket of tierctl, or TIERD_SOCKET"
         ) from error
     return sock
+
+
+def _is_no_socket(path: str) -> bool:
+    try:
+        return not stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _has_peer(sock: socket.socket) -> bool:

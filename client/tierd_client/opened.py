@@ -144,15 +144,16 @@ class OpenedModel:
     def _number(self, layer: str | int) -> int:
         return self.layer_index(layer) if isinstance(layer, str) else operator.index(layer)
 
-    def acquire(self, layer: int) -> Lease:
-        """A lease of layer number `layer`, waiting until it is resident.
+    def acquire(self, layer: str | int) -> Lease:
+        """A lease of a layer by number or name, waiting until it is resident.
 
         Raises LayerNotFound, LeaseLimit, BudgetTooSmall, ChecksumMismatch, ReadFailed,
         ModelRemoved, LeaseLost, DaemonGone, DaemonTimeout.
         """
+        number = self._number(layer)
         while True:
             try:
-                return self._acquire(layer)
+                return self._acquire(number)
             except LeaseLimit:
                 # Room is made by what a GPU still works with.
                 if not self.connection.departures.wait():
@@ -170,10 +171,11 @@ class OpenedModel:
             raise refusal
         return self.granted(layer, reply)
 
-    def acquire_ahead(self, layer: int) -> PendingLease:
+    def acquire_ahead(self, layer: str | int) -> PendingLease:
         """Ask for a lease that is needed later; returns at once, nothing is waited for."""
+        number = self._number(layer)
         self._counters.asked_ahead()
-        return PendingLease(self, layer, self._submit(layer, ahead=True))
+        return PendingLease(self, number, self._submit(number, ahead=True))
 
     def close(self) -> None:
         """Tell the daemon that no more layers will be asked for; again does nothing. Leases go on

@@ -46,9 +46,9 @@ def open_source(
     """The model called `name_or_pack` of the daemon at `socket`, or the pack in that directory.
 
     A pack directory: the daemon is used if it serves a pack of that name with the same digest,
-    else a private daemon is started. tier: what its leases are of; device: where it will compute,
-    None for wherever that is. Raises ModelNotFound, PackInvalid, DaemonNotRunning,
-    PrivateDaemonFailed, TierUnavailable, UnsupportedDevice.
+    else a private daemon is started; one that `socket` names must run. tier: what its leases are
+    of; device: where it will compute, None for wherever that is. Raises ModelNotFound, PackInvalid,
+    DaemonNotRunning, PrivateDaemonFailed, TierUnavailable, UnsupportedDevice.
     """
     pack = pack_directory(name_or_pack)
     if pack is None:
@@ -103,6 +103,8 @@ def _open_served(pack: Path, socket: str | None, tier: str, device: str | None) 
     try:
         client = Client(socket, tier=tier)
     except DaemonNotRunning:
+        if socket is not None:
+            raise
         return None
     try:
         _check_place(client, device)

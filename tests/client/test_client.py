@@ -63,6 +63,25 @@ def test_a_client_without_a_name_says_which_process_it_is(daemon: FakeDaemon) ->
     assert daemon.asked("hello")[0]["client"].endswith(f"[{os.getpid()}]")
 
 
+def test_a_socket_without_a_name_and_a_timeout_of_nothing_are_refused(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Client(os.environ.get("MINE", ""))` must not end at another daemon."""
+    monkeypatch.setenv("TIERD_SOCKET", daemon.path)
+    with pytest.raises(ValueError, match="socket '' is no path"):
+        Client("")
+    with pytest.raises(ValueError, match="timeout is 0 s, expected more than 0"):
+        Client(timeout=0)
+
+
+def test_a_layer_is_leased_by_name_or_by_number(client: Client) -> None:
+    for layer in ("blocks.1", 2):
+        with client.lease("tiny", layer) as lease:
+            assert lease.layer.name == "blocks.1"
+    with pytest.raises(LayerNotFound, match="has no layer number 99; it has 0 to "):
+        client.lease("tiny", 99)
+
+
 def test_the_socket_comes_from_the_environment_when_nobody_names_it(
     daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

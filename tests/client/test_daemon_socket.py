@@ -45,6 +45,14 @@ def test_nobody_there_is_said_with_what_to_do(tmp_path: Path) -> None:
         connected_socket(str(tmp_path / "nobody.sock"), 1)
 
 
+def test_a_path_that_is_no_socket_is_said_to_be_none(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    file.touch()
+    for path in (file, tmp_path):
+        with pytest.raises(DaemonNotRunning, match=rf"at {path} \(it is no socket\)"):
+            connected_socket(str(path), 1)
+
+
 def test_a_daemon_that_takes_no_connection_is_given_up(tmp_path: Path) -> None:
     path = str(tmp_path / "full.sock")
     with socket.socket(socket.AF_UNIX) as listener:

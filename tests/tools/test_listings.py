@@ -9,6 +9,12 @@ from tierd_tools import listings
 if TYPE_CHECKING:
     import pytest
 
+
+def test_that_nobody_is_connected_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    listings.clients({"clients": []})
+    assert capsys.readouterr().out == "no client is connected\n"
+
+
 CLIENT: dict[str, object] = {
     "client": 12345, "name": "python3[4711]", "pid": 1234567, "uid": 1000,
     "model": "llama-3-70b-lossless", "tier": "gpu:0", "scratch_bytes": 240 << 20, "position": 41,

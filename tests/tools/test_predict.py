@@ -82,6 +82,12 @@ def test_a_machine_that_cannot_serve_the_model_is_refused_with_the_numbers() -> 
         predict.predict(EQUAL, Node(GB, GB, gpu_bytes=MIB, copy_bytes_per_s=GB))
 
 
+def test_less_memory_than_a_page_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["predict", "--layers", "2", "--layer-bytes", "1MB", "--ssd", "1GB/s", "--dram", "1MiB"]
+    assert tierctl.main(argv) == 2
+    assert "dram 1.0 MiB is less than a page of 2.0 MiB" in capsys.readouterr().err
+
+
 ARGV = ["predict", "--dram", "300MB", "--ssd", "1GB/s"]
 LAYERS = ["--layers", "24", "--layer-bytes", "32MiB"]
 

@@ -144,6 +144,22 @@ def test_a_socket_that_cannot_be_a_path_is_usage_as_it_is_for_the_daemon(
     assert repr(path) in text
 
 
+@pytest.mark.parametrize("argv", [["layers", "../x"], ["why", "../x", "0"], ["pin", "a b"]])
+def test_a_name_that_no_model_can_have_is_usage(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tierctl.main(argv) == 2
+    assert f"model name {argv[1]!r} is refused: allowed are " in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    socket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "absent" / "day.json"
+    assert tierctl.main(["trace", "--socket", socket, "-o", str(path)]) == 1
+    assert capsys.readouterr().err == f"tierctl: {path}: No such file or directory\n"
+
+
 @pytest.mark.parametrize("command", ["status", "pack"])
 def test_an_interrupt_promises_to_resume_only_where_that_is_so(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

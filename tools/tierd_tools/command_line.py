@@ -1,4 +1,4 @@
-"""What several commands of tierctl have in common: a daemon's socket, progress on stderr."""
+"""What several commands of tierctl have in common: the socket, the model, progress on stderr."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from tierd_layouts.errors import NameRefused
+from tierd_layouts.names import check_model_name
 from tierd_tools.errors import BadSetting
 
 if TYPE_CHECKING:
@@ -25,6 +27,14 @@ def asked_socket(arguments: argparse.Namespace) -> str | None:
     if arguments.socket == "":  # `--socket "$UNSET"` must not end at another daemon
         raise BadSetting("--socket '' is no path")
     return arguments.socket  # type: ignore[no-any-return]
+
+
+def asked_model(arguments: argparse.Namespace) -> str:
+    """The name of a model that is served. Raises BadSetting for what can be no name."""
+    try:
+        return check_model_name(arguments.model)
+    except NameRefused as error:
+        raise BadSetting(str(error)) from error
 
 
 def progress(arguments: argparse.Namespace) -> Progress:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tierd.sizes import parse_size
-from tierd_layouts.names import check_model_name
-from tierd_tools.command_line import add_socket, asked_socket
+from tierd_tools.command_line import add_socket, asked_model, asked_socket
 from tierd_tools.diagnostics import ask
 from tierd_tools.errors import BadSetting
 
@@ -47,7 +46,7 @@ def add(command: Command) -> None:
 def _ask(arguments: argparse.Namespace) -> Reply:
     fields: dict[str, Any] = {}
     if arguments.command in _OF_A_MODEL:
-        fields["model"] = check_model_name(arguments.model)
+        fields["model"] = asked_model(arguments)
     if layers := getattr(arguments, "layers", None):
         fields["layers"] = layers
     return ask(asked_socket(arguments), arguments.command, **fields)

@@ -65,6 +65,9 @@ def _on_gpu(found: Reply | None) -> str:
 
 def clients(reply: Reply) -> None:
     """Who is connected and what it holds; below, what it does and how long it waits."""
+    if not reply["clients"]:
+        say("no client is connected")
+        return
     holding = [
         (
             str(client["client"]),

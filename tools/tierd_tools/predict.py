@@ -165,6 +165,10 @@ def predict(
     if compute_seconds is not None and memory_bandwidth is not None:
         raise BadSetting("give the compute time or the memory bandwidth, not both")
     _check_work(len(model.order), clients)
+    if node.dram_bytes < node.granule_bytes:
+        raise BadSetting(
+            f"dram {size(node.dram_bytes)} is less than a page of {size(node.granule_bytes)}"
+        )
     notes = list(model.notes)
     memory_bytes = sum(
         model.layer_bytes[layer]

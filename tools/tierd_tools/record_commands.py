@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tierd_tools.command_line import add_socket, asked_socket
+from tierd_tools.command_line import add_socket, asked_model, asked_socket
 from tierd_tools.errors import BadSetting
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def add(command: Command) -> None:
 def _why(arguments: argparse.Namespace) -> Reply:
     from tierd_tools import why
 
-    reply = why.why(asked_socket(arguments), arguments.model, arguments.layer, arguments.tier)
+    model = asked_model(arguments)
+    reply = why.why(asked_socket(arguments), model, arguments.layer, arguments.tier)
     if not (arguments.history or arguments.json):
         del reply["history"]
     return reply

@@ -96,8 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `tierctl ... | head`: nobody wants the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ToolError, FormatError, OSError) as error:
+    except (ToolError, FormatError) as error:
         print(f"tierctl: {error}", file=sys.stderr)
+        return FAILURE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"tierctl: {where}{error.strerror or error}", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
         resumes = "; a pack run resumes where it stopped" if arguments.command == "pack" else ""

@@ -71,7 +71,9 @@ def read_tokens(
 
 def _check(tokens: torch.Tensor, windows: int, window_tokens: int, where: str) -> None:
     if windows < 1 or window_tokens < 2:
-        raise BadSetting(f"{windows} windows of {window_tokens} tokens: at least 1 of 2 is needed")
+        raise BadSetting(
+            f"{windows} windows of {window_tokens} tokens: expected 1 window of 2 tokens or more"
+        )
     if len(tokens) < windows * window_tokens:
         raise TextRefused(
             f"{where} has {len(tokens):,} tokens, {windows} windows of {window_tokens} take "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from tierd_layouts.names import check_model_name
 from tierd_tools.diagnostics import ask
 from tierd_tools.quantities import duration, size
 
@@ -23,7 +22,7 @@ LEFT = ("evict", "failed")
 def why(socket_path: str | None, model: str, layer: str, tier: str = "dram") -> Reply:
     """The daemon's answer with the `sentence` in it. `layer`: its name, or its number."""
     number: str | int = int(layer) if _NUMBER.fullmatch(layer) else layer
-    reply = ask(socket_path, "why", model=check_model_name(model), layer=number, tier=tier)
+    reply = ask(socket_path, "why", model=model, layer=number, tier=tier)
     return {"sentence": sentence(reply), **reply}
 
 

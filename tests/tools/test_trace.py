@@ -197,7 +197,7 @@ def test_what_cannot_be_answered_is_one_line_and_a_code(
         (["why", "tiny", "9" * 25, "--socket", socket], 1, "has no layer '999"),
         (["why", "tiny", "9" * 4000, "--socket", socket], 1, "has no layer '999"),
         (["trace", "-o", str(tmp_path / "x"), "--seconds", "-1", "--socket", socket], 2, "-1"),
-        (["trace", "-o", str(tmp_path / "no" / "x"), "--socket", socket], 1, "no/x'\n"),
+        (["trace", "-o", str(tmp_path / "no" / "x"), "--socket", socket], 1, "no/x: No such file"),
         (["trace", "-o", str(tmp_path / "x"), "--socket", str(tmp_path / "s")], 1, "s"),
         (["replay", str(stray)], 1, "not from `tierctl trace`"),
         (["replay", str(damaged)], 1, "damaged"),

@@ -90,8 +90,8 @@ class Report:
                 f"{size(self.memory_bytes)} of weights",
             ),
             f"stall    {duration(int(self.stall_seconds * SECOND_NS))} a token",
-            f"model    {size(self.model_bytes)} in DRAM of {size(self.dram_bytes)}"
-            + ("" if self.gpu_bytes is None else f" and {size(self.gpu_bytes)} of GPU"),
+            f"model    {size(self.model_bytes)}; DRAM {size(self.dram_bytes)}"
+            + ("" if self.gpu_bytes is None else f", GPU {size(self.gpu_bytes)}"),
         ]  # fmt: skip
         return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
 

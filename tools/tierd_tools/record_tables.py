@@ -39,7 +39,7 @@ def replay(reply: Reply) -> None:
         (
             row["policy"],
             size(row["budget_bytes"]),
-            f"{row['hit_ratio']:.1%}",
+            f"{max(row['hit_ratio'], 0):.1%}",
             size(row["read_bytes"]),
             "-" if row["in_time"] is None else f"{row['in_time']}/{row['uses']}",
             times(row, "stall_ns"),
@@ -54,5 +54,12 @@ def replay(reply: Reply) -> None:
         f"at {' and '.join(size(rate) for rate in bandwidth)}/s; memory is empty at the begin"
     )
     table(headings, rows, right=headings[1:])
+    for row in reply["rows"]:
+        asked, read = row["asked_bytes"], row["read_bytes"]
+        if read > asked:
+            say(
+                f"{row['policy']} at {size(row['budget_bytes'])} read {size(read)} for the "
+                f"{size(asked)} that were asked for: some went before they were used"
+            )
     for text in dict.fromkeys(text for row in reply["rows"] for text in row["refused"]):
         say(f"left out: {text}", soft_wrap=True)

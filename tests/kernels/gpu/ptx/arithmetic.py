@@ -59,7 +59,7 @@ def field(a: Any, first: Any, count: Any) -> Any:
     first, count = first & 255, count & 255
     a = np.broadcast_to(a, np.broadcast_shapes(np.shape(a), np.shape(first), np.shape(count)))
     unsigned = a.view(f"u{a.itemsize}")
-    found = shifted_right(unsigned, first)
+    found = shifted_right(a, first).view(unsigned.dtype)
     mask = ~shifted_left(~(unsigned & 0), count)
     if a.dtype.kind == "u":
         return found & mask

@@ -196,6 +196,7 @@ def _whole(writer: Writer, instruction: Instruction, mask: str) -> None:
 @handles(r"bar\.warp\.sync")
 def _warp_barrier(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
     _whole(writer, instruction, instruction.operands[0])
+    writer.line("M.shared.meet(t)")
 
 
 @handles(r"shfl\.sync\.(up|down|bfly|idx)\.b32")

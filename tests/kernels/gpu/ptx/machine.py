@@ -13,7 +13,8 @@ from tests.kernels.gpu.ptx.blocks import blocks
 from tests.kernels.gpu.ptx.errors import PtxError, UnknownPtx
 from tests.kernels.gpu.ptx.memory import Array, GlobalMemory
 from tests.kernels.gpu.ptx.program import Program
-from tests.kernels.gpu.ptx.shared import BASE, SharedMemory
+from tests.kernels.gpu.ptx.races import BASE
+from tests.kernels.gpu.ptx.shared import SharedMemory
 from tests.kernels.gpu.ptx.source import Entry, entries
 from tests.kernels.gpu.ptx.translate import Translated, translated
 

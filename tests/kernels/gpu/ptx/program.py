@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.kernels.gpu.ptx.shared import SharedMemory
     from tests.kernels.gpu.ptx.translate import Translated
 
-MOST_BLOCKS: Final = 1 << 20
+MOST_BLOCKS: Final = 1 << 18
 """That a program executes: far more than any of ours, and less than for ever."""
 
 

@@ -1,24 +1,21 @@
-"""Shared memory of a program, and who touched each byte since the last barrier. Our racecheck.
+"""Shared memory of a program, and what is under way in it.
 
-Two warps that touch a byte, one of them writing, with no barrier between them, are an error; so is
-a byte that nobody wrote, or that a cp.async under way is to write. Threads of one warp go in step
-here, as all that Triton compiles for one warp relies on; but two that store different numbers to
-one place in one instruction are an error.
+A byte that nobody wrote, that a cp.async is still to write, or that a tensor core may still read,
+is not touched; who touched what since the last barrier is for `races.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from tests.kernels.gpu.ptx.errors import PtxError, Race, Undefined, WrongAddress
 from tests.kernels.gpu.ptx.memory import UNIT
+from tests.kernels.gpu.ptx.races import BASE, ONES, Flags, Races, named
 from tests.kernels.gpu.ptx.warps import LANES
 
-BASE: Final = 1024
-"""The first address: tiles of tensor cores begin at multiples of it. 0 is nobody's."""
 _POISON: Final = 0xA5
 
 
@@ -32,38 +29,20 @@ class _Copy:
     data: Any
 
 
-@dataclass(slots=True)
-class _Flags:
-    """A byte for each byte of shared memory: 1 or 0. views: as words, by their bytes."""
-
-    octets: Any
-    views: dict[int, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.views = {nbytes: self.octets.view(f"u{nbytes}") for nbytes in (1, 2, 4, 8)}
-
-
-_ALL: Final = {nbytes: int("01" * nbytes, 16) for nbytes in (1, 2, 4, 8)}
-
-
 class SharedMemory:
     def __init__(self, nbytes: int, threads: int) -> None:
-        warps = -(-threads // LANES)
         self.nbytes = nbytes
         room = -(-(BASE + nbytes) // 16) * 16
         octets = np.zeros(room + 16, np.uint8)
         octets = octets[-octets.ctypes.data % 16 :][:room]
         octets[:] = _POISON
         self._units = {size: octets.view(unit) for size, unit in UNIT.items()}
-        self._known = _Flags(np.zeros(room, np.uint8))
-        self._awaited = _Flags(np.zeros(room, np.uint8))
-        self._unfenced = _Flags(np.zeros(room, np.uint8))
-        self._wrote = _Flags(np.zeros((warps, room), np.uint8))
-        self._read = _Flags(np.zeros((warps, room), np.uint8))
-        self._pinned = _Flags(np.zeros(room, np.uint8))
+        self._known = Flags(np.zeros(room, np.uint8))
+        self._awaited = Flags(np.zeros(room, np.uint8))
+        self._unfenced = Flags(np.zeros(room, np.uint8))
+        self._races = Races(room, threads)
+        self._pinned = Flags(np.zeros(room, np.uint8))
         self._pins: list[Any] = []
-        self._someone_wrote = False
-        self._someone_read = False
         self._commits = np.zeros(threads, np.int64)
         self._copies: list[_Copy] = []
 
@@ -86,15 +65,15 @@ class SharedMemory:
             if not len(address):
                 return
         self._touch(threads, address, data.itemsize)
-        self._put(threads, address, data)
+        self._put(address, data)
 
     def barrier(self) -> None:
         """All threads were there."""
-        if self._someone_wrote:
-            self._wrote.octets[:] = 0
-        if self._someone_read:
-            self._read.octets[:] = 0
-        self._someone_wrote = self._someone_read = False
+        self._races.barrier()
+
+    def meet(self, threads: Any) -> None:
+        """The lanes of these warps were at a bar.warp.sync."""
+        self._races.meet(threads)
 
     # ------------------------------------------------------------------------ asynchronous
 
@@ -107,7 +86,7 @@ class SharedMemory:
                 return
         self._touch(threads, address, data.itemsize)
         unit, places = _places(address, data.itemsize)
-        self._awaited.views[unit][places] = _ALL[unit]
+        self._awaited.views[unit][places] = ONES[unit]
         self._copies.append(_Copy(threads, self._commits[threads], address, data))
 
     def commit(self, threads: Any) -> None:
@@ -124,7 +103,8 @@ class SharedMemory:
                 address, data = copy.address[arrived], copy.data[arrived]
                 unit, places = _places(address, data.itemsize)
                 self._awaited.views[unit][places] = 0
-                self._put(copy.threads[arrived], address, data)
+                self._touch(copy.threads[arrived], address, data.itemsize)
+                self._put(address, data)
             if not arrived.all():
                 kept = ~arrived
                 parts = (copy.threads, copy.groups, copy.address, copy.data)
@@ -134,8 +114,7 @@ class SharedMemory:
     def fence(self, threads: Any) -> None:
         """fence.proxy.async: what these threads wrote, or can see, the tensor cores see too."""
         warps = np.unique(threads // LANES)
-        ours = self._wrote.octets[warps].any(axis=0)
-        seen = ~self._wrote.octets.any(axis=0)
+        ours, seen = self._races.writers(warps)
         self._unfenced.octets[ours | seen] = 0
 
     def proxy_load(self, threads: Any, octets: Any) -> Any:
@@ -147,7 +126,7 @@ class SharedMemory:
         self._pinned.octets[flat] = 1
         if self._unfenced.octets[flat].any():
             wrong = int(flat[self._unfenced.octets[flat] != 0][0])
-            raise Race(f"tensor cores read byte {_named(wrong)} without fence.proxy.async after it")
+            raise Race(f"tensor cores read byte {named(wrong)} without fence.proxy.async after it")
         return self._units[1][flat].reshape(octets.shape)
 
     def unpin(self, threads: Any, loads: int) -> None:
@@ -169,65 +148,44 @@ class SharedMemory:
         self._check(address, nbytes)
         unit, places = _places(address, nbytes)
         lanes = _lanes(threads, len(places))
-        if (self._known.views[unit][places] != _ALL[unit]).any():
+        if (self._known.views[unit][places] != ONES[unit]).any():
             self._refuse(Undefined, "reads", "that nobody wrote", self._known, lanes, places, unit)
-        if self._someone_wrote:
-            self._compare(self._wrote, "reads", "written", lanes, places, unit)
         if self._copies:
             self._ask_copies("reads", lanes, places, unit)
-        self._read.views[unit][lanes // LANES, places] = _ALL[unit]
-        self._someone_read = True
+        self._races.read(lanes, places, unit)
 
     def _touch(self, threads: Any, address: Any, nbytes: int) -> None:
         self._check(address, nbytes)
         unit, places = _places(address, nbytes)
         lanes = _lanes(threads, len(places))
-        if self._someone_wrote:
-            self._compare(self._wrote, "writes", "written", lanes, places, unit)
-        if self._someone_read:
-            self._compare(self._read, "writes", "read", lanes, places, unit)
+        self._races.write(lanes, places, unit)
         if self._copies:
             self._ask_copies("writes", lanes, places, unit)
         if self._pins and self._pinned.views[unit][places].any():
             why = "that tensor cores may still read"
             self._refuse(Race, "writes", why, self._pinned, lanes, places, unit)
 
-    def _put(self, threads: Any, address: Any, data: Any) -> None:
+    def _put(self, address: Any, data: Any) -> None:
         units = self._units[data.itemsize]
         places = address.astype(np.int64) // data.itemsize
         units[places] = data
         there = units[places]
         if there.tobytes() != data.tobytes():
             at = next(i for i in range(len(data)) if there[i].tobytes() != data[i].tobytes())
-            raise Undefined(f"two threads store different numbers to {_named(int(address[at]))}")
+            raise Undefined(f"two threads store different numbers to {named(int(address[at]))}")
         unit, places = _places(address, data.itemsize)
-        self._known.views[unit][places] = _ALL[unit]
-        self._unfenced.views[unit][places] = _ALL[unit]
-        self._wrote.views[unit][_lanes(threads, len(places)) // LANES, places] = _ALL[unit]
-        self._someone_wrote = True
+        self._known.views[unit][places] = ONES[unit]
+        self._unfenced.views[unit][places] = ONES[unit]
 
     def _check(self, address: Any, nbytes: int) -> None:
         address = address.astype(np.int64)
         if (address & nbytes - 1).any():
             wrong = int(address[(address & nbytes - 1) != 0][0])
-            raise WrongAddress(f"{_named(wrong)} is no multiple of {nbytes} bytes")
+            raise WrongAddress(f"{named(wrong)} is no multiple of {nbytes} bytes")
         outside = (address < BASE) | (address > BASE + self.nbytes - nbytes)
         if outside.any():
             wrong = int(address[outside][0])
-            raise WrongAddress(f"{nbytes} bytes at {_named(wrong)} of {self.nbytes}")
-
-    def _compare(
-        self, touched: _Flags, does: str, did: str, lanes: Any, places: Any, unit: int
-    ) -> None:
-        """Raises Race where another warp touched one of the places."""
-        found = touched.views[unit][:, places] != 0
-        found[lanes // LANES, np.arange(len(places))] = False
-        if found.any():
-            warp, at = (int(index[0]) for index in found.nonzero())
-            raise Race(
-                f"warp {lanes[at] // LANES} {does} byte {_named(int(places[at]) * unit)}, {did} by "
-                f"warp {warp} with no barrier between them"
-            )
+            raise WrongAddress(f"{nbytes} bytes at {named(wrong)} of {self.nbytes}")
 
     def _ask_copies(self, does: str, lanes: Any, places: Any, unit: int) -> None:
         if self._awaited.views[unit][places].any():
@@ -238,19 +196,15 @@ class SharedMemory:
         error: type[PtxError],
         does: str,
         why: str,
-        flags: _Flags,
+        flags: Flags,
         lanes: Any,
         places: Any,
         unit: int,
     ) -> None:
-        wrong = flags.views[unit][places] != (_ALL[unit] if error is Undefined else 0)
+        wrong = flags.views[unit][places] != (ONES[unit] if error is Undefined else 0)
         at = int(wrong.nonzero()[0][0])
-        place = _named(int(places[at]) * unit)
+        place = named(int(places[at]) * unit)
         raise error(f"thread {lanes[at]} {does} byte {place} of shared memory {why}")
-
-
-def _named(address: int) -> str:
-    return f"shared+{address - BASE}"
 
 
 def _places(address: Any, nbytes: int) -> tuple[int, Any]:

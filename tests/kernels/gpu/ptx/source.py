@@ -166,7 +166,7 @@ class _Body:
             depth += 1 if brace[0] == "{" else -1
             end = brace.end()
         inside = self._text[self._at : end]
-        names = re.findall(r"(?m)^\s*([\w$]+):(?!:)", inside)
+        names = re.findall(r"(?:^|[;{}:])\s*([\w$]+):(?!:)", inside)
         for declared in re.findall(r"\.reg\s+\.\w+\s+([^;]*);", inside):
             names += [name.strip() for name in declared.split(",")]
         return {name: f"{name}__{self._blocks}" for name in names}

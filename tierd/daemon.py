@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierd import recovery, sdnotify
 from tierd.arenas import Arenas
-from tierd.budgets import Budgets
+from tierd.budget_commands import BudgetCommands
 from tierd.clients import Clients
 from tierd.core.errors import IllegalEvent
 from tierd.core.model import Adopted, ArenaAdded, CoreConfig
@@ -68,7 +68,7 @@ class Daemon:
         self.tiers: Tiers
         self.engine: Engine
         self.models: Models
-        self.budgets: Budgets
+        self.budget_commands: BudgetCommands
         self.holders: Holders
         self.costs: Costs
         self._garbage: Garbage
@@ -232,7 +232,9 @@ class Daemon:
             self.tiers,
         )
         self.models = Models(self.config, self.registry, self.arenas, self.engine)
-        self.budgets = Budgets(self.engine, self.arenas, self.tiers, self.models.judge_all)
+        self.budget_commands = BudgetCommands(
+            self.engine, self.arenas, self.tiers, self.models.judge_all
+        )
         self.clients.expect(loop)
         self.holders = Holders(loop, self.slots.set_holders)
         self.costs = Costs(

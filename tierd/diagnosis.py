@@ -133,7 +133,9 @@ class Diagnosis:
     def _feeds(self) -> dict[int, int]:
         """What GPUs take out of DRAM: the core's own clients, and the number of their GPU."""
         stack = self._daemon.engine.stack
-        return {} if stack is None else {feed.id: feed.gpu for feed in stack.feeds.feeds.values()}
+        return (
+            {} if stack is None else {feed.id: feed.gpu for feed in stack.exchange.feeds.values()}
+        )
 
     def _text(self, decision: Decision, peer: PeerCredentials) -> str:
         """The reason, with layers by name; of another model only if the peer may know."""

@@ -146,14 +146,7 @@ class GpuFilling:
 
     def _begin(self, action: Copy | DirectRead, pack: Pack) -> str:
         """Before the first byte changes. The layer's name, for texts."""
-        self._slots.filling(
-            action.slot,
-            generation=action.generation,
-            arena=action.arena,
-            offset=action.offset,
-            nbytes=action.nbytes,
-            key=pack.keys[action.key.layer],
-        )
+        self._slots.filling(action, pack.keys[action.key.layer])
         return f"layer {pack.index.layers[action.key.layer].name!r} of pack {pack.name!r}"
 
     def _filled(self, slot: int) -> None:

@@ -153,7 +153,7 @@ class Session:
             case "pin" | "unpin" | "evict":
                 self._daemon.engine.operators.command(self, request, message)
             case "budget":
-                self._daemon.budgets.command(self, request, message)
+                self._daemon.budget_commands.command(self, request, message)
             case "why":
                 self.reply(request, self._daemon.diagnosis.why(self.connection.peer, message))
             case "trace":

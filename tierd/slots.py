@@ -19,6 +19,9 @@ from tierd_layouts.slot_table import SlotTable
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from tierd.core.model import Read
+    from tierd.core.stack_model import Copy, DirectRead
+
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -70,16 +73,14 @@ class Slots:
         slots._entries = {held.lease: held.entry for held in table.leases()}
         return slots
 
-    def filling(
-        self, slot: int, *, generation: int, arena: int, offset: int, nbytes: int, key: bytes
-    ) -> None:
-        """The slot's bytes are about to change."""
+    def filling(self, action: Read | Copy | DirectRead, key: bytes) -> None:
+        """The bytes of its slot are about to become those of the layer with this key."""
         self.table.set_slot(
-            slot,
-            generation=generation,
-            arena=arena,
-            offset=offset,
-            nbytes=nbytes,
+            action.slot,
+            generation=action.generation,
+            arena=action.arena,
+            offset=action.offset,
+            nbytes=action.nbytes,
             state=SlotState.FILLING,
             key=key,
         )

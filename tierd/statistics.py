@@ -196,7 +196,7 @@ class Statistics:
         )
 
     def config(self) -> Reply:
-        return {"config": self._daemon.budgets.config(self._daemon.costs.config())}
+        return {"config": self._daemon.budget_commands.config(self._daemon.costs.config())}
 
     def _notes(self) -> list[str]:
         daemon = self._daemon

@@ -87,14 +87,7 @@ class Transfers:
 
     def _start_read(self, read: Read, pack: Pack) -> None:
         layer = pack.index.layers[read.key.layer]
-        self._slots.filling(
-            read.slot,
-            generation=read.generation,
-            arena=read.arena,
-            offset=read.offset,
-            nbytes=read.nbytes,
-            key=pack.keys[read.key.layer],
-        )
+        self._slots.filling(read, pack.keys[read.key.layer])
         log.debug("reading %s %s into slot %d (%s)", pack.name, layer.name, read.slot, read.reason)
         self.reads += 1
         target = self._arenas.by_id[read.arena].buffer(read.offset, read.nbytes)

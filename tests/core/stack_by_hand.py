@@ -85,7 +85,7 @@ def finish(stack: TierStack, at_ns: int = 0) -> list[StackAction]:
     while True:
         reading = [slot.id for slot in stack.dram.books.in_flight.values() if slot.claim is None]
         copying = [
-            (one.gpu, slot) for one in stack.feeds.feeds.values() for slot in list(one.copying)
+            (one.gpu, slot) for one in stack.exchange.feeds.values() for slot in list(one.copying)
         ]
         if not (reading or copying):
             return actions

@@ -77,7 +77,7 @@ def test_a_direct_read_that_fails_is_never_tried_another_way() -> None:
     assert Refuse(FIRST, 1, "read_failed", "not direct") in failed
     assert [one.key for one in of(Unload, failed)] == [key(1)]
     assert not of(Read, failed)
-    assert not stack.feeds.feeds
+    assert not stack.exchange.feeds
 
 
 def test_what_dram_has_is_copied_from_there() -> None:
@@ -108,7 +108,7 @@ def test_a_plan_of_a_direct_gpu_needs_nothing_in_dram_and_brings_nothing_there()
     assert not of(Read, actions)
     assert has_nothing_in_dram(stack)
     feed(stack, PlanOver(1, FIRST, 0))
-    assert not stack.feeds.feeds
+    assert not stack.exchange.feeds
 
 
 def test_hints_of_a_direct_gpu_are_not_heard_in_dram() -> None:
@@ -136,7 +136,7 @@ def test_a_copy_ahead_beside_a_direct_read_has_a_place_in_dram_only_while_it_run
     settle(stack, feed(stack, ClientJoined(0, 1), Acquire(0, 1, 1, key(0))))
     actions = feed(stack, Acquire(1, FIRST, 1, key(1)), Acquire(1, FIRST, 2, key(0), ahead=True))
     [read], [copy] = of(DirectRead, actions), of(Copy, actions)
-    [only] = stack.feeds.feeds.values()
+    [only] = stack.exchange.feeds.values()
     assert only.joined
     feed(stack, CopyDone(2, 0, copy.slot))
     assert not only.joined
@@ -166,7 +166,7 @@ def test_a_direct_read_of_a_removed_model_ends_and_leaves_nothing() -> None:
     assert not of(Unload, removed)
     ended = feed(stack, CopyDone(2, 0, read.slot))
     assert [one.key for one in of(Unload, ended)] == [key(1)]
-    assert not stack.feeds.feeds
+    assert not stack.exchange.feeds
     assert not any(machine.books.slots for machine in (stack.dram, *stack.gpus))
 
 
@@ -175,7 +175,7 @@ def test_a_client_that_dies_during_a_direct_read_leaves_nothing() -> None:
     feed(stack, Plan(0, FIRST, 1, 0, (0, 1)))
     feed(stack, Acquire(0, FIRST, 2, key(0)), ClientGone(1, FIRST), Fenced(2, FIRST))
     finish(stack)
-    assert not stack.feeds.feeds
+    assert not stack.exchange.feeds
     assert not stack.gpus[0].snapshot().memory.in_flight_bytes
 
 

@@ -47,7 +47,7 @@ def nothing_is_left(stack: TierStack) -> bool:
     """No feed, no lease, nothing under way."""
     memory = [machine.snapshot().memory for machine in (stack.dram, *stack.gpus)]
     return not (
-        stack.feeds.feeds
+        stack.exchange.feeds
         or memory[0].reserved_bytes
         or any(tier.leased_bytes or tier.in_flight_bytes for tier in memory)
     )
@@ -164,7 +164,7 @@ def test_a_copy_that_fails_while_its_layer_is_read_fails_the_client_and_the_read
     failed = feed(stack, CopyFailed(1, 0, copy.slot, "copy_failed", "ECC"))
     assert Refuse(FIRST, 1, "copy_failed", "ECC") in failed
     assert [one.key for one in of(Unload, failed)] == [key(1)]
-    [only] = stack.feeds.feeds.values()
+    [only] = stack.exchange.feeds.values()
     assert only.orphans
     again = feed(stack, Acquire(2, FIRST, 2, key(1)))
     [second] = of(Copy, again)

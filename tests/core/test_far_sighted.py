@@ -24,11 +24,11 @@ from tierd.core.model import (
     ReadDone,
     Release,
 )
-from tierd.sim.clients import Profile
 from tierd.sim.reference import min_with_bypass
 from tierd.sim.replay_policies import whole_layers
 from tierd.sim.scenario import Device, Model, Scenario, cycle
 from tierd.sim.simulation import Simulation
+from tierd.sim.virtual_client import Profile
 
 if TYPE_CHECKING:
     from tierd.core.model import Action, Event

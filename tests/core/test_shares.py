@@ -22,9 +22,9 @@ from tierd.core.model import (
     Release,
     WeightChanged,
 )
-from tierd.sim.clients import Profile
 from tierd.sim.scenario import Device, Model, Scenario
 from tierd.sim.simulation import Simulation
+from tierd.sim.virtual_client import Profile
 
 G = 2 << 20
 READ_NS = 1_000_000  #: of a layer of one granule, on the device of the simulations

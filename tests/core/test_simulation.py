@@ -10,10 +10,10 @@ import pytest
 from tierd.core.errors import CoreError
 from tierd.core.model import Evict, LayerKey, Read
 from tierd.sim.__main__ import main, replay_command
-from tierd.sim.clients import Profile
 from tierd.sim.errors import BrokenPromise
 from tierd.sim.scenario import Device, Model, Scenario, cycle, drawn
 from tierd.sim.simulation import Simulation
+from tierd.sim.virtual_client import Profile
 from tierd.sim.world import World
 
 if TYPE_CHECKING:

@@ -80,7 +80,7 @@ def test_a_plan_on_a_gpu_needs_its_largest_layer_on_both_tiers() -> None:
         refusals = [(a.request, a.code) for a in actions if isinstance(a, Refuse)]
         assert refusals == ([] if code is None else [(7, code)])
         assert (Admit(FIRST, 7, 3 * G) in actions) == (code is None)
-        assert bool(stack.feeds.feeds) == (code is None)
+        assert bool(stack.exchange.feeds) == (code is None)
         assert (stack.dram.snapshot().memory.reserved_bytes == 0) == (code is not None)
 
 
@@ -103,7 +103,7 @@ def test_a_layer_that_dram_put_off_is_asked_for_again_when_the_read_before_it_fa
     stack = stack_of(2, 4, (2, 2), copies=2)
     actions = feed(stack, Acquire(0, FIRST, 1, key(0)), Acquire(0, FIRST, 2, key(1)))
     assert [a.key for a in actions if isinstance(a, Read)] == [key(0)]
-    [only] = stack.feeds.feeds.values()
+    [only] = stack.exchange.feeds.values()
     assert only.full
     assert [read.key for _, read in only.parked] == [key(1)]
     assert "put off" in [one.what for one in stack.gpus[0].story(key(1))]
@@ -140,10 +140,10 @@ def test_a_client_that_dies_at_any_step_of_a_copy_leaves_nothing() -> None:
         for _ in range(10):
             for number in list(slots):
                 feed(stack, ReadDone(4, number))
-            for found in list(stack.feeds.feeds.values()):
+            for found in list(stack.exchange.feeds.values()):
                 for number in list(found.copying):
                     feed(stack, CopyDone(4, 0, number))
-        assert not stack.feeds.feeds
+        assert not stack.exchange.feeds
         for machine in (stack.dram, *stack.gpus):
             memory = machine.snapshot().memory
             assert memory.leased_bytes == memory.reserved_bytes == memory.quarantined_bytes == 0
@@ -174,7 +174,7 @@ def test_what_stays_on_the_gpu_may_leave_dram() -> None:
     not read more than the moving layers of both."""
     stack = stack_of(4, 6, (1,) * 8)
     actions = passes(stack, FIRST, 8, 8)
-    [only] = stack.feeds.feeds.values()
+    [only] = stack.exchange.feeds.values()
     assert only.declared is not None
     assert len(only.declared.order) <= 5
     reads = [action.key for action in actions if isinstance(action, Read)]
@@ -185,7 +185,7 @@ def test_a_model_that_fits_the_gpu_is_copied_once_and_needs_no_dram() -> None:
     stack = stack_of(3, 8, (1,) * 8)
     actions = passes(stack, FIRST, 8, 5)
     assert not [action for action in actions if isinstance(action, Copy)]
-    [only] = stack.feeds.feeds.values()
+    [only] = stack.exchange.feeds.values()
     assert only.declared is not None
     assert len(only.declared.order) == 1
     assert len(stack.dram.books.models[0].plans) == 1
@@ -203,13 +203,13 @@ def test_two_gpus_share_one_read() -> None:
 def test_the_next_leader_takes_the_plan_over_and_the_last_one_takes_it_away() -> None:
     stack = stack_of(8, 2, (1,) * 6, clients=2)
     settle(stack, feed(stack, Plan(0, FIRST, 1, 0, (0, 1, 2)), Plan(0, FIRST + 1, 1, 0, (3, 4))))
-    [only] = stack.feeds.feeds.values()
+    [only] = stack.exchange.feeds.values()
     assert only.declared is not None
     assert set(only.declared.order) == {0, 1, 2}
     settle(stack, feed(stack, ClientGone(1, FIRST)))
     assert set(only.declared.order) == {3, 4}
     settle(stack, feed(stack, ClientGone(2, FIRST + 1)))
-    assert not stack.feeds.feeds
+    assert not stack.exchange.feeds
     assert [client for client in stack.dram.books.clients if client < 0] == []
 
 
@@ -299,7 +299,7 @@ def test_the_end_of_the_last_plan_closes_the_feed_and_its_reserve_in_dram_ends()
     assert stack.gpus[0].snapshot().memory.reserved_bytes == G
     feed(stack, PlanOver(2, FIRST + 1, 0))
     assert stack.dram.snapshot().memory.reserved_bytes == 0
-    assert not stack.feeds.feeds
+    assert not stack.exchange.feeds
     again = settle(stack, feed(stack, Plan(3, FIRST, 2, 0, (0, 1))))
     assert [action for action in again if isinstance(action, Admit)]
 
@@ -314,7 +314,7 @@ def test_a_plan_that_waits_for_its_feed_is_refused_when_it_is_taken_back() -> No
     [refusal] = feed(stack, PlanOver(2, FIRST, 1))
     assert isinstance(refusal, Refuse)
     assert (refusal.client, refusal.code) == (FIRST, "bad_request")
-    assert not stack.feeds.feeds
+    assert not stack.exchange.feeds
 
 
 def test_a_model_whose_leases_are_kept_on_the_gpu_leaves_dram_without_being_asked_for_again() -> (
@@ -326,7 +326,7 @@ def test_a_model_whose_leases_are_kept_on_the_gpu_leaves_dram_without_being_aske
     actions += settle(stack, feed(stack, *asked))
     assert len([action for action in actions if isinstance(action, Copy)]) == 4
     assert not stack.pressed(0)
-    [only] = stack.feeds.feeds.values()
+    [only] = stack.exchange.feeds.values()
     assert only.declared is not None
     assert len(only.declared.order) == 1
     assert not stack.pressed(None)
@@ -342,6 +342,6 @@ def test_what_the_gpu_has_to_give_up_is_wanted_in_dram_again() -> None:
     assert stack.pressed(0)
     settle(stack, feed(stack, *(Release(2, FIRST, lease) for lease in leases)))
     passes(stack, FIRST, 4, 3)
-    [only] = stack.feeds.feeds.values()
+    [only] = stack.exchange.feeds.values()
     assert only.declared is not None
     assert len(only.declared.order) > 1

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tierd.sim.clients import Profile
 from tierd.sim.scenario import Device, Model, Scenario, cycle
 from tierd.sim.simulation import Simulation
+from tierd.sim.virtual_client import Profile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,6 +18,7 @@ import pytest
 
 from tests.daemon.conftest import PackOnDisk, RawClient, RunningDaemon, wait_until, write_pack
 from tierd.access import AccessGroup
+from tierd.core.model import LayerKey, Read
 from tierd.io.process import start_time
 from tierd.recovery import Orphans, arena_name, living, match
 from tierd.slots import Slots
@@ -444,7 +445,7 @@ def lease_entry(lease: int, pid: int) -> LeaseEntry:
 
 def test_a_lease_of_a_reused_pid_is_dead(slots: Slots) -> None:
     me = os.getpid()
-    slots.filling(0, generation=1, arena=0, offset=0, nbytes=4096, key=b"k" * 16)
+    slots.filling(Read(0, 1, LayerKey(0, 0), 0, 0, 4096, "demand"), b"k" * 16)
     slots.resident(0)
     slots.lease(1, pid=me, start_time=start_time(me), slot=0, generation=1)
     slots.lease(2, pid=me, start_time=start_time(me) - 1, slot=0, generation=1)
@@ -454,7 +455,7 @@ def test_a_lease_of_a_reused_pid_is_dead(slots: Slots) -> None:
 
 
 def test_a_slot_that_was_being_filled_is_forgotten(slots: Slots) -> None:
-    slots.filling(7, generation=1, arena=0, offset=0, nbytes=4096, key=b"k" * 16)
+    slots.filling(Read(7, 1, LayerKey(0, 0), 0, 0, 4096, "demand"), b"k" * 16)
     found = match(slots, (), {0: AccessGroup(0, 0, 0o444)}, ())
     assert found.adopted == []
     assert found.forgotten == [7]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tierd.core.model import LayerKey, Read
 from tierd.errors import ArenaError
 from tierd.slots import Slots
 from tierd_layouts.errors import SlotTableInvalid
@@ -28,7 +29,7 @@ def slots() -> Iterator[Slots]:
 
 
 def fill(slots: Slots, slot: int, generation: int) -> None:
-    slots.filling(slot, generation=generation, arena=0, offset=slot * 4096, nbytes=4096, key=KEY)
+    slots.filling(Read(slot, generation, LayerKey(0, 0), 0, slot * 4096, 4096, "demand"), KEY)
 
 
 def test_a_reader_sees_filling_before_resident(slots: Slots) -> None:

@@ -11,10 +11,10 @@ from tierd.core.budget import Budget
 from tierd.core.fetching import Fetcher
 from tierd.core.model import Admit, Plan, Refuse
 from tierd.sim.__main__ import replay_command
-from tierd.sim.clients import Profile
 from tierd.sim.errors import BrokenPromise
 from tierd.sim.scenario import Model, Scenario, drawn
 from tierd.sim.simulation import Simulation
+from tierd.sim.virtual_client import Profile
 
 G = 2 << 20
 MS = 1_000_000

@@ -21,13 +21,13 @@ from tierd.core.model import (
     Release,
     WeightChanged,
 )
-from tierd.sim.clients import Profile
 from tierd.sim.errors import BadRecording
 from tierd.sim.recording import Moment, Recording
 from tierd.sim.replay import POLICIES, Replay, replay
 from tierd.sim.replay_policies import DEMAND_POLICIES
 from tierd.sim.scenario import Device, Model, Scenario, cycle, drawn
 from tierd.sim.simulation import Simulation
+from tierd.sim.virtual_client import Profile
 from tierd.sim.workload import clients_of
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from tierd.core.model import (
 )
 from tierd.core.stack_check import check_stack
 from tierd.core.stack_copies import not_whole
-from tierd.core.stack_feeds import Feeds
+from tierd.core.stack_exchange import Exchange
 from tierd.core.stack_model import (
     CopyDone,
     CopyFailed,
@@ -61,24 +61,24 @@ class TierStack:
 
     def __init__(self, config: StackConfig) -> None:
         self.config = config
-        self.feeds = Feeds(config)
+        self.exchange = Exchange(config)
         self.measured: dict[int, GpuMeasured] = {}  #: by GPU, the last figure
-        self._roster = Roster(self.feeds.books)
+        self._roster = Roster(self.exchange.books)
 
     @property
     def dram(self) -> TierMachine:
-        return self.feeds.books.dram
+        return self.exchange.books.dram
 
     @property
     def gpus(self) -> tuple[TierMachine, ...]:
-        return self.feeds.books.gpus
+        return self.exchange.books.gpus
 
     def handle(self, event: StackEvent) -> list[StackAction]:
         """Takes one event, returns what is to be done, in this order.
 
         Raises IllegalEvent for what cannot happen now, and is then as it was before.
         """
-        books = self.feeds.books
+        books = self.exchange.books
         before_ns = books.now
         books.now = max(before_ns, event.at_ns)
         books.actions = []
@@ -87,7 +87,7 @@ class TierStack:
         except IllegalEvent:
             books.now = before_ns
             raise
-        self.feeds.work_off()
+        self.exchange.work_off()
         return books.actions
 
     def pressed(self, gpu: int | None) -> bool:
@@ -107,7 +107,7 @@ class TierStack:
 
     def loads(self) -> list[Load]:
         """What a pass of each client asks of disks and of links to GPUs, for `predict`."""
-        return loads_of_stack(self.feeds.books)
+        return loads_of_stack(self.exchange.books)
 
     def copy_bandwidths(self) -> dict[int, int]:
         """Bytes per second of the links that were measured, by GPU, for `predict`."""
@@ -118,21 +118,21 @@ class TierStack:
         self.dram.check()
         for gpu in self.gpus:
             gpu.check()
-        check_stack(self.feeds)
+        check_stack(self.exchange)
 
     # -------------------------------------------------------------------------------------- events
 
     def _take(self, event: StackEvent) -> None:
         """The event to its machine. Whatever is illegal raises before anything changes."""
-        feeds = self.feeds
+        exchange = self.exchange
         match event:
             case Acquire():
                 gpu = self._roster.tier_of(event.client)
-                feeds.deliver(gpu, event)
+                exchange.deliver(gpu, event)
                 if gpu is not None:
-                    feeds.plans.asked(event.client, gpu, event.key)
+                    exchange.plans.asked(event.client, gpu, event.key)
             case Release():
-                feeds.deliver(self._roster.tier_of(event.client), event)
+                exchange.deliver(self._roster.tier_of(event.client), event)
             case CopyDone():
                 done = ReadDone(event.at_ns, event.slot)
                 self._copied(event, done)
@@ -142,28 +142,28 @@ class TierStack:
             case Plan():
                 gpu = self._roster.tier_of(event.client)
                 if gpu is not None and gpu in self._roster.placed.get(event.model, ()):
-                    feeds.plan(gpu, event)
+                    exchange.plan(gpu, event)
                 else:
-                    feeds.deliver(gpu, event)
+                    exchange.deliver(gpu, event)
             case PlanOver():
                 gpu = self._roster.tier_of(event.client)
-                feeds.deliver(gpu, event)
-                feeds.plans.over(event)
+                exchange.deliver(gpu, event)
+                exchange.plans.over(event)
             case Hint():
-                feeds.deliver(self._roster.tier_of(event.client), event)
-                feeds.plans.hinted(event)
+                exchange.deliver(self._roster.tier_of(event.client), event)
+                exchange.plans.hinted(event)
             case DiscardDone():
-                feeds.deliver(self._roster.gpu_of_arena.get(event.arena), event)
+                exchange.deliver(self._roster.gpu_of_arena.get(event.arena), event)
             case JoinedGpu() | ClientJoined() | ClientGone() | Fenced():
                 self._come_or_go(event)
             case Tick():
                 for gpu in (None, *range(len(self.gpus))):
-                    feeds.deliver(gpu, event)
+                    exchange.deliver(gpu, event)
             case TierBudgetChanged():
                 if event.gpu is not None:
                     self._roster.check_gpu(event.gpu)
                 changed = BudgetChanged(event.at_ns, event.request, event.budget_bytes)
-                feeds.deliver(event.gpu, changed)
+                exchange.deliver(event.gpu, changed)
             case GpuMeasured():
                 self._roster.check_gpu(event.gpu)
                 if event.bytes_per_s < 1:
@@ -172,19 +172,19 @@ class TierStack:
             case GpuArenaAdded() | ArenaAdded() | ModelPlaced() | ModelAdded() | ModelRemoved():
                 self._set_up(event)
             case _:
-                feeds.deliver(None, event)
+                exchange.deliver(None, event)
 
     def _copied(self, event: CopyDone | CopyFailed, read: ReadDone | ReadFailed) -> None:
         found = None
         if 0 <= event.gpu < len(self.gpus):
-            found = self.feeds.copies.copying(event.gpu, event.slot)
+            found = self.exchange.copies.copying(event.gpu, event.slot)
         slot = f"slot {event.slot} of GPU {event.gpu}"
         if found is None:
             raise self._roster.illegal(f"{slot} is not being copied to")
         if isinstance(event, CopyDone) and (why := not_whole(found[1])) is not None:
             raise self._roster.illegal(f"{slot} cannot be whole: {why}")
-        self.feeds.books.todo.append((event.gpu, read))
-        self.feeds.copies.copied(*found)
+        self.exchange.books.todo.append((event.gpu, read))
+        self.exchange.copies.copied(*found)
 
     def _come_or_go(self, event: JoinedGpu | ClientJoined | ClientGone | Fenced) -> None:
         client = event.client
@@ -193,25 +193,25 @@ class TierStack:
                 self._roster.check_new(client)
                 self._roster.check_gpu(event.gpu)
                 joined = ClientJoined(event.at_ns, client, event.weight)
-                self.feeds.deliver(event.gpu, joined)
+                self.exchange.deliver(event.gpu, joined)
                 self._roster.gpu_of[client] = event.gpu
             case ClientJoined():
                 self._roster.check_new(client)
-                self.feeds.deliver(None, event)
+                self.exchange.deliver(None, event)
             case ClientGone():
                 gpu = self._roster.tier_of(client)
                 if gpu is None:
-                    self.feeds.deliver(None, event)
+                    self.exchange.deliver(None, event)
                     return
-                self.feeds.deliver(gpu, ClientGone(event.at_ns, client, holder=client))
+                self.exchange.deliver(gpu, ClientGone(event.at_ns, client, holder=client))
                 del self._roster.gpu_of[client]
                 self._roster.fencing[client] = gpu
-                self.feeds.plans.forget(client, gpu)
+                self.exchange.plans.forget(client, gpu)
             case Fenced():
                 if client not in self._roster.fencing:
                     raise self._roster.illegal(f"client {client} is not on its way out of a GPU")
                 gone = HolderGone(event.at_ns, client)
-                self.feeds.deliver(self._roster.fencing.pop(client), gone)
+                self.exchange.deliver(self._roster.fencing.pop(client), gone)
 
     def _set_up(
         self, event: GpuArenaAdded | ArenaAdded | ModelPlaced | ModelAdded | ModelRemoved
@@ -219,15 +219,15 @@ class TierStack:
         match event:
             case ArenaAdded():
                 self._roster.check_new_arena(event.arena)
-                self.feeds.deliver(None, event)
+                self.exchange.deliver(None, event)
             case GpuArenaAdded():
                 self._roster.check_new_arena(event.arena)
                 self._roster.check_gpu(event.gpu)
                 added = ArenaAdded(event.at_ns, event.arena, event.span_bytes, event.warm_bytes)
-                self.feeds.deliver(event.gpu, added)
+                self.exchange.deliver(event.gpu, added)
                 self._roster.gpu_of_arena[event.arena] = event.gpu
             case ModelAdded():
-                self.feeds.deliver(None, event)
+                self.exchange.deliver(None, event)
                 self._roster.models[event.model] = event
                 self._roster.placed[event.model] = []
             case ModelPlaced():
@@ -236,13 +236,13 @@ class TierStack:
                 placed = ModelAdded(
                     event.at_ns, event.model, model.name, event.arena, model.layer_bytes
                 )
-                self.feeds.deliver(event.gpu, placed)
+                self.exchange.deliver(event.gpu, placed)
                 self._roster.placed[event.model].append(event.gpu)
             case ModelRemoved():
                 self._roster.model(event.model)
                 del self._roster.models[event.model]
                 # GPUs first: what they still read then fails in DRAM, with the same code.
                 for gpu in self._roster.placed.pop(event.model):
-                    self.feeds.deliver(gpu, event)
-                self.feeds.deliver(None, event)
-                self.feeds.plans.drop(event.model)
+                    self.exchange.deliver(gpu, event)
+                self.exchange.deliver(None, event)
+                self.exchange.plans.drop(event.model)

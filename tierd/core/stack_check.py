@@ -10,17 +10,17 @@ from tierd.core.residency import SlotState
 if TYPE_CHECKING:
     from tierd.core.books import Books
     from tierd.core.model import Read
+    from tierd.core.stack_exchange import Exchange
     from tierd.core.stack_feed import Feed
-    from tierd.core.stack_feeds import Feeds
 
 
-def check_stack(feeds: Feeds) -> None:
+def check_stack(exchange: Exchange) -> None:
     """Raises InvariantBroken where a read, a lease or a plan is lost between two machines."""
-    books = feeds.books
+    books = exchange.books
     if books.todo:
         raise InvariantBroken(f"{len(books.todo)} events between machines were not delivered")
     pseudo = {client for client in books.dram.books.clients if client < 0}
-    if pseudo != {feed.id for feed in feeds.feeds.values() if feed.joined}:
+    if pseudo != {feed.id for feed in exchange.feeds.values() if feed.joined}:
         raise InvariantBroken(f"DRAM has the pseudo-clients {sorted(pseudo)}, not those of feeds")
     for gpu, machine in enumerate(books.gpus):
         reading = {
@@ -30,14 +30,14 @@ def check_stack(feeds: Feeds) -> None:
         }
         fed = {
             read.slot: read.key
-            for feed in feeds.feeds.values()
+            for feed in exchange.feeds.values()
             if feed.gpu == gpu
             for read in _reads(feed)
         }
         if reading != fed:
             raise InvariantBroken(f"GPU {gpu} reads into {reading}, its feeds into {fed}")
-    for feed in feeds.feeds.values():
-        _check_feed(feeds, feed)
+    for feed in exchange.feeds.values():
+        _check_feed(exchange, feed)
 
 
 def check_sums(books: Books) -> None:
@@ -59,13 +59,13 @@ def _reads(feed: Feed) -> list[Read]:
     ]
 
 
-def _check_feed(feeds: Feeds, feed: Feed) -> None:
-    _check_in_dram(feeds, feed)
+def _check_feed(exchange: Exchange, feed: Feed) -> None:
+    _check_in_dram(exchange, feed)
     if feed.parked and feed.open and not (feed.full and feed.holds):
         raise InvariantBroken(f"feed {feed.id} waits for nothing with {feed.parked}")
-    if not (feed.users or feed.waiting or feed.offered) and feed.idle and not feeds.wanted(feed):
+    if not (feed.users or feed.waiting or feed.offered) and feed.idle and not exchange.wanted(feed):
         raise InvariantBroken(f"nobody needs feed {feed.id}")
-    plans = feeds.plans
+    plans = exchange.plans
     for mine, where in (
         (feed.waiting, plans.waiting),
         (feed.offered, plans.offered),
@@ -73,7 +73,7 @@ def _check_feed(feeds: Feeds, feed: Feed) -> None:
     ):
         if any(where.get(user) is not feed for user in mine):
             raise InvariantBroken(f"feed {feed.id} has plans of clients that do not know it")
-    model = feeds.books.gpus[feed.gpu].books.models.get(feed.model)
+    model = exchange.books.gpus[feed.gpu].books.models.get(feed.model)
     there = set()
     if model is not None:
         there = {
@@ -85,11 +85,11 @@ def _check_feed(feeds: Feeds, feed: Feed) -> None:
         raise InvariantBroken(f"feed {feed.id} takes {sorted(feed.on_gpu)} for resident")
 
 
-def _check_in_dram(feeds: Feeds, feed: Feed) -> None:
+def _check_in_dram(exchange: Exchange, feed: Feed) -> None:
     """What the feed has in DRAM is what its copies need there, and nothing else."""
     if feed.direct and (feed.parked or feed.joined is not feed.holds):
         raise InvariantBroken(f"direct feed {feed.id} keeps a place in DRAM for nothing")
-    client = feeds.books.dram.books.clients.get(feed.id)
+    client = exchange.books.dram.books.clients.get(feed.id)
     if client is not None and client.weight != feed.weight_now:
         raise InvariantBroken(f"feed {feed.id} weighs {client.weight} in DRAM")
     leased = {} if client is None else {lease: slot.key for lease, slot in client.leases.items()}
@@ -104,12 +104,12 @@ def _check_in_dram(feeds: Feeds, feed: Feed) -> None:
     if requests != {*feed.asking, *feed.filling, *feed.orphans}:
         raise InvariantBroken(f"feed {feed.id} and DRAM differ about what it asked for")
     for request, copying in feed.filling.items():
-        source = feeds.books.read_in_dram(copying.read.key)
+        source = exchange.books.read_in_dram(copying.read.key)
         if source is None or source is not copying.source or copying.request != request:
             raise InvariantBroken(f"feed {feed.id} copies {copying} from a slot that is not read")
         if feed.copying.get(copying.read.slot) is not copying:
             raise InvariantBroken(f"feed {feed.id} lost the early copy {copying}")
-    if feeds.books.config.early:
+    if exchange.books.config.early:
         for _, read in feed.asking.values():
-            if feeds.books.read_in_dram(read.key) is not None:
+            if exchange.books.read_in_dram(read.key) is not None:
                 raise InvariantBroken(f"feed {feed.id} does not copy {read.key}, which is read")

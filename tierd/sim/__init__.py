@@ -2,10 +2,10 @@
 
 scenario     what there is: models, budget, devices, clients; drawn from a seed
 world        an independent picture of memory: refuses what the machine must never do
-clients      virtual clients, orderly and otherwise
+virtual_client   what a client does, orderly or otherwise
 agenda       what happens when: the clock and the heap of a run
 sessions     clients as a server sees them; the promises about every answer
 simulation   one machine: the invariants after every event, the promises at the end
 fleet, fleet_simulation   the same for three tiers, at scale: `python -m tierd.sim --scale`
-crowd        who comes and goes there; `transfers`: its disks and links
+crowd        who comes and goes there; `devices`: its disks and links
 """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tierd.core.model import OPERATOR, ModelAdded, ModelRemoved
 from tierd.core.stack_model import Fenced, ModelPlaced
-from tierd.sim.clients import VirtualClient
+from tierd.sim.virtual_client import VirtualClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,8 +9,8 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tierd.sim.clients import Profile
 from tierd.sim.scenario import PAGE, Device, Model
+from tierd.sim.virtual_client import Profile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -58,11 +58,11 @@ from tierd.core.stack_model import (
 )
 from tierd.sim.agenda import Agenda
 from tierd.sim.crowd import Crowd
+from tierd.sim.devices import Devices
 from tierd.sim.errors import BrokenPromise
 from tierd.sim.operator import Operator
 from tierd.sim.sessions import FromClient, Sessions
 from tierd.sim.summaries import FleetSummary
-from tierd.sim.transfers import Transfers
 from tierd.sim.world import World
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class FleetSimulation:
         self._rng = rng
         self._full_every = full_every
         self._count = dict.fromkeys(("grants", "reads", "read", "copies", "copy", "refusals"), 0)
-        self._transfers = Transfers(
+        self._devices = Devices(
             fleet, rng, self.worlds, self.agenda.time, self.agenda.after, self._feed
         )
         self._operator = Operator(rng, budgets)
@@ -168,7 +168,7 @@ class FleetSimulation:
         return self.summary()
 
     def summary(self) -> FleetSummary:
-        count, crowd, transfers = self._count, self._crowd, self._transfers
+        count, crowd, devices = self._count, self._crowd, self._devices
         present = self.sessions.clients.values()
         return FleetSummary(
             seed=self.fleet.seed,
@@ -181,11 +181,11 @@ class FleetSimulation:
             read_bytes=count["read"],
             copies=count["copies"],
             copy_bytes=count["copy"],
-            early=transfers.early,
-            stopped=transfers.stopped,
-            direct=transfers.direct,
+            early=devices.early,
+            stopped=devices.stopped,
+            direct=devices.direct,
             refusals=count["refusals"],
-            failures=transfers.failures,
+            failures=devices.failures,
             models=crowd.models,
             budgets=self._operator.changed,
             kept=crowd.given_back + sum(client.given_back for client in present),
@@ -213,7 +213,7 @@ class FleetSimulation:
                 raise BrokenPromise(f"{REST} events after the last client left: it never rests")
         self.stack.check()
         owed = self.sessions.owed
-        if owed or self._transfers:
+        if owed or self._devices:
             raise BrokenPromise(f"nothing happens any more, but requests are open: {owed}")
 
     # ----------------------------------------------------------------------------- events, actions
@@ -291,17 +291,17 @@ class FleetSimulation:
                 self.worlds[None].read(action)
                 self._count["reads"] += 1
                 self._count["read"] += action.nbytes
-                self._transfers.read(action)
+                self._devices.read(action)
             case Copy():
                 self.worlds[action.gpu].read(action)
                 self._count["copies"] += 1
                 self._count["copy"] += action.nbytes
-                self._transfers.copy(action)
+                self._devices.copy(action)
             case DirectRead():
                 self.worlds[action.gpu].read(action)
-                self._transfers.direct_read(action)
+                self._devices.direct_read(action)
             case StopCopy():
-                self._transfers.stop(action)
+                self._devices.stop(action)
             case Evict():
                 self.worlds[None].evict(action)
             case Unload():
@@ -346,7 +346,7 @@ class FleetSimulation:
         if isinstance(event, Plan):
             return self.now + 2 * patience_ns + self._worst_ns
         waits = 2 * self.sessions.owed.requests + 2 * len(self.sessions.leases)
-        waits += len(self.stack.feeds.feeds) + self.fleet.reads_in_flight + 2
+        waits += len(self.stack.exchange.feeds) + self.fleet.reads_in_flight + 2
         waits += 2 * LONGEST_STEP_NS // self._worst_ns
         put_off = 2 * LONGEST_STEP_NS + 2 * CONVOY_WAIT_NS + patience_ns
         return self.now + put_off + waits * self._worst_ns

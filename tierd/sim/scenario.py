@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 from tierd.core.model import AdoptedSlot, LayerKey
-from tierd.sim.clients import Profile
+from tierd.sim.virtual_client import Profile
 
 PAGE = 4096
 

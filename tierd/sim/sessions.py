@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from tierd.core.model import Event
     from tierd.sim.agenda import Agenda
-    from tierd.sim.clients import VirtualClient
+    from tierd.sim.virtual_client import VirtualClient
 
 FromClient = ClientJoined | Plan | Acquire | Release | Hint | ClientGone
 Answer = Grant | Later | Admit | Refuse

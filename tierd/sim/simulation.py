@@ -38,10 +38,10 @@ from tierd.core.model import (
 )
 from tierd.core.plans import LONGEST_STEP_NS
 from tierd.sim.agenda import Agenda
-from tierd.sim.clients import VirtualClient
 from tierd.sim.errors import BrokenPromise
 from tierd.sim.sessions import FromClient, Sessions
 from tierd.sim.summaries import Summary
+from tierd.sim.virtual_client import VirtualClient
 from tierd.sim.world import World
 
 if TYPE_CHECKING:

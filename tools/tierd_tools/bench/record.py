@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from tierd.core.machine import TierMachine
 from tierd.core.model import CoreConfig, LayerKey, Release
 from tierd.core.story import Story
-from tierd.sim.clients import Profile
 from tierd.sim.recording import Recording
 from tierd.sim.scenario import Model, Scenario
 from tierd.sim.simulation import Simulation
+from tierd.sim.virtual_client import Profile
 from tierd_tools.benchmark import Row
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
-from tierd.sim.clients import Profile
 from tierd.sim.reference import min_with_bypass
 from tierd.sim.replay_policies import whole_layers
 from tierd.sim.scenario import Device, Model, Scenario, cycle
 from tierd.sim.simulation import Simulation
+from tierd.sim.virtual_client import Profile
 from tierd_tools.benchmark import Row
 from tierd_tools.core_speed import Crowd, events_per_second, recorded
 

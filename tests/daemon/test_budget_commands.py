@@ -20,7 +20,7 @@ from tests.daemon.test_gpu_tier import (
     gpu_status,
     on_gpu,
 )
-from tierd import budgets
+from tierd import budget_commands
 from tierd.io.memory_limits import Limit
 from tierd.io.pages import PageKind, Pages
 
@@ -226,7 +226,7 @@ async def test_more_dram_is_held_against_the_kind_of_page_that_arenas_have(
         assert kind is pages
         return Limit(6 * MIB, "reserved pages")
 
-    monkeypatch.setattr(budgets, "available_for", available)
+    monkeypatch.setattr(budget_commands, "available_for", available)
     engine: Any = SimpleNamespace(
         config=SimpleNamespace(granule_bytes=2 * MIB), machine=SimpleNamespace(budget_bytes=4 * MIB)
     )
@@ -234,7 +234,7 @@ async def test_more_dram_is_held_against_the_kind_of_page_that_arenas_have(
     tiers: Any = SimpleNamespace(find=lambda name: None)
     session: Any = asked
     message = {"op": "budget", "tier": "dram", "bytes": 12 * MIB}
-    budgets.Budgets(engine, arenas, tiers, lambda: None).command(session, 1, message)
+    budget_commands.BudgetCommands(engine, arenas, tiers, lambda: None).command(session, 1, message)
     assert "6.0 MiB (6291456 bytes) (reserved pages)" in await asked.refused
 
 

@@ -69,7 +69,7 @@ class _Copying:
         return self.copied == self.blocks and (self.reading is None or self.reading.whole)
 
 
-class Transfers:
+class Devices:
     """Of all tiers of one run."""
 
     def __init__(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Budgets:
+class BudgetCommands:
     """Checks a command, hands it to the core, answers. `changed` is called after each change."""
 
     def __init__(

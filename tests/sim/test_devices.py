@@ -11,10 +11,10 @@ import pytest
 
 from tierd.core.model import LayerKey, Read, ReadDone, ReadFailed
 from tierd.core.stack_model import Copy, CopyDone, CopyFailed, DirectRead, StopCopy
+from tierd.sim.devices import Devices
 from tierd.sim.errors import BrokenPromise
 from tierd.sim.fleet import Size, drawn_fleet
 from tierd.sim.scenario import Device
-from tierd.sim.transfers import Transfers
 from tierd.sim.world import World
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Bench:
         self.answers: list[StackEvent] = []
         self.dram, self.gpu = World(64 * MIB, MIB), World(64 * MIB, MIB, gpu=True)
         self.dram.spans[0] = self.gpu.spans[1] = 64 * MIB
-        self.transfers = Transfers(
+        self.devices = Devices(
             fleet, random.Random(3), {None: self.dram, 0: self.gpu}, lambda: self.now, self.after,
             self.answers.append,
         )  # fmt: skip
@@ -53,11 +53,11 @@ class Bench:
 
     def read(self) -> None:
         self.dram.read(READ)
-        self.transfers.read(READ)
+        self.devices.read(READ)
 
     def copy(self, copy: Copy = COPY) -> None:
         self.gpu.read(copy)
-        self.transfers.copy(copy)
+        self.devices.copy(copy)
 
     def run(self, until_ns: int | None = None) -> None:
         while self._heap and (until_ns is None or self._heap[0][0] <= until_ns):
@@ -79,7 +79,7 @@ def test_an_early_copy_ends_one_block_after_its_read() -> None:
     assert one.answers == [ReadDone(8 * BLOCK_NS, 3), CopyDone(9 * BLOCK_NS, 0, 5)]
     assert one.gpu.slots[5].filled
     assert not one.dram.slots[3].in_use
-    assert not one.transfers
+    assert not one.devices
 
 
 def test_a_copy_of_what_was_half_read_catches_up() -> None:
@@ -99,7 +99,7 @@ def test_a_read_that_fails_ends_its_copies_and_is_told_first() -> None:
     assert [type(answer) for answer in one.answers] == [ReadFailed, CopyFailed]
     assert not one.gpu.slots[5].filled
     assert not one.gpu.slots[5].in_use
-    assert (one.transfers.stopped, one.transfers.failures) == (1, 1)
+    assert (one.devices.stopped, one.devices.failures) == (1, 1)
 
 
 def test_a_copy_that_fails_is_told_while_its_read_goes_on() -> None:
@@ -115,7 +115,7 @@ def test_a_copy_that_is_stopped_ends_its_block_and_is_answered_once() -> None:
     one.read()
     one.copy()
     one.run(2 * BLOCK_NS)
-    one.transfers.stop(StopCopy(0, 5))
+    one.devices.stop(StopCopy(0, 5))
     assert one.gpu.slots[5].in_use
     one.run()
     assert [answer for answer in one.answers if not isinstance(answer, ReadDone)] == [
@@ -129,7 +129,7 @@ def test_a_copy_whose_last_block_was_under_way_when_it_was_stopped_is_done() -> 
     one.read()
     one.run(8 * BLOCK_NS - 1)
     one.copy(replace(COPY, nbytes=MIB))
-    one.transfers.stop(StopCopy(0, 5))
+    one.devices.stop(StopCopy(0, 5))
     one.run()
     assert [type(answer) for answer in one.answers] == [ReadDone, CopyDone]
 
@@ -143,7 +143,7 @@ def test_a_copy_of_what_nothing_reads_breaks_a_promise() -> None:
     with pytest.raises(BrokenPromise, match="is copied from slot 3"):
         one.copy(replace(COPY, filling=False))
     with pytest.raises(BrokenPromise, match="stops nothing that fills"):
-        bench().transfers.stop(StopCopy(0, 5))
+        bench().devices.stop(StopCopy(0, 5))
 
 
 def test_a_source_that_changes_under_a_copy_breaks_a_promise() -> None:
@@ -159,14 +159,14 @@ def test_a_source_that_changes_under_a_copy_breaks_a_promise() -> None:
 def test_a_direct_read_takes_the_disks_time_and_is_answered_as_a_copy_is() -> None:
     read = DirectRead(0, 5, 1, KEY, 1, 0, LAYER, "demand")
     with pytest.raises(BrokenPromise, match="does not read directly"):
-        bench().transfers.direct_read(read)
+        bench().devices.direct_read(read)
     one = bench(direct=True)
     one.gpu.read(read)
-    one.transfers.direct_read(read)
+    one.devices.direct_read(read)
     one.run()
     assert one.answers == [CopyDone(8 * BLOCK_NS, 0, 5)]
     failing = bench(replace(EVEN, error_share=1), direct=True)
     failing.gpu.read(read)
-    failing.transfers.direct_read(read)
+    failing.devices.direct_read(read)
     failing.run()
     assert [type(answer) for answer in failing.answers] == [CopyFailed]

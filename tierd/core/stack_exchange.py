@@ -1,6 +1,7 @@
-"""The feeds of all GPUs: they turn what a GPU's machine wants into requests in DRAM, and copies.
+"""What runs between the machines: what a GPU's wants becomes requests in DRAM, and copies.
 
-Hands what one machine decides to the others: plans by `stack_plans`, layers by `stack_copies`.
+Opens and closes the feeds for it, and hands what one machine decides to the others: plans by
+`stack_plans`, layers by `stack_copies`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 ANSWERS = Grant | Later | Admit | Refuse
 
 
-class Feeds:
+class Exchange:
     """Opens and closes them, and carries actions from each machine to the others."""
 
     def __init__(self, config: StackConfig) -> None:

@@ -1,6 +1,6 @@
 """Everything that the machine knows, in one place; it decides nothing.
 
-The modules that decide (`admission`, `fetching`, `restart`, `machine`) write here; `invariants`
+The modules that decide (`machine`, and what it lists) write here; `invariants`
 and `snapshot` read.
 """
 

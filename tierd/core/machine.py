@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from tierd.core.admission import Admission
 from tierd.core.answers import Answers
-from tierd.core.books import Books, Client, Request
+from tierd.core.books import Books
 from tierd.core.budget import Budget
 from tierd.core.convoy import Convoys
 from tierd.core.errors import IllegalEvent
 from tierd.core.fetching import Fetcher
 from tierd.core.invariants import check_books
+from tierd.core.inventory import Inventory
 from tierd.core.model import (
     Acquire,
     Action,
@@ -49,16 +50,13 @@ from tierd.core.model import (
 )
 from tierd.core.pins import Pins
 from tierd.core.placement import Range
-from tierd.core.plans import LONGEST_STEP_NS
+from tierd.core.requests import Requests
 from tierd.core.residency import Slot, SlotState
 from tierd.core.restart import Restart
-from tierd.core.served import ModelState
-from tierd.core.shares import Device
 from tierd.core.snapshot import Snapshot, snapshot_of
 from tierd.core.whereabouts import Whereabouts, whereabouts_of
 
 if TYPE_CHECKING:
-    from tierd.core.plans import PlanState
     from tierd.core.story import Decision, Story
 
 
@@ -67,13 +65,15 @@ class TierMachine:
 
     def __init__(self, config: CoreConfig) -> None:
         self._books = books = Books(config)
-        self._answers = Answers(books)
-        self._convoys = Convoys(books)
-        self._admission = Admission(books, self._answers, self._convoys)
-        self._fetcher = Fetcher(books, self._answers)
-        self._restart = Restart(books, self._fetcher)
-        self._pins = Pins(books, self._fetcher)
+        self._answers = answers = Answers(books)
+        self._convoys = convoys = Convoys(books)
+        self._admission = admission = Admission(books, answers, convoys)
+        self._fetcher = fetcher = Fetcher(books, answers)
+        self._restart = restart = Restart(books, fetcher)
+        self._pins = pins = Pins(books, fetcher)
         self._budget = Budget(books)
+        self._requests = Requests(books, answers, admission, convoys, fetcher)
+        self._inventory = Inventory(books, answers, admission, convoys, fetcher, restart, pins)
 
     @property
     def books(self) -> Books:
@@ -100,7 +100,7 @@ class TierMachine:
             raise
         if books.awaiting:
             for request in self._admission.admit_waiting():
-                self._acquire(request)
+                self._requests.acquire(request)
         self._convoys.expire()
         self._fetcher.advance()
         books.story.keep(books.now, event, actions, books.told)
@@ -109,9 +109,9 @@ class TierMachine:
     def _decide(self, event: Event) -> None:
         match event:
             case Acquire():
-                self._acquire(event)
+                self._requests.acquire(event)
             case Release():
-                self._release(event)
+                self._requests.release(event)
             case ReadDone():
                 self._read_done(event)
             case ReadFailed():
@@ -125,17 +125,17 @@ class TierMachine:
             case Hint():
                 self._hint(event)
             case ClientJoined():
-                self._client_joined(event)
+                self._inventory.client_joined(event)
             case WeightChanged():
-                self._weight_changed(event)
+                self._inventory.weight_changed(event)
             case ClientGone():
-                self._client_gone(event)
+                self._inventory.client_gone(event)
             case ArenaAdded():
-                self._arena_added(event)
+                self._inventory.arena_added(event)
             case ModelAdded():
-                self._model_added(event)
+                self._inventory.model_added(event)
             case ModelRemoved():
-                self._model_removed(event)
+                self._inventory.model_removed(event)
             case Adopted():
                 self._restart.adopt_all(event)
             case HolderGone():
@@ -199,213 +199,11 @@ class TierMachine:
         """The state between two events, in bytes and steps."""
         return snapshot_of(self._books)
 
-    def _arena_added(self, event: ArenaAdded) -> None:
-        granule = self._books.config.granule_bytes
-        span, warm = event.span_bytes // granule, -(-event.warm_bytes // granule)
-        if self._books.memory.has_arena(event.arena):
-            raise self._books.illegal(f"arena {event.arena} exists")
-        if not 0 <= warm <= span:
-            raise self._books.illegal(
-                f"arena {event.arena}: {event.warm_bytes} warm bytes in {event.span_bytes}"
-            )
-        if self._books.memory.warm + self._books.memory.promised + warm > self._books.memory.budget:
-            raise self._books.illegal(
-                f"arena {event.arena}: {event.warm_bytes} warm bytes, the budget of "
-                f"{self._books.config.budget_bytes} has {self._books.memory.warm * granule} in use"
-            )
-        self._books.memory.add_arena(event.arena, span, warm)
-
-    def _model_added(self, event: ModelAdded) -> None:
-        if event.model in self._books.models or event.model in self._books.removed:
-            raise self._books.illegal(f"model {event.model} exists or existed")
-        if not self._books.memory.has_arena(event.arena):
-            raise self._books.illegal(f"model {event.model}: no arena {event.arena}")
-        if any(nbytes <= 0 or nbytes % 4096 for nbytes in event.layer_bytes):
-            raise self._books.illegal(
-                f"model {event.model}: a layer is empty or no multiple of 4 KiB"
-            )
-        self._books.devices.setdefault(event.device, Device(event.device))
-        charges = [self._books.memory.charge(nbytes) for nbytes in event.layer_bytes]
-        self._books.models[event.model] = ModelState(
-            event.model, event.name, event.arena, event.layer_bytes, charges, event.device
-        )
-
-    def _model_removed(self, event: ModelRemoved) -> None:
-        model = self._books.models.get(event.model)
-        if model is None or model.removed:
-            raise self._books.illegal(f"model {event.model} is not served")
-        model.removed = True
-        self._books.removed.add(model.id)
-        self._convoys.model_removed(model.id)
-        self._pins.forget(model)
-        for client in self._books.clients.values():
-            if client.plan is not None and client.plan.model == model.id:
-                self._admission.drop_plan(client)
-                self._books.ledger.set_reserve(client.id, 0)
-        for awaiting in list(self._books.awaiting.values()):
-            if self._books.awaited_layer(awaiting)[0] is model:
-                text = f"model '{model.name}' was removed"
-                self._admission.withdraw(awaiting, "model_removed", text)
-        for key in model.keys:
-            for request in self._books.waiting.pop(key, ()):
-                self._answers.close(request)
-                self._answers.refuse(request, "model_removed", f"model '{model.name}' was removed")
-        for slot in list(model.slots):
-            if slot is None:
-                continue
-            if slot.state is SlotState.CLAIMED:
-                self._fetcher.abandon(slot)
-            elif slot.evictable:
-                self._fetcher.evict(slot, "model '{}' was removed", model.name)
-        self._books.leaving[model.id] = model
-        self._fetcher.forget_if_empty(model)
-
-    def _client_joined(self, event: ClientJoined) -> None:
-        if event.client in self._books.clients:
-            raise self._books.illegal(f"client {event.client} is connected")
-        self._books.clients[event.client] = Client(event.client, event.weight)
-        self._books.ledger.open(event.client)
-
-    def _weight_changed(self, event: WeightChanged) -> None:
-        client = self._books.client(event.client)
-        if event.weight < 1:
-            raise self._books.illegal(f"client {event.client}: a weight of {event.weight}")
-        client.weight = event.weight
-        for device in self._books.devices.values():
-            device.weigh(client.id, event.weight)
-
     def _hint(self, event: Hint) -> None:
         plan = self._books.client(event.client).plan
         if plan is not None and plan.kind == "open" and plan.model == event.model:
             plan.hint(event)
             self._books.policy.touched(event.client, plan)
-
-    def _client_gone(self, event: ClientGone) -> None:
-        client = self._books.client(event.client)
-        if client.id in self._books.awaiting:
-            self._admission.stop_waiting(client.id)
-        for request in list(client.requests.values()):
-            waiting = self._books.waiting[request.key]
-            waiting.remove(request)
-            if not waiting:
-                del self._books.waiting[request.key]
-            self._answers.close(request)
-        leases = list(client.leases.values())
-        client.leases.clear()
-        for slot in leases:
-            slot.leases -= 1
-        self._admission.drop_plan(client)
-        for device in self._books.devices.values():
-            device.drop(client.id)
-        del self._books.clients[client.id]
-        self._books.ledger.close(client.id)
-        for slot in {slot.id: slot for slot in leases}.values():
-            if event.holder is not None:
-                self._restart.quarantine(slot, event.holder)
-            self._books.policy.resident(slot)
-            self._fetcher.no_longer_used(slot)
-        self._books.tell("gone", None, "client {} left {} leases behind", client.id, len(leases))
-
-    def _acquire(self, event: Acquire) -> None:
-        books = self._books
-        client = books.client(event.client)
-        key = event.key
-        model = books.served(key.model)
-        if isinstance(model, str):
-            self._answers.refuse(event, model, f"model {key.model} is not served")
-            return
-        if not 0 <= key.layer < len(model.slots):
-            self._answers.refuse(
-                event, "not_found", f"model '{model.name}' has layers 0 to {len(model.slots) - 1}, "
-                f"not {key.layer}",
-            )  # fmt: skip
-            return
-        if not self._admission.admits(event, client, model):
-            return
-        idle = not client.leases and not client.requests
-        wanted = model.reasons[key.layer] > 0
-        books.ledger.hold(client.id, key, model.charges[key.layer], wanted=wanted)
-        stalled = idle or not event.ahead
-        deadline_ns = self._deadline_ns(client, stalled=stalled)
-        plan = client.plan
-        if plan is not None:
-            plan.last_ns = books.now
-            if plan.model == key.model and not self._asked_already(client, plan, key):
-                plan.advance(key.layer, books.now)
-                self._convoys.stepped(client)
-            books.policy.touched(client.id, plan)
-        books.arrivals += 1
-        share = books.devices[model.device].share(client.id, client.weight)
-        request = Request(
-            client.id, event.request, key, books.now if stalled else None, deadline_ns,
-            books.arrivals, share,
-        )  # fmt: skip
-        slot = model.slots[key.layer]
-        if slot is not None and slot.state is SlotState.RESIDENT:
-            books.count["hits"] += 1
-            self._answers.grant(request, client, slot)
-            return
-        books.count["misses"] += 1
-        if key.layer in model.failed:
-            books.policy.worth_a_read_again(model, key.layer)
-        client.requests[request.number] = request
-        books.waiting.setdefault(key, []).append(request)
-        client.stalled += stalled
-        if slot is None:
-            self._answers.enqueue(request)
-        else:
-            slot.demanded = True
-            request.unread = False
-            books.bills[slot.id].join(share)
-        books.tell("wait", key, "client {} {}", client.id,
-            "stalls for it" if stalled else "wants it ahead",
-        )  # fmt: skip
-
-    def _deadline_ns(self, client: Client, *, stalled: bool) -> int:
-        """When the client's compute will reach a layer that it asks for now: after those that it
-        stalls for, and before one ahead after all that it holds or asked for; at most 1 s."""
-        before = client.stalled if stalled else len(client.leases) + len(client.requests)
-        now = self._books.now
-        if client.plan is None or not before:
-            return now
-        return now + min(before * client.plan.compute_ns, LONGEST_STEP_NS)
-
-    def _asked_already(self, client: Client, plan: PlanState, key: LayerKey) -> bool:
-        """Asking again for what it just asked for does not move a client along its plan."""
-        return (
-            plan.position >= 0
-            and plan.order[plan.position] == key.layer
-            and self._books.ledger[client.id].layers[key] > 1
-        )
-
-    def _release(self, event: Release) -> None:
-        client = self._books.client(event.client)
-        slot = client.leases.get(event.lease)
-        if slot is None:
-            raise self._books.illegal(f"client {event.client} has no lease {event.lease}")
-        del client.leases[event.lease]
-        slot.leases -= 1
-        assert slot.key is not None
-        self._books.ledger.let_go(client.id, slot.key)
-        if client.plan is not None:
-            client.plan.last_ns = self._books.now
-            self._books.policy.touched(client.id, client.plan)
-        if not client.leases and client.requests:
-            self._promote(client)
-        self._books.policy.resident(slot)
-        self._fetcher.no_longer_used(slot)
-
-    def _promote(self, client: Client) -> None:
-        """The client has nothing left to compute with: it stalls for its oldest request."""
-        requests = client.requests.values()
-        if client.stalled:
-            return
-        request = next(iter(requests))
-        request.since_ns = self._books.now
-        client.stalled += 1
-        if request.unread and request.deadline_ns > self._books.now:
-            request.deadline_ns = self._books.now
-            self._answers.enqueue(request)
 
     def _read_done(self, event: ReadDone) -> None:
         slot = self._read_slot(event.slot)

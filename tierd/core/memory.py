@@ -9,21 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tierd.core.errors import InvariantBroken
+from tierd.core.granule import SMALL_ALIGNMENT, SharedGranule
 from tierd.core.placement import FreeRuns, Place, Range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-SMALL_ALIGNMENT = 4096
-
-
-@dataclass(slots=True)
-class SharedGranule:
-    """A granule that small slots share: its holes in bytes from its start, and its slots."""
-
-    holes: list[tuple[int, int]]  #: [begin, end), sorted
-    slots: int = 0
-    warm: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +139,9 @@ class Memory:
         small = self.is_small(nbytes)
         if small:
             for granule, shared in memory.shared.items():
-                if shared.warm:
-                    for begin, end in shared.holes:
-                        if end - begin >= nbytes:
-                            return Claim(self._share(arena, granule, begin, nbytes), (), 0, ())
+                begin = shared.hole(nbytes) if shared.warm else None
+                if begin is not None:
+                    return Claim(self._share(arena, granule, begin, nbytes), (), 0, ())
         granules = self.charge(nbytes)
         if granules > (self.budget if limit is None else limit) - self.occupied:
             return None
@@ -171,8 +160,7 @@ class Memory:
         else:
             self._grow(cold)
         if small:
-            shared = SharedGranule([(0, self.granule_bytes)], warm=not promised)
-            memory.shared[start] = shared
+            memory.shared[start] = SharedGranule(self.granule_bytes, warm=not promised)
             place = self._share(arena, start, 0, nbytes)
         else:
             taken = Range(arena, start, start + granules)
@@ -205,10 +193,8 @@ class Memory:
         memory = self._arenas[place.range.arena]
         if place.shared:
             shared = memory.shared[place.range.start]
-            shared.slots -= 1
+            shared.give_back(place.offset - place.range.start * self.granule_bytes, place.nbytes)
             if shared.slots:
-                begin = place.offset - place.range.start * self.granule_bytes
-                shared.holes = _with_hole(shared.holes, begin, begin + _aligned(place.nbytes))
                 return
             del memory.shared[place.range.start]
         self.occupied -= place.range.granules
@@ -278,11 +264,9 @@ class Memory:
             self._grow(sum(end - start for start, end, warm in pieces if not warm))
             self.occupied += granules.granules
         if place.shared:
-            new = SharedGranule([(0, self.granule_bytes)])
+            new = SharedGranule(self.granule_bytes, warm=True)
             shared = memory.shared.setdefault(granules.start, new)
-            begin = offset - granules.start * self.granule_bytes
-            shared.holes = _without(shared.holes, begin, begin + _aligned(nbytes))
-            shared.slots += 1
+            shared.take(offset - granules.start * self.granule_bytes, nbytes)
         return place
 
     # -------------------------------------------------------------------------------------- check
@@ -325,33 +309,6 @@ class Memory:
         self.peak = max(self.peak, self.warm)
 
     def _share(self, arena: int, granule: int, begin: int, nbytes: int) -> Place:
-        shared = self._arenas[arena].shared[granule]
-        shared.slots += 1
-        shared.holes = _without(shared.holes, begin, begin + _aligned(nbytes))
+        self._arenas[arena].shared[granule].take(begin, nbytes)
         offset = granule * self.granule_bytes + begin
         return Place(Range(arena, granule, granule + 1), offset, nbytes, shared=True)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // SMALL_ALIGNMENT) * SMALL_ALIGNMENT
-
-
-def _without(holes: list[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
-    """`holes` less `[begin, end)`, which lies inside one of them."""
-    rest: list[tuple[int, int]] = []
-    for first, last in holes:
-        if first <= begin and end <= last:
-            rest += [hole for hole in ((first, begin), (end, last)) if hole[0] < hole[1]]
-        else:
-            rest.append((first, last))
-    return rest
-
-
-def _with_hole(holes: list[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for hole in sorted([*holes, (begin, end)]):
-        if joined and joined[-1][1] == hole[0]:
-            joined[-1] = (joined[-1][0], hole[1])
-        else:
-            joined.append(hole)
-    return joined

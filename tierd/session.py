@@ -1,4 +1,4 @@
-"""One client: its handshake, its requests, its leases.
+"""One client: what it has opened, what it waits for, what it holds.
 
 A request is answered here, or becomes an event of the core and is answered when the core decides.
 The client is never trusted: every field is checked, everything that it can pile up is bounded.
@@ -11,12 +11,10 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from tierd import entrance, fields, gpu_requests
-from tierd.core.model import CERTAIN_PPM, PLAN_KINDS, Acquire, Hint, LayerKey, Plan, PlanOver
+from tierd import entrance, fields, gpu_requests, layer_requests
+from tierd.core.model import LayerKey, PlanOver
 from tierd.errors import (
     BadRequest,
-    LayerNotFound,
-    LeaseLimit,
     ModelGone,
     NotAdmitted,
     ShuttingDown,
@@ -39,12 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_OUTSTANDING = 256  # plans and acquires that wait for the core
-MAX_LEASES = 1024  # held at once
-MAX_LOOKAHEAD = MAX_LEASES
-MAX_PLAN_USES = (
-    16  # of each layer, on average: the core walks a plan while layers of it are missing
-)
-MAX_TOKENS_PER_PASS = 1 << 24
 MAX_REQUEST_ID = (1 << 63) - 1
 
 
@@ -129,13 +121,13 @@ class Session:
         """Answer, or submit an event that will be. Raises TierdError for what is refused here."""
         match op:
             case "acquire":
-                self._acquire(request, message)
+                layer_requests.acquire(self._daemon, self, request, message)
             case "release":
-                self._release(request, message)
+                layer_requests.release(self._daemon, self, request, message)
             case "plan":
-                self._plan(request, message)
+                layer_requests.plan(self._daemon, self, request, message)
             case "hint":
-                self._hint(request, message)
+                layer_requests.hint(self._daemon, self, request, message)
             case "open":
                 entrance.open_model(self._daemon, self, request, message)
             case "close":
@@ -164,7 +156,7 @@ class Session:
                 raise UnknownOp(f"op {op[:80]!r} is not one of protocol {wire.PROTOCOL_VERSION}")
 
     def _close(self, request: int, message: dict[str, Any]) -> None:
-        pack = self._model(message)
+        pack = self.model(message)
         if pack in self._outstanding.values():
             raise BadRequest(f"model {pack.name!r} has unanswered requests of this client")
         del self.opened[pack.model]
@@ -172,84 +164,12 @@ class Session:
         self._daemon.clients.closed(self, pack)
         self.reply(request, {})
 
-    def _plan(self, request: int, message: dict[str, Any]) -> None:
-        pack = self._model(message)
-        order = fields.numbers(message.get("order"), "order", 0, len(pack.keys) - 1)
-        kind = message.get("kind", "cyclic")
-        if kind not in PLAN_KINDS:
-            raise BadRequest(f"plan: kind is {kind!r:.40}, expected one of {', '.join(PLAN_KINDS)}")
-        tokens = fields.number(message, "tokens_per_pass", 1, MAX_TOKENS_PER_PASS, default=1)
-        lookahead = fields.number(message, "lookahead", 0, MAX_LOOKAHEAD, default=1)
-        longest = MAX_PLAN_USES * len(pack.keys)
-        if not 0 < len(order) <= longest:
-            raise BadRequest(
-                f"plan: the order has {len(order)} layers, expected 1 to {longest} "
-                f"({MAX_PLAN_USES} times those of model {pack.name!r})"
-            )
-        self._wait_for_core(request, pack)
-        self._daemon.engine.submit(
-            Plan(
-                time.monotonic_ns(), self.client, request, pack.model, tuple(order), kind,
-                lookahead, tokens,
-            )
-        )  # fmt: skip
-
-    def _hint(self, request: int, message: dict[str, Any]) -> None:
-        pack = self._model(message)
-        layers = fields.numbers(message.get("layers"), "layers", 0, len(pack.keys) - 1)
-        certain = [CERTAIN_PPM] * len(layers)
-        ppm = fields.numbers(message.get("ppm", certain), "ppm", 0, CERTAIN_PPM)
-        if len(ppm) != len(layers):
-            raise BadRequest(f"hint: {len(layers)} layers and {len(ppm)} probabilities")
-        if len(set(layers)) != len(layers):
-            raise BadRequest("hint: a layer is there twice")
-        steps = fields.number(message, "steps", 1, wire.MAX_HINT_STEPS, default=1)
-        self._daemon.engine.submit(
-            Hint(time.monotonic_ns(), self.client, pack.model, tuple(layers), tuple(ppm), steps)
-        )
-        self.reply(request, {})
-
-    def _acquire(self, request: int, message: dict[str, Any]) -> None:
-        pack = self._model(message)
-        layer = message.get("layer")
-        if type(layer) is not int:
-            raise BadRequest(f"acquire: layer is {layer!r:.40}, expected a number")
-        if not 0 <= layer < len(pack.keys):
-            raise LayerNotFound(
-                f"model {pack.name!r} has no layer {layer}, it has {len(pack.keys)}"
-            )
-        ahead = message.get("ahead", False)
-        if type(ahead) is not bool:
-            raise BadRequest(f"acquire: ahead is {ahead!r:.40}, expected true or false")
-        if len(self.leases) + len(self._outstanding) >= MAX_LEASES:
-            raise LeaseLimit(
-                f"{len(self.leases)} leases are held, {len(self._outstanding)} asked for; "
-                f"the limit is {MAX_LEASES}: release first"
-            )
-        if not self._daemon.clients.lease_possible(self):
-            raise LeaseLimit("the slot table has no room for more leases of all clients together")
-        self._wait_for_core(request, pack)
-        key = self.position = LayerKey(pack.model, layer)
-        self._daemon.engine.submit(Acquire(time.monotonic_ns(), self.client, request, key, ahead))
-
-    def _release(self, request: int, message: dict[str, Any]) -> None:
-        self.check_greeted()
-        self.released_ns = time.monotonic_ns()
-        unknown: list[int] = []
-        for lease in fields.numbers(message.get("leases"), "leases", 1, MAX_REQUEST_ID):
-            if self.leases.pop(lease, None) is not None:
-                self._daemon.clients.release(self, lease)
-            elif self.gpu is not None or not self._daemon.clients.release_orphan(self, lease):
-                unknown.append(lease)
-        if unknown:
-            raise BadRequest(f"leases {unknown[:8]} are not held by this client")
-        self.reply(request, {})
-
     def check_greeted(self) -> None:
         if not self.greeted:
             raise BadRequest("say hello first")
 
-    def _model(self, message: dict[str, Any]) -> Pack:
+    def model(self, message: dict[str, Any]) -> Pack:
+        """The one that a request is about. Raises NotAdmitted, ModelGone."""
         self.check_greeted()
         model = message.get("model_id")
         pack = self.opened.get(model) if type(model) is int else None
@@ -259,13 +179,19 @@ class Session:
             raise ModelGone(f"model {pack.name!r} was removed")
         return pack
 
-    def _wait_for_core(self, request: int, pack: Pack) -> None:
+    def wait_for_core(self, request: int, pack: Pack) -> None:
+        """The core will answer the request. Raises BadRequest where too many wait."""
         if self.is_used(request):
             raise BadRequest(f"request id {request} is in use")
         if len(self._outstanding) >= MAX_OUTSTANDING:
             raise BadRequest(f"{MAX_OUTSTANDING} requests wait already, which is the limit")
         self._outstanding[request] = pack
         self._daemon.clients.outstanding += 1
+
+    @property
+    def outstanding(self) -> int:
+        """Plans and acquires that wait for the core."""
+        return len(self._outstanding)
 
     def _answered(self, request: int) -> None:
         del self._outstanding[request]

@@ -35,6 +35,7 @@ def random_packed(
     *,
     group: int = 128,
     tops: tuple[int, int] = (0, 256),
+    most_planes: int = 8,
 ) -> PackedMatrix:
     """Return a matrix whose tiles are empty, dense, or filled by `density`.
 
@@ -54,7 +55,7 @@ def random_packed(
     item_bytes = 4 if dtype == "F32" else 2
     heads, records, offsets = [], [], [0]
     for count in by_tile.sum(axis=1).tolist():
-        head, record = _record(rng, codec, count, item_bytes, tops)
+        head, record = _record(rng, codec, count, item_bytes, tops, most_planes)
         heads.append(head)
         records.append(record + rng.bytes(-len(record) % 16))
         offsets.append(offsets[-1] + len(records[-1]) // 16)
@@ -89,7 +90,12 @@ def _with(matrix: PackedMatrix, **parts: Any) -> PackedMatrix:
 
 
 def _record(
-    rng: np.random.Generator, codec: str, count: int, item_bytes: int, tops: tuple[int, int]
+    rng: np.random.Generator,
+    codec: str,
+    count: int,
+    item_bytes: int,
+    tops: tuple[int, int],
+    most_planes: int,
 ) -> tuple[int, bytes]:
     """Return a tile's head and record."""
     if codec == "int8":
@@ -105,7 +111,7 @@ def _record(
         return 0, bits.astype(f"<u{item_bytes}").tobytes()
     if count == 0:
         return 0, b""
-    planes = int(rng.integers(0, 9))
+    planes = int(rng.integers(0, most_planes + 1))
     window = 1 << planes
     first, end = tops
     base = int(rng.integers(max(0, first + 1 - window), min(end - 1, 256 - window) + 1))

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from tierd_kernels.errors import KernelError
 from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
+from tierd_kernels.gpu import cuda_product
 from tierd_kernels.gpu.crossover_file import CrossoverFile, Table, default_path
 from tierd_kernels.gpu.expand import expand
 from tierd_kernels.gpu.linear import ELEMENTS, linear, processors
@@ -34,6 +35,7 @@ DECODING: Final = (1, 16)
 """The classes that decide on the order of additions: one client that decodes, and a batch."""
 _UNMEASURED_TOKENS: Final = 16
 """Fused up to here where there is no memory to measure."""
+_CUDA_AHEAD: Final = 1.1
 _ROUNDS: Final = 9
 _FLUSHED_BYTES: Final = 256 << 20
 """Written before each round: in a model no matrix is read from the GPU's cache."""
@@ -140,14 +142,15 @@ def kind(matrix: TorchMatrix) -> str:
 def decide(table: Table) -> dict[int, Plan | None]:
     """The plan for each class of tokens, None from the first one for which expanding is not slower.
 
-    All have the `order` with which the decoding classes together are fastest.
+    All have the `order` with which the decoding classes together are fastest: one of CUDA only if
+    by _CUDA_AHEAD, as a second compiler in the process wants a reason.
     """
     fused = {
         tokens: {plan: seconds for plan, seconds in times.items() if plan is not None}
         for tokens, times in table.items()
     }
     orders = {plan.order for times in fused.values() for plan in times}
-    order = min(orders, key=lambda order: sum(_log_best(fused[few], order)[0] for few in DECODING))
+    order = min(orders, key=lambda order: sum(_weighed(fused[few], order) for few in DECODING))
     plans: dict[int, Plan | None] = {}
     ahead = True
     for tokens in TOKEN_CLASSES:
@@ -155,6 +158,12 @@ def decide(table: Table) -> dict[int, Plan | None]:
         ahead = ahead and plan is not None and best < math.log(table[tokens][None])
         plans[tokens] = plan if ahead else None
     return plans
+
+
+def _weighed(times: dict[Plan, float], order: tuple[object, ...]) -> float:
+    """As `_log_best`, but as it counts when one is chosen: longer by _CUDA_AHEAD for CUDA."""
+    least, plan = _log_best(times, order)
+    return least + math.log(_CUDA_AHEAD) if plan is not None and plan.cuda else least
 
 
 def _log_best(times: dict[Plan, float], order: tuple[object, ...]) -> tuple[float, Plan | None]:
@@ -174,7 +183,8 @@ def _whole(table: Table, matrix: TorchMatrix) -> bool:
 
 
 def _plans(matrix: TorchMatrix, tokens: int) -> list[Plan]:
-    return candidates(matrix.grid, matrix.codec, tokens, processors(matrix.device))
+    cuda = cuda_product.usable(matrix)
+    return candidates(matrix.grid, matrix.codec, tokens, processors(matrix.device), cuda)
 
 
 def _measured(matrix: TorchMatrix, timer: Timer) -> Table:

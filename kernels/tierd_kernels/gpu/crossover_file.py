@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 import triton
 
-from tierd_kernels.gpu.plans import TOKEN_BLOCKS, VARIANTS, Plan
+from tierd_kernels.gpu.plans import CUDA, TOKEN_BLOCKS, VARIANTS, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,7 +99,8 @@ def _driver_version() -> str:
 def _digest() -> str:
     """Of the kernels, and of the versions of what compiles them and what they are compared to."""
     digest = hashlib.sha256(f"{FORMAT} {triton.__version__} {torch.__version__}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    folder = Path(__file__).parent
+    for source in sorted([*folder.glob("*.py"), *folder.glob("*.cu")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -142,7 +143,7 @@ def _plan(fields: Any) -> Plan | None:
         tokens not in TOKEN_BLOCKS
         or type(splits) is not int
         or splits < 1
-        or (warps, stages, variant) not in VARIANTS
+        or (warps, stages, variant) not in (*VARIANTS, CUDA)
     ):
         raise ValueError(f"plan {fields} is none that there is")
     return Plan(tokens, splits, warps, stages, variant)

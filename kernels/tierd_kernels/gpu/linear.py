@@ -11,8 +11,10 @@ import triton.language as tl
 
 from tierd_kernels.errors import KernelError
 from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
+from tierd_kernels.gpu import cuda_product
 from tierd_kernels.gpu.arrays import check_arrays, group_tiles
 from tierd_kernels.gpu.plans import (
+    CUDA,
     DATA_CENTER_PROCESSORS,
     MOST_TOKENS,
     TOKEN_BLOCKS,
@@ -21,6 +23,7 @@ from tierd_kernels.gpu.plans import (
     default_plan,
 )
 from tierd_kernels.gpu.product import add_parts, multiply_tiles
+from tierd_kernels.gpu.records import far_units
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix
 
 ELEMENTS: Final = {"BF16": tl.bfloat16, "F16": tl.float16}
@@ -106,7 +109,9 @@ def launch(
     parts = x.new_empty((splits, tokens, rows), dtype=torch.float32)
     # Triton launches on the current device, whichever that of its arguments is.
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        if splits:
+        if splits and plan.cuda:
+            cuda_product.multiply(matrix, x, parts, faults, plan)
+        elif splits:
             grid = (matrix.grid.tile_rows, splits, -(-tokens // plan.tokens))
             multiply_tiles[grid](
                 matrix.bitmap,
@@ -118,6 +123,7 @@ def launch(
                 parts,
                 faults,
                 matrix.values.numel(),
+                far_units(matrix.values.numel()),
                 matrix.most_escapes if matrix.heads is not None else 0,
                 rows,
                 cols,
@@ -184,5 +190,7 @@ def _check_plan(matrix: TorchMatrix, plan: Plan) -> None:
         raise KernelError(f"a plan for {plan.tokens} tokens at once, there are {TOKEN_BLOCKS}")
     if not 1 <= plan.splits <= most:
         raise KernelError(f"a plan of {plan.splits} splits, {matrix.cols} columns have 1..{most}")
-    if (plan.warps, plan.stages, plan.variant) not in VARIANTS:
+    if (plan.warps, plan.stages, plan.variant) not in (*VARIANTS, CUDA):
         raise KernelError(f"{plan} is none of the variants that are compiled and tested")
+    if plan.cuda:
+        cuda_product.check(matrix)

@@ -30,7 +30,8 @@ class Plan:
 
     tokens: of a program, one of TOKEN_BLOCKS. splits: parts that the columns are cut into, summed
     in order by a second kernel. warps, stages: Triton's, of a program; stages above 1 let it read
-    the next tile while one is decoded. variant: of `decode_tile`, how values are fetched.
+    the next tile while one is decoded. variant: of `decode_tile`, how values are fetched; or
+    "cuda", the kernel of `cuda_product.py`.
     """
 
     tokens: int
@@ -40,14 +41,21 @@ class Plan:
     variant: str
 
     @property
-    def order(self) -> tuple[int, int]:
+    def order(self) -> tuple[int, int, bool]:
         """What decides the order of a row's additions. Plans that share it give equal bits."""
-        return self.splits, self.warps
+        return self.splits, self.warps, self.cuda
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it is the kernel in CUDA C++, not one of Triton's."""
+        return self.variant == CUDA[2]
 
 
 VARIANTS: Final = ((4, 1, "window"), (4, 3, "window"), (4, 3, "masked"), (4, 1, "gather"))
 """(warps, stages, variant) that can be chosen; the first where nothing was measured. 4 warps are
 what the tensor cores of sm_90 take; with 2 a program of 64 tokens has too few registers."""
+CUDA: Final = (4, 1, "cuda")
+"""The same of the kernel in CUDA C++, for the matrices and where `cuda_product.usable` says so."""
 
 
 def token_block(tokens: int) -> int:
@@ -56,15 +64,19 @@ def token_block(tokens: int) -> int:
 
 
 def candidates(
-    grid: TileGrid, codec: str, tokens: int, processors: int = DATA_CENTER_PROCESSORS
+    grid: TileGrid,
+    codec: str,
+    tokens: int,
+    processors: int = DATA_CENTER_PROCESSORS,
+    cuda: bool = False,
 ) -> list[Plan]:
     """All plans that are worth measuring for a matrix and 1 to MOST_TOKENS tokens.
 
-    The same splits for every number of tokens: see `Plan.order`.
+    The same splits for every number of tokens: see `Plan.order`. cuda: with those of CUDA.
     """
     block = token_block(tokens)
     splits = sorted({_splits(grid, resident * processors) for resident in _RESIDENT})
-    variants = [each for each in VARIANTS if worth(codec, *each)]
+    variants = [each for each in VARIANTS if worth(codec, *each)] + [CUDA] * cuda
     return [Plan(block, many, *variant) for many in splits for variant in variants]
 
 

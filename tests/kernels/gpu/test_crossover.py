@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from tierd_kernels import KernelError, PackedMatrix
+from tierd_kernels.gpu import cuda_product
 from tierd_kernels.gpu.crossover import TOKEN_CLASSES, Crossovers, decide, kind
 from tierd_kernels.gpu.crossover_file import CrossoverFile, Table
 from tierd_kernels.gpu.linear import processors
-from tierd_kernels.gpu.plans import VARIANTS, Plan, default_plan
+from tierd_kernels.gpu.plans import CUDA, VARIANTS, Plan, default_plan
 from tierd_kernels.torch_matrix import TorchMatrix, from_arrays
 
 Matrices = Callable[..., PackedMatrix]
@@ -191,6 +192,30 @@ def test_fused_ends_with_the_first_number_of_tokens_for_which_it_is_not_faster()
 
 def test_a_matrix_that_is_never_faster_fused_is_always_expanded() -> None:
     assert set(decide(table(lambda _: (1.0, 2.0, 0.5))).values()) == {None}
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [(0.95, VARIANTS[0]), (0.9, CUDA)])
+def test_a_kernel_in_cuda_is_taken_where_it_is_faster_by_a_tenth(
+    seconds: float, taken: tuple[int, int, str]
+) -> None:
+    measured: Table = {
+        n: {LEFT: 1.0, Plan(16, 1, *CUDA): seconds, None: 9.0} for n in TOKEN_CLASSES
+    }
+    assert set(decide(measured).values()) == {Plan(16, 1, *taken)}
+
+
+def test_a_kernel_in_cuda_is_measured_where_it_runs_and_then_read_from_the_file(
+    device: torch.device, matrix: TorchMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache" / "card.json"
+    timer = PlayedTimer(64)
+    without = crossovers(device, timer, tmp_path).table(matrix)
+    monkeypatch.setattr(cuda_product, "usable", lambda _: True)
+    found = crossovers(device, timer, tmp_path).table(matrix)
+    there = {plan for times in found.values() for plan in times if plan and plan.cuda}
+    assert {plan.tokens for plan in there} == {16, 32, 64}
+    assert found.keys() == without.keys()
+    assert CrossoverFile(path).read() == {kind(matrix): found}
 
 
 # ---------------------------------------------------------------- the file

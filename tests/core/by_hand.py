@@ -1,4 +1,4 @@
-"""A machine that is fed by hand: reads and discards are done at once, and it is checked each time.
+"""A machine that is fed by hand, and checked each time; with `feed` reads and discards are done.
 
 Layers are one granule (G) or as a test says.
 """
@@ -31,12 +31,15 @@ def machine_of(
     *models: tuple[int, ...],
     clients: int,
     warm: int | None = None,
+    reads_in_flight: int = 2,
+    span: int = 1024,
     slot_limit: int = 1 << 30,
 ) -> TierMachine:
     """One arena, models of these layer sizes (in granules), and clients 1, 2, ..."""
-    machine = TierMachine(CoreConfig(granules * G, reads_in_flight=2, slot_limit=slot_limit))
+    config = CoreConfig(granules * G, reads_in_flight=reads_in_flight, slot_limit=slot_limit)
+    machine = TierMachine(config)
     warm = granules if warm is None else warm
-    machine.handle(ArenaAdded(0, 0, 1024 * G, warm * G))
+    machine.handle(ArenaAdded(0, 0, span * G, warm * G))
     for number, layers in enumerate(models):
         sizes = tuple(size * G for size in layers)
         machine.handle(ModelAdded(0, number, f"m{number}", 0, sizes))
@@ -45,14 +48,22 @@ def machine_of(
     return machine
 
 
+def tell(machine: TierMachine, *events: Event) -> list[Action]:
+    """All actions; the invariants hold after each event."""
+    actions: list[Action] = []
+    for event in events:
+        actions += machine.handle(event)
+        machine.check()
+    return actions
+
+
 def feed(machine: TierMachine, *events: Event) -> list[Action]:
     """All actions, with reads and discards done at once; the invariants hold after each event."""
     actions: list[Action] = []
     todo = list(events)
     while todo:
         event = todo.pop(0)
-        new = machine.handle(event)
-        machine.check()
+        new = tell(machine, event)
         actions += new
         for action in new:
             if isinstance(action, Read):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 
+from tests.core import by_hand
+from tests.core.by_hand import G, key, tell
 from tierd.core.errors import IllegalEvent
 from tierd.core.machine import TierMachine
 from tierd.core.model import (
     Acquire,
-    Action,
     Admit,
     Adopted,
-    AdoptedSlot,
     ArenaAdded,
     ClientGone,
     ClientJoined,
@@ -23,9 +24,7 @@ from tierd.core.model import (
     Event,
     Evict,
     Grant,
-    HolderGone,
     Later,
-    LayerKey,
     ModelAdded,
     ModelRemoved,
     Plan,
@@ -37,59 +36,23 @@ from tierd.core.model import (
     Tick,
 )
 
-G = 2 << 20
-
-
-def machine_of(
-    granules: int,
-    *models: tuple[int, ...],
-    warm: int | None = None,
-    reads_in_flight: int = 1,
-    span: int = 1024,
-    clients: int = 2,
-    slot_limit: int = 1 << 30,
-) -> TierMachine:
-    """A machine with one arena, models of these layer sizes (in granules), and clients 1, 2, ..."""
-    machine = TierMachine(
-        CoreConfig(granules * G, reads_in_flight=reads_in_flight, slot_limit=slot_limit)
-    )
-    warm = granules if warm is None else warm
-    machine.handle(ArenaAdded(0, 0, span * G, warm * G))
-    for number, layers in enumerate(models):
-        layer_bytes = tuple(size * G for size in layers)
-        machine.handle(ModelAdded(0, number, f"m{number}", 0, layer_bytes))
-    for client in range(1, clients + 1):
-        machine.handle(ClientJoined(0, client))
-    return machine
-
-
-def feed(machine: TierMachine, *events: Event) -> list[Action]:
-    """All actions of all events, with the invariants checked after each."""
-    actions: list[Action] = []
-    for event in events:
-        actions += machine.handle(event)
-        machine.check()
-    return actions
-
-
-def key(layer: int, model: int = 0) -> LayerKey:
-    return LayerKey(model, layer)
+machine_of = partial(by_hand.machine_of, reads_in_flight=1, clients=2)
 
 
 def test_a_missing_layer_is_read_and_granted_when_the_read_is_done() -> None:
     machine = machine_of(4, (1, 1))
-    assert feed(machine, Acquire(10, 1, 7, key(1))) == [
+    assert tell(machine, Acquire(10, 1, 7, key(1))) == [
         Read(0, 1, key(1), 0, 0, G, "demand"),
     ]
-    assert feed(machine, ReadDone(25, 0)) == [
+    assert tell(machine, ReadDone(25, 0)) == [
         Grant(1, 7, 1, key(1), 0, 1, 0, 0, G, waited_ns=15),
     ]
 
 
 def test_a_resident_layer_is_granted_at_once_and_to_everybody() -> None:
     machine = machine_of(4, (1, 1))
-    feed(machine, Acquire(0, 1, 1, key(0)), ReadDone(5, 0))
-    assert feed(machine, Acquire(9, 2, 1, key(0))) == [
+    tell(machine, Acquire(0, 1, 1, key(0)), ReadDone(5, 0))
+    assert tell(machine, Acquire(9, 2, 1, key(0))) == [
         Grant(2, 1, 2, key(0), 0, 1, 0, 0, G, waited_ns=0),
     ]
     assert machine.snapshot().counters.hits == 1
@@ -97,8 +60,8 @@ def test_a_resident_layer_is_granted_at_once_and_to_everybody() -> None:
 
 def test_two_clients_that_want_one_layer_share_one_read() -> None:
     machine = machine_of(4, (1, 1))
-    assert len(feed(machine, Acquire(0, 1, 1, key(0)), Acquire(1, 2, 1, key(0)))) == 1
-    grants = feed(machine, ReadDone(9, 0))
+    assert len(tell(machine, Acquire(0, 1, 1, key(0)), Acquire(1, 2, 1, key(0)))) == 1
+    grants = tell(machine, ReadDone(9, 0))
     assert [(grant.client, grant.waited_ns) for grant in grants if isinstance(grant, Grant)] == [
         (1, 9),
         (2, 8),
@@ -107,26 +70,26 @@ def test_two_clients_that_want_one_layer_share_one_read() -> None:
 
 def test_a_plan_is_admitted_with_the_charge_of_its_largest_layer_and_fetched_ahead() -> None:
     machine = machine_of(6, (1, 3, 1))
-    assert feed(machine, Plan(0, 1, 1, 0, (0, 1, 2))) == [
+    assert tell(machine, Plan(0, 1, 1, 0, (0, 1, 2))) == [
         Admit(1, 1, 3 * G),
         Read(0, 1, key(0), 0, 0, G, "ahead"),
     ]
-    assert feed(machine, ReadDone(1, 0)) == [Read(1, 2, key(1), 0, G, 3 * G, "ahead")]
+    assert tell(machine, ReadDone(1, 0)) == [Read(1, 2, key(1), 0, G, 3 * G, "ahead")]
 
 
 def test_a_layer_that_is_fetched_ahead_just_becomes_demanded() -> None:
     machine = machine_of(4, (1, 1))
-    feed(machine, Plan(0, 1, 1, 0, (0, 1)))
-    assert feed(machine, Acquire(1, 1, 2, key(0))) == []
-    grants = [action for action in feed(machine, ReadDone(9, 0)) if isinstance(action, Grant)]
+    tell(machine, Plan(0, 1, 1, 0, (0, 1)))
+    assert tell(machine, Acquire(1, 1, 2, key(0))) == []
+    grants = [action for action in tell(machine, ReadDone(9, 0)) if isinstance(action, Grant)]
     assert [grant.waited_ns for grant in grants] == [8]
 
 
 def test_a_demand_goes_before_what_is_fetched_ahead() -> None:
     machine = machine_of(6, (1, 1, 1, 1), (1, 1))
-    feed(machine, Plan(0, 1, 1, 0, (0, 1, 2, 3)))
-    feed(machine, Acquire(1, 2, 1, key(1, model=1)))
-    assert feed(machine, ReadDone(9, 0)) == [
+    tell(machine, Plan(0, 1, 1, 0, (0, 1, 2, 3)))
+    tell(machine, Acquire(1, 2, 1, key(1, model=1)))
+    assert tell(machine, ReadDone(9, 0)) == [
         Read(1, 2, key(1, model=1), 0, G, G, "demand"),
     ]
 
@@ -134,11 +97,11 @@ def test_a_demand_goes_before_what_is_fetched_ahead() -> None:
 def test_demands_are_served_in_the_order_in_which_they_came() -> None:
     machine = machine_of(8, (1, 1, 1, 1), clients=4)
     for client in (3, 1, 4, 2):
-        feed(machine, Acquire(client, client, 1, key(client - 1)))
+        tell(machine, Acquire(client, client, 1, key(client - 1)))
     order = [
         action.key.layer
         for slot in range(3)
-        for action in feed(machine, ReadDone(10 + slot, slot))
+        for action in tell(machine, ReadDone(10 + slot, slot))
         if isinstance(action, Read)
     ]
     assert order == [0, 3, 1]
@@ -146,8 +109,8 @@ def test_demands_are_served_in_the_order_in_which_they_came() -> None:
 
 def test_a_plan_that_does_not_fit_beside_the_others_is_refused_with_the_numbers() -> None:
     machine = machine_of(4, (3, 1), clients=2)
-    feed(machine, Plan(0, 1, 1, 0, (0, 1)))
-    [refusal] = feed(machine, Plan(0, 2, 1, 0, (0, 1)))
+    tell(machine, Plan(0, 1, 1, 0, (0, 1)))
+    [refusal] = tell(machine, Plan(0, 2, 1, 0, (0, 1)))
     assert isinstance(refusal, Refuse)
     assert refusal.code == "budget_too_small"
     assert f"needs {3 * G} bytes" in refusal.text
@@ -156,29 +119,29 @@ def test_a_plan_that_does_not_fit_beside_the_others_is_refused_with_the_numbers(
 
 def test_a_refused_plan_leaves_the_earlier_one_in_place() -> None:
     machine = machine_of(2, (1, 3))
-    feed(machine, Plan(0, 1, 1, 0, (0,)))
-    feed(machine, Plan(0, 1, 2, 0, (0, 1)))
+    tell(machine, Plan(0, 1, 1, 0, (0,)))
+    tell(machine, Plan(0, 1, 2, 0, (0, 1)))
     [client, _] = machine.snapshot().clients
     assert (client.model, client.reserved_bytes) == (0, G)
 
 
 def test_a_layer_ahead_that_would_break_the_reserves_is_answered_later() -> None:
     machine = machine_of(2, (1, 1, 1))
-    feed(machine, Plan(0, 1, 1, 0, (0, 1, 2)), Plan(0, 2, 1, 0, (0, 1, 2)), ReadDone(1, 0))
-    feed(machine, Acquire(2, 1, 2, key(0)))
-    assert Later(1, 3) in feed(machine, Acquire(3, 1, 3, key(1), ahead=True))
+    tell(machine, Plan(0, 1, 1, 0, (0, 1, 2)), Plan(0, 2, 1, 0, (0, 1, 2)), ReadDone(1, 0))
+    tell(machine, Acquire(2, 1, 2, key(0)))
+    assert Later(1, 3) in tell(machine, Acquire(3, 1, 3, key(1), ahead=True))
     # The same layer is granted as soon as the client has released the other.
-    feed(machine, Release(4, 1, 1))
-    actions = feed(machine, Acquire(5, 1, 4, key(1)), ReadDone(6, 1))
+    tell(machine, Release(4, 1, 1))
+    actions = tell(machine, Acquire(5, 1, 4, key(1)), ReadDone(6, 1))
     assert any(isinstance(action, Grant) and action.request == 4 for action in actions)
 
 
 def test_a_demand_beyond_the_reserve_is_refused_at_once_and_says_what_to_release() -> None:
     machine = machine_of(2, (1, 1, 1))
-    feed(machine, Plan(0, 1, 1, 0, (0, 1, 2)), Plan(0, 2, 1, 0, (0, 1, 2)), ReadDone(1, 0))
-    feed(machine, Acquire(2, 1, 2, key(0)))
+    tell(machine, Plan(0, 1, 1, 0, (0, 1, 2)), Plan(0, 2, 1, 0, (0, 1, 2)), ReadDone(1, 0))
+    tell(machine, Acquire(2, 1, 2, key(0)))
     [refusal] = [
-        a for a in feed(machine, Acquire(3, 1, 3, key(1))) if isinstance(a, Refuse)
+        a for a in tell(machine, Acquire(3, 1, 3, key(1))) if isinstance(a, Refuse)
     ]  # fmt: skip
     assert refusal.code == "lease_limit"
     assert f"holds {G} bytes in 1 leases" in refusal.text
@@ -187,41 +150,41 @@ def test_a_demand_beyond_the_reserve_is_refused_at_once_and_says_what_to_release
 
 def test_a_demand_beyond_the_reserve_is_granted_where_nobody_else_needs_the_memory() -> None:
     machine = machine_of(3, (1, 1, 1))
-    feed(machine, Plan(0, 1, 1, 0, (0, 1, 2)), ReadDone(1, 0), ReadDone(2, 1), ReadDone(3, 2))
+    tell(machine, Plan(0, 1, 1, 0, (0, 1, 2)), ReadDone(1, 0), ReadDone(2, 1), ReadDone(3, 2))
     for layer in range(3):
-        [grant] = feed(machine, Acquire(4, 1, 2 + layer, key(layer)))
+        [grant] = tell(machine, Acquire(4, 1, 2 + layer, key(layer)))
         assert isinstance(grant, Grant)
 
 
 def test_the_second_lease_of_a_layer_costs_nothing_more() -> None:
     machine = machine_of(1, (1,))
-    feed(machine, Plan(0, 1, 1, 0, (0,)), ReadDone(1, 0))
-    first = feed(machine, Acquire(2, 1, 2, key(0)))
-    second = feed(machine, Acquire(3, 1, 3, key(0)))
+    tell(machine, Plan(0, 1, 1, 0, (0,)), ReadDone(1, 0))
+    first = tell(machine, Acquire(2, 1, 2, key(0)))
+    second = tell(machine, Acquire(3, 1, 3, key(0)))
     assert [(g.lease, g.slot) for g in [*first, *second] if isinstance(g, Grant)] == [
         (1, 0),
         (2, 0),
     ]
-    feed(machine, Release(4, 1, 1))
+    tell(machine, Release(4, 1, 1))
     assert machine.snapshot().memory.leased_bytes == G
-    feed(machine, Release(5, 1, 2))
+    tell(machine, Release(5, 1, 2))
     assert machine.snapshot().memory.leased_bytes == 0
 
 
 def test_a_client_without_a_plan_is_admitted_by_its_first_acquire_or_refused() -> None:
     machine = machine_of(2, (2, 1))
-    feed(machine, Acquire(0, 1, 1, key(0)))
-    [refusal] = feed(machine, Acquire(1, 2, 1, key(1)))
+    tell(machine, Acquire(0, 1, 1, key(0)))
+    [refusal] = tell(machine, Acquire(1, 2, 1, key(1)))
     assert isinstance(refusal, Refuse)
     assert refusal.code == "budget_too_small"
 
 
 def test_waiting_counts_from_when_the_client_had_nothing_left_to_compute_with() -> None:
     machine = machine_of(4, (1, 1))
-    feed(machine, Acquire(0, 1, 1, key(0)), ReadDone(10, 0))
-    feed(machine, Acquire(20, 1, 2, key(1), ahead=True))
-    feed(machine, Release(50, 1, 1))
-    [grant] = feed(machine, ReadDone(70, 1))
+    tell(machine, Acquire(0, 1, 1, key(0)), ReadDone(10, 0))
+    tell(machine, Acquire(20, 1, 2, key(1), ahead=True))
+    tell(machine, Release(50, 1, 1))
+    [grant] = tell(machine, ReadDone(70, 1))
     assert isinstance(grant, Grant)
     assert grant.waited_ns == 20
     assert machine.snapshot().clients[0].stall_ns == 10 + 20
@@ -229,17 +192,17 @@ def test_waiting_counts_from_when_the_client_had_nothing_left_to_compute_with() 
 
 def test_a_layer_that_arrives_before_it_is_needed_was_not_waited_for() -> None:
     machine = machine_of(4, (1, 1))
-    feed(machine, Acquire(0, 1, 1, key(0)), ReadDone(10, 0))
-    [_, grant] = feed(machine, Acquire(20, 1, 2, key(1), ahead=True), ReadDone(30, 1))
+    tell(machine, Acquire(0, 1, 1, key(0)), ReadDone(10, 0))
+    [_, grant] = tell(machine, Acquire(20, 1, 2, key(1), ahead=True), ReadDone(30, 1))
     assert isinstance(grant, Grant)
     assert grant.waited_ns == 0
 
 
 def test_a_leased_layer_is_never_a_victim() -> None:
     machine = machine_of(2, (1, 1, 1))
-    feed(machine, Acquire(0, 1, 1, key(0)), ReadDone(1, 0))
-    feed(machine, Acquire(2, 2, 1, key(1)), ReadDone(3, 1), Release(4, 2, 2))
-    assert feed(machine, Acquire(5, 2, 2, key(2))) == [
+    tell(machine, Acquire(0, 1, 1, key(0)), ReadDone(1, 0))
+    tell(machine, Acquire(2, 2, 1, key(1)), ReadDone(3, 1), Release(4, 2, 2))
+    assert tell(machine, Acquire(5, 2, 2, key(2))) == [
         Evict(1, 2, key(1)),
         Read(1, 3, key(2), 0, G, G, "demand"),
     ]
@@ -247,10 +210,10 @@ def test_a_leased_layer_is_never_a_victim() -> None:
 
 def test_the_layer_that_is_needed_last_gives_way() -> None:
     machine = machine_of(3, (1, 1, 1, 1, 1), clients=1)
-    feed(machine, Plan(0, 1, 1, 0, (0, 1, 2, 3, 4)))
-    feed(machine, ReadDone(1, 0), ReadDone(2, 1), ReadDone(3, 2))
-    feed(machine, Acquire(4, 1, 2, key(0)))
-    assert feed(machine, Release(5, 1, 1)) == [
+    tell(machine, Plan(0, 1, 1, 0, (0, 1, 2, 3, 4)))
+    tell(machine, ReadDone(1, 0), ReadDone(2, 1), ReadDone(3, 2))
+    tell(machine, Acquire(4, 1, 2, key(0)))
+    assert tell(machine, Release(5, 1, 1)) == [
         Evict(0, 1, key(0)),
         Read(0, 4, key(3), 0, 0, G, "ahead"),
     ]
@@ -258,41 +221,41 @@ def test_the_layer_that_is_needed_last_gives_way() -> None:
 
 def test_nothing_is_evicted_for_a_layer_that_is_needed_later() -> None:
     machine = machine_of(3, (1, 1, 1, 1, 1), clients=1)
-    feed(machine, Plan(0, 1, 1, 0, (0, 1, 2, 3, 4)))
-    actions = feed(machine, ReadDone(1, 0), ReadDone(2, 1))
+    tell(machine, Plan(0, 1, 1, 0, (0, 1, 2, 3, 4)))
+    actions = tell(machine, ReadDone(1, 0), ReadDone(2, 1))
     assert [type(action) for action in actions] == [Read, Read]
-    assert feed(machine, ReadDone(3, 2)) == []
+    assert tell(machine, ReadDone(3, 2)) == []
 
 
 def test_a_plan_waits_for_what_others_hold_beyond_their_reserves() -> None:
     machine = machine_of(2, (1, 1, 1))
-    feed(machine, Plan(0, 1, 1, 0, (0, 1, 2)), ReadDone(1, 0), ReadDone(2, 1))
-    feed(machine, Acquire(3, 1, 2, key(0)), Acquire(3, 1, 3, key(1), ahead=True))
-    assert feed(machine, Plan(4, 2, 1, 0, (0, 1, 2))) == []
+    tell(machine, Plan(0, 1, 1, 0, (0, 1, 2)), ReadDone(1, 0), ReadDone(2, 1))
+    tell(machine, Acquire(3, 1, 2, key(0)), Acquire(3, 1, 3, key(1), ahead=True))
+    assert tell(machine, Plan(4, 2, 1, 0, (0, 1, 2))) == []
     # Nobody gets more beyond its reserve meanwhile.
-    assert Admit(2, 1, G) in feed(machine, Release(5, 1, 1))
+    assert Admit(2, 1, G) in tell(machine, Release(5, 1, 1))
 
 
 def test_a_plan_that_waited_too_long_is_refused_with_the_numbers() -> None:
     machine = machine_of(2, (1, 1, 1))
-    feed(machine, Plan(0, 1, 1, 0, (0, 1, 2)), ReadDone(1, 0), ReadDone(2, 1))
-    feed(machine, Acquire(3, 1, 2, key(0)), Acquire(3, 1, 3, key(1), ahead=True))
-    feed(machine, Plan(4, 2, 1, 0, (0, 1, 2)))
-    assert feed(machine, Tick(1_999_999_999)) == []
-    [refusal] = feed(machine, Tick(2_000_000_004))
+    tell(machine, Plan(0, 1, 1, 0, (0, 1, 2)), ReadDone(1, 0), ReadDone(2, 1))
+    tell(machine, Acquire(3, 1, 2, key(0)), Acquire(3, 1, 3, key(1), ahead=True))
+    tell(machine, Plan(4, 2, 1, 0, (0, 1, 2)))
+    assert tell(machine, Tick(1_999_999_999)) == []
+    [refusal] = tell(machine, Tick(2_000_000_004))
     assert isinstance(refusal, Refuse)
     assert (refusal.client, refusal.code) == (2, "budget_too_small")
 
 
 def test_while_a_plan_waits_nobody_takes_more_than_its_reserve() -> None:
     machine = machine_of(3, (1, 1, 1, 1), (3,), clients=3)
-    feed(machine, Plan(0, 1, 1, 0, (0, 1, 2, 3)), Plan(0, 2, 1, 0, (0, 1, 2, 3)))
-    feed(machine, ReadDone(1, 0), ReadDone(2, 1), ReadDone(3, 2))
-    feed(machine, Acquire(3, 1, 2, key(0)), Acquire(3, 1, 3, key(1), ahead=True))
-    assert feed(machine, Plan(4, 3, 1, 0, (0, 1))) == []
-    feed(machine, Acquire(5, 2, 2, key(0)))
-    assert Later(2, 3) in feed(machine, Acquire(5, 2, 3, key(1), ahead=True))
-    assert Admit(3, 1, G) in feed(machine, Release(6, 1, 1))
+    tell(machine, Plan(0, 1, 1, 0, (0, 1, 2, 3)), Plan(0, 2, 1, 0, (0, 1, 2, 3)))
+    tell(machine, ReadDone(1, 0), ReadDone(2, 1), ReadDone(3, 2))
+    tell(machine, Acquire(3, 1, 2, key(0)), Acquire(3, 1, 3, key(1), ahead=True))
+    assert tell(machine, Plan(4, 3, 1, 0, (0, 1))) == []
+    tell(machine, Acquire(5, 2, 2, key(0)))
+    assert Later(2, 3) in tell(machine, Acquire(5, 2, 3, key(1), ahead=True))
+    assert Admit(3, 1, G) in tell(machine, Release(6, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -301,18 +264,18 @@ def test_while_a_plan_waits_nobody_takes_more_than_its_reserve() -> None:
 )
 def test_a_waiting_plan_is_answered_when_it_can_no_longer_be_kept(event: Event, code: str) -> None:
     machine = machine_of(2, (1, 1, 1))
-    feed(machine, Plan(0, 1, 1, 0, (0, 1, 2)), ReadDone(1, 0), ReadDone(2, 1))
-    feed(machine, Acquire(3, 1, 2, key(0)), Acquire(3, 1, 3, key(1), ahead=True))
-    feed(machine, Plan(4, 2, 1, 0, (0, 1, 2)))
-    refusals = [action for action in feed(machine, event) if isinstance(action, Refuse)]
+    tell(machine, Plan(0, 1, 1, 0, (0, 1, 2)), ReadDone(1, 0), ReadDone(2, 1))
+    tell(machine, Acquire(3, 1, 2, key(0)), Acquire(3, 1, 3, key(1), ahead=True))
+    tell(machine, Plan(4, 2, 1, 0, (0, 1, 2)))
+    refusals = [action for action in tell(machine, event) if isinstance(action, Refuse)]
     assert [(refusal.request, refusal.code) for refusal in refusals] == [(1, code)]
-    feed(machine, ClientGone(6, 2))
+    tell(machine, ClientGone(6, 2))
 
 
 def test_a_failed_read_is_told_to_everybody_who_waits_and_frees_the_slot() -> None:
     machine = machine_of(2, (1, 1))
-    feed(machine, Acquire(0, 1, 1, key(0)), Acquire(0, 2, 1, key(0)))
-    assert feed(machine, ReadFailed(5, 0, "checksum_mismatch", "block 3 of layer 0")) == [
+    tell(machine, Acquire(0, 1, 1, key(0)), Acquire(0, 2, 1, key(0)))
+    assert tell(machine, ReadFailed(5, 0, "checksum_mismatch", "block 3 of layer 0")) == [
         Refuse(1, 1, "checksum_mismatch", "block 3 of layer 0"),
         Refuse(2, 1, "checksum_mismatch", "block 3 of layer 0"),
         Evict(0, 1, key(0)),
@@ -322,10 +285,10 @@ def test_a_failed_read_is_told_to_everybody_who_waits_and_frees_the_slot() -> No
 
 def test_a_failed_layer_is_not_fetched_ahead_again_until_somebody_demands_it() -> None:
     machine = machine_of(4, (1, 1))
-    feed(machine, Plan(0, 1, 1, 0, (0, 1)))
-    actions = feed(machine, ReadFailed(1, 0, "read_failed", "EIO"), ReadDone(2, 0))
+    tell(machine, Plan(0, 1, 1, 0, (0, 1)))
+    actions = tell(machine, ReadFailed(1, 0, "read_failed", "EIO"), ReadDone(2, 0))
     assert [action.key.layer for action in actions if isinstance(action, Read)] == [1]
-    [read] = feed(machine, Acquire(3, 1, 2, key(0)))
+    [read] = tell(machine, Acquire(3, 1, 2, key(0)))
     assert isinstance(read, Read)
     assert (read.key, read.reason) == (key(0), "demand")
 
@@ -334,14 +297,14 @@ def test_cold_addresses_are_used_only_after_as_much_was_discarded_elsewhere() ->
     """Two layers of 2 granules leave [0, 2) and [4, 6) free: no 3 in a row are warm."""
     machine = machine_of(6, (2, 2, 2), (3,), warm=6, clients=2)
     for layer in range(3):
-        feed(machine, Acquire(layer, 1, layer, key(layer)), ReadDone(layer, layer))
-    feed(machine, Release(5, 1, 1), Release(5, 1, 3))
-    actions = feed(machine, Acquire(6, 2, 1, key(0, model=1)))
+        tell(machine, Acquire(layer, 1, layer, key(layer)), ReadDone(layer, layer))
+    tell(machine, Release(5, 1, 1), Release(5, 1, 3))
+    actions = tell(machine, Acquire(6, 2, 1, key(0, model=1)))
     assert [type(action) for action in actions] == [Evict, Evict, Discard]
     [discard] = [action for action in actions if isinstance(action, Discard)]
     assert discard.nbytes == G
     assert machine.snapshot().memory.used_bytes == 6 * G
-    [read] = feed(machine, DiscardDone(7, discard.arena, discard.offset, discard.nbytes))
+    [read] = tell(machine, DiscardDone(7, discard.arena, discard.offset, discard.nbytes))
     assert isinstance(read, Read)
     assert read.nbytes == 3 * G
     assert machine.snapshot().memory.used_bytes == 6 * G
@@ -349,118 +312,49 @@ def test_cold_addresses_are_used_only_after_as_much_was_discarded_elsewhere() ->
 
 def test_small_layers_share_a_granule() -> None:
     machine = TierMachine(CoreConfig(2 * G, reads_in_flight=4))
-    feed(machine, ArenaAdded(0, 0, 64 * G, 2 * G), ModelAdded(0, 0, "m", 0, (4096, 8192, G)))
-    feed(machine, ClientJoined(0, 1))
-    reads = [a for a in feed(machine, Plan(0, 1, 1, 0, (0, 1, 2))) if isinstance(a, Read)]
+    tell(machine, ArenaAdded(0, 0, 64 * G, 2 * G), ModelAdded(0, 0, "m", 0, (4096, 8192, G)))
+    tell(machine, ClientJoined(0, 1))
+    reads = [a for a in tell(machine, Plan(0, 1, 1, 0, (0, 1, 2))) if isinstance(a, Read)]
     assert [(read.key.layer, read.offset) for read in reads] == [(0, G), (1, G + 4096), (2, 0)]
 
 
 def test_removing_a_model_refuses_who_waits_and_spares_who_leases() -> None:
     machine = machine_of(4, (1, 1, 1))
-    feed(machine, Acquire(0, 1, 1, key(0)), ReadDone(1, 0))
-    feed(machine, Acquire(2, 2, 1, key(1)))
-    [refusal] = feed(machine, ModelRemoved(3, 0))
+    tell(machine, Acquire(0, 1, 1, key(0)), ReadDone(1, 0))
+    tell(machine, Acquire(2, 2, 1, key(1)))
+    [refusal] = tell(machine, ModelRemoved(3, 0))
     assert isinstance(refusal, Refuse)
     assert (refusal.client, refusal.code) == (2, "model_removed")
-    assert feed(machine, ReadDone(4, 1)) == [Evict(1, 2, key(1))]
-    assert feed(machine, Release(5, 1, 1)) == [Evict(0, 1, key(0))]
+    assert tell(machine, ReadDone(4, 1)) == [Evict(1, 2, key(1))]
+    assert tell(machine, Release(5, 1, 1)) == [Evict(0, 1, key(0))]
     assert machine.snapshot().models == {}
-    [refusal] = feed(machine, Acquire(6, 1, 2, key(0)))
+    [refusal] = tell(machine, Acquire(6, 1, 2, key(0)))
     assert isinstance(refusal, Refuse)
     assert refusal.code == "model_removed"
 
 
 def test_a_client_that_is_gone_leaves_nothing_behind() -> None:
     machine = machine_of(4, (1, 1, 1))
-    feed(machine, Plan(0, 1, 1, 0, (0, 1, 2)), ReadDone(1, 0), Acquire(2, 1, 2, key(0)))
-    feed(machine, Acquire(3, 1, 3, key(2), ahead=True), ClientGone(4, 1))
+    tell(machine, Plan(0, 1, 1, 0, (0, 1, 2)), ReadDone(1, 0), Acquire(2, 1, 2, key(0)))
+    tell(machine, Acquire(3, 1, 3, key(2), ahead=True), ClientGone(4, 1))
     snapshot = machine.snapshot()
     assert snapshot.memory.leased_bytes == snapshot.memory.reserved_bytes == 0
-    assert feed(machine, ReadDone(5, 1)) == []
+    assert tell(machine, ReadDone(5, 1)) == []
     assert [client.client for client in snapshot.clients] == [2]
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 3])
 def test_the_machine_is_quiet_while_a_planned_client_is_silent(lookahead: int) -> None:
     machine = machine_of(3, (1,) * 8)
-    reads = [a for a in feed(machine, Plan(0, 1, 1, 0, tuple(range(8)), "cyclic", lookahead)) if a]
+    reads = [a for a in tell(machine, Plan(0, 1, 1, 0, tuple(range(8)), "cyclic", lookahead)) if a]
     slots = [action.slot for action in reads if isinstance(action, Read)]
     for _ in range(50):
         if not slots:
             break
         done = slots.pop(0)
-        slots += [a.slot for a in feed(machine, ReadDone(1, done)) if isinstance(a, Read)]
+        slots += [a.slot for a in tell(machine, ReadDone(1, done)) if isinstance(a, Read)]
     assert not slots
     assert machine.snapshot().counters.reads == 3
-
-
-# ------------------------------------------------------------------------------------- warm restart
-
-
-def adopted_machine(*slots: AdoptedSlot, budget: int = 4) -> tuple[TierMachine, list[Action]]:
-    machine = machine_of(budget, (1, 1, 1), warm=0, clients=0)
-    actions = feed(machine, Adopted(0, slots))
-    feed(machine, ClientJoined(1, 1))
-    return machine, actions
-
-
-def test_what_was_resident_is_granted_without_a_read() -> None:
-    machine, actions = adopted_machine(AdoptedSlot(5, 0, G, G, 40, key(2), ()))
-    assert actions == []
-    assert feed(machine, Acquire(2, 1, 1, key(2))) == [
-        Grant(1, 1, 1, key(2), 5, 40, 0, G, G, waited_ns=0),
-    ]
-
-
-def test_a_read_that_was_half_done_is_only_warm_memory() -> None:
-    machine, actions = adopted_machine(AdoptedSlot(3, 0, 2 * G, G, 40, None, ()))
-    assert actions == [Evict(3, 40, None)]
-    assert machine.snapshot().memory.used_bytes == G
-    [read] = feed(machine, Acquire(2, 1, 1, key(0)))
-    assert isinstance(read, Read)
-    assert (read.offset, read.generation) == (2 * G, 41)
-
-
-def test_a_quarantined_slot_is_not_overwritten_before_its_last_holder_is_gone() -> None:
-    slot = AdoptedSlot(0, 0, 0, 3 * G, 9, None, (77, 78))
-    machine, actions = adopted_machine(slot)
-    assert actions == []
-    assert machine.snapshot().memory.quarantined_bytes == 3 * G
-    feed(machine, Plan(2, 1, 1, 0, (0, 1, 2)), ReadDone(3, 1))
-    assert machine.snapshot().counters.reads == 1
-    assert feed(machine, HolderGone(4, 77)) == []
-    actions = feed(machine, HolderGone(5, 78))
-    assert actions[0] == Evict(0, 9, None)
-    assert isinstance(actions[1], Read)
-
-
-def test_a_quarantined_layer_can_be_granted_meanwhile_and_stays_afterwards() -> None:
-    machine, _ = adopted_machine(AdoptedSlot(0, 0, 0, G, 9, key(0), (77,)))
-    [grant] = feed(machine, Acquire(2, 1, 1, key(0)))
-    assert isinstance(grant, Grant)
-    assert feed(machine, HolderGone(3, 77), Release(4, 1, 1)) == []
-    assert machine.snapshot().models[0][0].state == "resident"
-
-
-def test_quarantine_counts_against_admission() -> None:
-    machine, _ = adopted_machine(AdoptedSlot(0, 0, 0, 4 * G, 9, None, (77,)))
-    assert feed(machine, Plan(1, 1, 1, 0, (0,))) == []
-    [refusal] = feed(machine, Tick(1 + machine.config.admission_patience_ns))
-    assert isinstance(refusal, Refuse)
-    assert f"{4 * G} bytes in quarantine" in refusal.text
-    feed(machine, Plan(3_000_000_000, 1, 2, 0, (0,)))
-    assert Admit(1, 2, G) in feed(machine, HolderGone(3_000_000_001, 77))
-
-
-def test_a_smaller_budget_after_a_restart_sheds_what_nobody_holds() -> None:
-    slots = [AdoptedSlot(i, 0, i * G, G, i + 1, key(i), ()) for i in range(3)]
-    _, actions = adopted_machine(*slots, budget=1)
-    assert [type(action) for action in actions] == [Evict, Evict, Discard]
-
-
-def test_a_holder_that_nobody_knows_changes_nothing() -> None:
-    machine, _ = adopted_machine()
-    assert feed(machine, HolderGone(1, 12345)) == []
 
 
 # ----------------------------------------------------------------------------------- illegal events
@@ -494,7 +388,7 @@ def test_a_holder_that_nobody_knows_changes_nothing() -> None:
 )
 def test_an_illegal_event_raises_and_changes_nothing(event: Event) -> None:
     machine = machine_of(3, (1, 1, 1))
-    feed(machine, Acquire(0, 1, 1, key(0)), ReadDone(1, 0), Acquire(2, 2, 1, key(1)))
+    tell(machine, Acquire(0, 1, 1, key(0)), ReadDone(1, 0), Acquire(2, 2, 1, key(1)))
     before = (machine.snapshot(), [str(decision) for decision in machine.story()])
     twin = copy.deepcopy(machine)
     with pytest.raises(IllegalEvent):
@@ -503,25 +397,6 @@ def test_an_illegal_event_raises_and_changes_nothing(event: Event) -> None:
     assert (machine.snapshot(), [str(decision) for decision in machine.story()]) == before
     for legal in (ReadDone(10, 1), Release(11, 1, 1), Acquire(12, 1, 2, key(2))):
         assert machine.handle(legal) == twin.handle(legal)
-
-
-@pytest.mark.parametrize(
-    "slots",
-    [
-        (AdoptedSlot(0, 7, 0, G, 1, None, ()),),
-        (AdoptedSlot(0, 0, 0, G, 1, None, ()), AdoptedSlot(0, 0, G, G, 2, None, ())),
-        (AdoptedSlot(0, 0, 0, 2 * G, 1, None, ()), AdoptedSlot(1, 0, G, G, 2, None, ())),
-        (AdoptedSlot(0, 0, 0, 4096, 1, None, ()), AdoptedSlot(1, 0, 4096, G, 2, None, ())),
-        (AdoptedSlot(0, 0, 5000 * G, G, 1, None, ()),),
-    ],
-    ids=["arena", "number", "overlap", "granule", "span"],
-)
-def test_slots_that_contradict_each_other_are_not_adopted(slots: tuple[AdoptedSlot, ...]) -> None:
-    machine = machine_of(3, (1,), warm=0, clients=0)
-    with pytest.raises(IllegalEvent):
-        machine.handle(Adopted(0, slots))
-    machine.check()
-    assert machine.snapshot().memory.used_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -538,15 +413,15 @@ def test_slots_that_contradict_each_other_are_not_adopted(slots: tuple[AdoptedSl
     ],
 )
 def test_what_a_client_may_get_wrong_is_refused_with_a_code(event: Event, code: str) -> None:
-    [refusal] = feed(machine_of(3, (1, 1, 1)), event)
+    [refusal] = tell(machine_of(3, (1, 1, 1)), event)
     assert isinstance(refusal, Refuse)
     assert refusal.code == code
 
 
 def test_the_story_of_a_layer_says_why() -> None:
     machine = machine_of(1, (1, 1), clients=1)
-    feed(machine, Acquire(0, 1, 1, key(0)), ReadDone(1, 0), Release(2, 1, 1))
-    feed(machine, Acquire(3, 1, 2, key(1)))
+    tell(machine, Acquire(0, 1, 1, key(0)), ReadDone(1, 0), Release(2, 1, 1))
+    tell(machine, Acquire(3, 1, 2, key(1)))
     story = [str(decision) for decision in machine.story(key(0))]
     assert story[-1] == "0.000000 evict 0/0: for 0/1: no plan uses it"
     assert [line.split()[1] for line in story] == ["wait", "read", "resident", "grant", "evict"]
@@ -554,7 +429,7 @@ def test_the_story_of_a_layer_says_why() -> None:
 
 def test_an_illegal_event_tells_the_story_of_its_layer() -> None:
     machine = machine_of(1, (1, 1), clients=1)
-    feed(machine, Acquire(0, 1, 1, key(0)), ReadDone(1, 0))
+    tell(machine, Acquire(0, 1, 1, key(0)), ReadDone(1, 0))
     with pytest.raises(IllegalEvent, match="slot 0 is not being read") as caught:
         machine.handle(ReadDone(2, 0))
     assert [decision.what for decision in caught.value.story] == [
@@ -565,82 +440,12 @@ def test_an_illegal_event_tells_the_story_of_its_layer() -> None:
     ]
 
 
-def test_slots_run_out_before_memory_does_and_what_nobody_reads_makes_room() -> None:
-    machine = machine_of(8, (1, 1, 1), slot_limit=2)
-    for layer in (0, 1):
-        feed(machine, Acquire(0, 1, layer, key(layer)), ReadDone(1, layer))
-    feed(machine, Release(2, 1, 1))
-    assert feed(machine, Acquire(3, 1, 3, key(2))) == [
-        Evict(0, 1, key(0)),
-        Read(0, 3, key(2), 0, 2 * G, G, "demand"),
-    ]
-
-
-def test_a_lease_beyond_the_slots_is_refused_and_taken_ahead_comes_later() -> None:
-    machine = machine_of(8, (1, 1, 1), slot_limit=2)
-    feed(machine, Plan(0, 2, 1, 0, (2,)), ReadDone(0, 0))  # reserves a slot
-    feed(machine, Acquire(1, 1, 1, key(0)), ReadDone(2, 1))
-    assert feed(machine, Acquire(3, 1, 2, key(1), ahead=True)) == [Later(1, 2)]
-    (refusal,) = feed(machine, Acquire(4, 1, 3, key(1)))
-    assert isinstance(refusal, Refuse)
-    assert refusal.code == "lease_limit"
-    assert "of 2 slots" in refusal.text
-    assert feed(machine, Acquire(5, 2, 2, key(2)))  # within its reserve
-
-
-def test_a_plan_for_which_no_slot_is_left_is_refused() -> None:
-    machine = machine_of(8, (1, 1, 1), slot_limit=1)
-    feed(machine, Plan(0, 1, 1, 0, (0,)))
-    (refusal,) = feed(machine, Plan(1, 2, 1, 0, (1,)))
-    assert isinstance(refusal, Refuse)
-    assert refusal.code == "lease_limit"
-
-
-def test_nothing_is_fetched_ahead_into_a_slot_that_does_not_exist() -> None:
-    machine = machine_of(8, (1, 1, 1, 1), slot_limit=2, reads_in_flight=4)
-    actions = feed(machine, Plan(0, 1, 1, 0, (0, 1, 2, 3)))
-    assert [action.key.layer for action in actions if isinstance(action, Read)] == [0, 1]
-    feed(machine, ReadDone(1, 0), ReadDone(1, 1))
-
-
-def test_small_layers_that_share_granules_with_leases_still_give_up_their_slots() -> None:
-    """One slot number is needed, not a whole granule."""
-    machine = TierMachine(CoreConfig(8 * G, reads_in_flight=1, slot_limit=2))
-    feed(machine, ArenaAdded(0, 0, 64 * G), ModelAdded(0, 0, "m", 0, (4096,) * 3))
-    feed(machine, ClientJoined(0, 1))
-    for layer in (0, 1):
-        feed(machine, Acquire(0, 1, layer, key(layer)), ReadDone(1, layer))
-    feed(machine, Release(2, 1, 2))
-    actions = feed(machine, Acquire(3, 1, 3, key(2)))
-    assert [type(action) for action in actions] == [Evict, Read]
-
-
-def test_slots_beyond_the_limit_cannot_be_adopted() -> None:
-    machine = TierMachine(CoreConfig(8 * G, slot_limit=2))
-    machine.handle(ArenaAdded(0, 0, 64 * G))
-    with pytest.raises(IllegalEvent, match="the limit is 2 slots"):
-        machine.handle(Adopted(0, (AdoptedSlot(2, 0, 0, G, 1, None, (7,)),)))
-
-
-def test_slots_of_a_dead_client_stay_in_quarantine_until_its_holder_is_gone() -> None:
-    machine = machine_of(2, (1, 1, 1), clients=1)
-    feed(machine, Acquire(0, 1, 1, key(0)), ReadDone(0, 0), ClientGone(1, 1, holder=77))
-    assert machine.snapshot().memory.quarantined_bytes == G
-    assert machine.snapshot().memory.reserved_bytes == 0
-    feed(machine, ClientJoined(2, 2), Acquire(2, 2, 1, key(1)), ReadDone(2, 1))
-    actions = feed(machine, Acquire(3, 2, 2, key(2)))
-    assert [action.code for action in actions if isinstance(action, Refuse)] == ["lease_limit"]
-    feed(machine, HolderGone(4, 77))
-    actions = feed(machine, Acquire(5, 2, 3, key(2)))
-    assert [action.slot for action in actions if isinstance(action, Evict)] == [0]
-
-
 def test_layers_beside_a_plan_count_for_its_reserve_and_are_not_fetched() -> None:
     machine = machine_of(4, (1, 3, 1), clients=1)
-    actions = feed(machine, Plan(0, 1, 1, 0, (0,), beside=(1,)), ReadDone(0, 0))
+    actions = tell(machine, Plan(0, 1, 1, 0, (0,), beside=(1,)), ReadDone(0, 0))
     assert Admit(1, 1, 3 * G) in actions
     assert [action.key for action in actions if isinstance(action, Read)] == [key(0)]
-    assert feed(machine, Plan(1, 1, 2, 0, (0,), beside=(9,)))[0] == Refuse(
+    assert tell(machine, Plan(1, 1, 2, 0, (0,), beside=(9,)))[0] == Refuse(
         1,
         2,
         "bad_request",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from tests.core.by_hand import G, tell
 from tierd.core.errors import IllegalEvent
 from tierd.core.machine import TierMachine
 from tierd.core.model import (
     Acquire,
-    Action,
     ArenaAdded,
     ClientJoined,
     CoreConfig,
@@ -25,7 +25,6 @@ from tierd.core.model import (
 from tierd.core.outlook import loads_of
 from tierd.core.prediction import predict
 
-G = 2 << 20
 LAYERS = 8
 MS = 1_000_000
 
@@ -40,14 +39,6 @@ def machine_of(granules: int) -> TierMachine:
     return machine
 
 
-def feed(machine: TierMachine, *events: Event) -> list[Action]:
-    actions: list[Action] = []
-    for event in events:
-        actions += machine.handle(event)
-        machine.check()
-    return actions
-
-
 def run_passes(
     machine: TierMachine, passes: int, compute_ns: int, read_ns: int, tokens_per_pass: int = 1
 ) -> None:
@@ -56,19 +47,19 @@ def run_passes(
     now = 0
     reading: list[int] = []
 
-    def tell(event: Event) -> list[Grant]:
-        actions = feed(machine, event)
+    def granted_by(event: Event) -> list[Grant]:
+        actions = tell(machine, event)
         reading.extend(action.slot for action in actions if isinstance(action, Read))
         return [action for action in actions if isinstance(action, Grant)]
 
-    tell(Plan(0, 1, 1, 0, tuple(range(LAYERS)), tokens_per_pass=tokens_per_pass))
+    granted_by(Plan(0, 1, 1, 0, tuple(range(LAYERS)), tokens_per_pass=tokens_per_pass))
     for number in range(passes * LAYERS):
-        granted = tell(Acquire(now, 1, number + 2, LayerKey(0, number % LAYERS)))
+        granted = granted_by(Acquire(now, 1, number + 2, LayerKey(0, number % LAYERS)))
         while not granted:
             now += read_ns
-            granted = tell(ReadDone(now, reading.pop(0)))
+            granted = granted_by(ReadDone(now, reading.pop(0)))
         now += compute_ns
-        tell(Release(now, 1, granted[0].lease))
+        granted_by(Release(now, 1, granted[0].lease))
 
 
 def test_a_plan_asks_for_what_is_not_kept_and_for_its_own_compute() -> None:
@@ -89,16 +80,16 @@ def test_the_compute_of_a_pass_is_right_where_its_steps_differ() -> None:
     """A mean of the last steps would depend on where in the pass the client is."""
     machine = machine_of(LAYERS)
     head_ns, now = 10 * MS, 0
-    feed(machine, Plan(0, 1, 1, 0, tuple(range(LAYERS))))
+    tell(machine, Plan(0, 1, 1, 0, tuple(range(LAYERS))))
     slots = [0]
     for number in range(4 * LAYERS):
-        actions = feed(machine, Acquire(now, 1, number + 2, LayerKey(0, number % LAYERS)))
+        actions = tell(machine, Acquire(now, 1, number + 2, LayerKey(0, number % LAYERS)))
         while not any(isinstance(action, Grant) for action in actions):
-            actions = feed(machine, ReadDone(now, slots[0]))
+            actions = tell(machine, ReadDone(now, slots[0]))
             slots[0] += 1
         [lease] = [action.lease for action in actions if isinstance(action, Grant)]
         now += head_ns if number % LAYERS == LAYERS - 1 else MS
-        feed(machine, Release(now, 1, lease))
+        tell(machine, Release(now, 1, lease))
     [load] = loads_of(machine.books)
     assert load.compute_ns == pytest.approx(head_ns + (LAYERS - 1) * MS, rel=0.05)
 
@@ -112,7 +103,7 @@ def test_a_model_that_fits_asks_for_nothing() -> None:
 
 def test_nothing_is_said_of_clients_that_did_not_step_or_have_no_cycle() -> None:
     machine = machine_of(4)
-    feed(
+    tell(
         machine,
         Plan(0, 1, 1, 0, tuple(range(LAYERS))),
         Plan(0, 2, 1, 0, tuple(range(LAYERS)), kind="once"),
@@ -124,22 +115,22 @@ def test_nothing_is_said_of_clients_that_did_not_step_or_have_no_cycle() -> None
 def test_a_measured_device_takes_as_many_reads_as_it_was_said_to() -> None:
     machine = machine_of(4)
     asked = [Acquire(1, 1, 1, LayerKey(0, 0)), Acquire(1, 1, 2, LayerKey(0, 1), ahead=True)]
-    first = feed(machine, *asked)
+    first = tell(machine, *asked)
     assert len([action for action in first if isinstance(action, Read)]) == 1
-    more = feed(machine, DeviceMeasured(2, 5, 10**9, 100_000, 2))
+    more = tell(machine, DeviceMeasured(2, 5, 10**9, 100_000, 2))
     assert len([action for action in more if isinstance(action, Read)]) == 1
 
 
 def test_a_limit_that_falls_lets_what_runs_run_on() -> None:
     machine = machine_of(6)
-    feed(
+    tell(
         machine,
         DeviceMeasured(0, 5, 10**9, 100_000, 3),
         *(Acquire(1, 1, number, LayerKey(0, number), ahead=True) for number in range(1, 4)),
         DeviceMeasured(2, 5, 10**9, 100_000, 1),  # the invariants hold
         Acquire(3, 2, 1, LayerKey(0, 7), ahead=True),
     )
-    done = feed(machine, ReadDone(4, 0))
+    done = tell(machine, ReadDone(4, 0))
     assert not [action for action in done if isinstance(action, Read)]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.daemon.gpu.worker_by_hand import SMALL, Gated, Loop, ask
 from tests.fake_cuda.driver import MEMFD_NAME, FakeDriver
 from tests.fake_cuda.runtime import FakeRuntime
 from tierd.gpu.cuda_driver import CudaDriver
@@ -17,6 +18,7 @@ from tierd.gpu.cuda_ipc import CudaIpcDevice
 from tierd.gpu.cuda_vmm import CudaVmmDevice
 from tierd.gpu.kinds import KINDS
 from tierd.gpu.memfd_device import MemfdDevice
+from tierd.gpu.worker import GpuWorker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,3 +101,25 @@ def descriptors() -> int:
             name = os.readlink(f"/proc/self/fd/{fd}")
             count += name.startswith(("/memfd:tierd-gpu", f"/memfd:{MEMFD_NAME}"))
     return count
+
+
+@pytest.fixture
+def loop() -> Loop:
+    return Loop()
+
+
+@pytest.fixture
+def device() -> Gated:
+    return Gated()
+
+
+@pytest.fixture
+def worker(device: Gated, loop: Loop) -> Iterator[GpuWorker]:
+    """Of `device`, open, with arena 0 of sixteen small chunks and two copies at a time."""
+    made = GpuWorker(device, 2, loop.call_soon_threadsafe)
+    ask(made, loop, lambda opened: opened.open())
+    ask(made, loop, lambda opened: opened.add_arena(0, 16 * SMALL))
+    yield made
+    for gate in device.gates:
+        gate.opened.set()
+    made.close()

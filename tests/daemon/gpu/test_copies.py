@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.daemon.gpu.conftest import CHUNK, Rig, make_rig
-from tests.daemon.gpu.test_worker import CHUNK as SMALL
-from tests.daemon.gpu.test_worker import Flaky, Gated, Loop, ask
+from tests.daemon.gpu.worker_by_hand import SMALL, Flaky, Gated, Loop, ask
 from tests.fake_cuda.names import CUresult
 from tierd.errors import ChecksumMismatch
 from tierd.gpu.copies import CopyJob, CopyResult, LayerCopy
@@ -35,27 +34,6 @@ BLOCK = 4096
 CORRUPT = ChecksumMismatch("block 3 of 4 is corrupt")
 
 Answer = CopyResult | GpuError
-
-
-@pytest.fixture
-def loop() -> Loop:
-    return Loop()
-
-
-@pytest.fixture
-def device() -> Gated:
-    return Gated()
-
-
-@pytest.fixture
-def worker(device: Gated, loop: Loop) -> Iterator[GpuWorker]:
-    made = GpuWorker(device, 2, loop.call_soon_threadsafe)
-    ask(made, loop, lambda opened: opened.open())
-    ask(made, loop, lambda opened: opened.add_arena(0, 16 * SMALL))
-    yield made
-    for gate in device.gates:
-        gate.opened.set()
-    made.close()
 
 
 class Following:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from tests.daemon.gpu.test_worker import PATIENCE_S, Loop
+from tests.daemon.gpu.worker_by_hand import PATIENCE_S, Loop
 from tierd.errors import ReadError
 from tierd.gpu.direct_reads import DirectReads
 from tierd.gpu.errors import DeviceError

@@ -1,145 +1,30 @@
+"""One GPU's thread: calls and copies, each answered once, whatever fails and whenever it closes."""
+
 from __future__ import annotations
 
-import queue
 import random
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.daemon.gpu.worker_by_hand import PATIENCE_S, SMALL, Flaky, Gated, Loop, ask
 from tierd.gpu.copies import CopyJob, CopyResult
-from tierd.gpu.errors import DeviceError, DeviceUnavailable, GpuError, OutOfDeviceMemory
+from tierd.gpu.errors import DeviceError, DeviceUnavailable, GpuError
 from tierd.gpu.memfd_device import MemfdDevice
 from tierd.gpu.worker import SILENT_NS, GpuWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from tierd.gpu.device import Device, DeviceInfo, Pending
-
-CHUNK = 64 << 10
-PATIENCE_S = 20.0
+    from tierd.gpu.device import Device, DeviceInfo
 
 
-class Loop:
-    """Stands for the event loop: what threads hand over is called where `run_one` is."""
-
-    def __init__(self) -> None:
-        self.calls: queue.Queue[tuple[Callable[..., object], tuple[object, ...]]] = queue.Queue()
-
-    def call_soon_threadsafe(self, call: Callable[..., object], *values: object) -> None:
-        self.calls.put((call, values))
-
-    def run_one(self) -> None:
-        call, values = self.calls.get(timeout=PATIENCE_S)
-        call(*values)
-
-
-class Gate:
-    """A `Pending` that ends when it is told to."""
-
-    def __init__(self) -> None:
-        self.opened = threading.Event()
-        self.failure: Exception | None = None
-
-    def wait(self) -> None:
-        assert self.opened.wait(PATIENCE_S)
-        if self.failure:
-            raise self.failure
-
-
-class Gated(MemfdDevice):
-    """Copies end when the test says so."""
-
-    def __init__(self) -> None:
-        super().__init__(0, CHUNK, CHUNK)
-        self.gates: list[Gate] = []
-        self.threads: set[str] = set()
-        self.started = threading.Semaphore(0)
-        self.refuses: Exception | None = None
-        self.closed = False
-
-    def copy(self, arena: int, offset: int, source: memoryview) -> Gate:
-        self.threads.add(threading.current_thread().name)
-        if self.refuses:
-            raise self.refuses
-        self.gates.append(Gate())
-        self.started.release()
-        return self.gates[-1]
-
-    def close(self) -> None:
-        self.closed = True
-        super().close()
-
-    def wait_started(self) -> None:
-        assert self.started.acquire(timeout=PATIENCE_S)
-
-
-class Flaky(MemfdDevice):
-    """Refuses now and then, when a copy is started and when it is waited for."""
-
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(0, CHUNK, CHUNK)
-        self.rng = random.Random(rng.random())
-
-    def back(self, arena: int, first: int, count: int) -> None:
-        if self.rng.random() < 0.1:
-            raise OutOfDeviceMemory("gpu:0: no memory")
-        super().back(arena, first, count)
-
-    def copy(self, arena: int, offset: int, source: memoryview) -> Pending:
-        if self.rng.random() < 0.1:
-            raise DeviceError("gpu:0: no copy")
-        pending = super().copy(arena, offset, source)
-        return FailsAfter(pending) if self.rng.random() < 0.1 else pending
-
-
-class FailsAfter:
-    """A `Pending` that fails when its bytes were read."""
-
-    def __init__(self, pending: Pending) -> None:
-        self.pending = pending
-
-    def wait(self) -> None:
-        self.pending.wait()
-        raise DeviceError("gpu:0: the copy failed")
-
-
-@pytest.fixture
-def loop() -> Loop:
-    return Loop()
-
-
-@pytest.fixture
-def device() -> Gated:
-    return Gated()
-
-
-@pytest.fixture
-def worker(device: Gated, loop: Loop) -> Iterator[GpuWorker]:
-    worker = GpuWorker(device, 2, loop.call_soon_threadsafe)
-    ask(worker, loop, lambda opened: opened.open())
-    ask(worker, loop, lambda opened: opened.add_arena(0, 16 * CHUNK))
-    yield worker
-    for gate in device.gates:
-        gate.opened.set()
-    worker.close()
-
-
-def ask(worker: GpuWorker, loop: Loop, work: Callable[[Device], Any]) -> Any:
-    answers: list[Any] = []
-    worker.submit(work, answers.append)
-    loop.run_one()
-    return answers[0]
-
-
-def job(chunk: int = 0, nbytes: int = CHUNK) -> CopyJob:
-    return CopyJob(0, chunk * CHUNK, memoryview(bytearray(nbytes)), f"layer {chunk}")
+def job(chunk: int = 0, nbytes: int = SMALL) -> CopyJob:
+    return CopyJob(0, chunk * SMALL, memoryview(bytearray(nbytes)), f"layer {chunk}")
 
 
 def test_a_call_is_made_on_the_devices_own_thread_and_answered_on_the_loop(loop: Loop) -> None:
-    worker = GpuWorker(MemfdDevice(3, CHUNK, CHUNK), 1, loop.call_soon_threadsafe)
+    worker = GpuWorker(MemfdDevice(3, SMALL, SMALL), 1, loop.call_soon_threadsafe)
     names: list[str] = []
     answers: list[DeviceInfo | GpuError] = []
 
@@ -174,17 +59,17 @@ def test_a_mistake_in_a_call_is_an_answer_too_and_the_thread_goes_on(
 
 
 def test_a_copy_puts_memory_behind_every_chunk_that_it_touches(loop: Loop) -> None:
-    device = MemfdDevice(0, CHUNK, 4 * CHUNK)
+    device = MemfdDevice(0, SMALL, 4 * SMALL)
     worker = GpuWorker(device, 1, loop.call_soon_threadsafe)
     ask(worker, loop, lambda opened: opened.open())
-    ask(worker, loop, lambda opened: opened.add_arena(0, 16 * CHUNK))
+    ask(worker, loop, lambda opened: opened.add_arena(0, 16 * SMALL))
     answers: list[CopyResult | GpuError] = []
-    source = memoryview(bytearray(2 * CHUNK))
-    worker.copy(CopyJob(0, CHUNK // 2, source, "layer"), answers.append)
+    source = memoryview(bytearray(2 * SMALL))
+    worker.copy(CopyJob(0, SMALL // 2, source, "layer"), answers.append)
     loop.run_one()
     assert isinstance(answers[0], CopyResult)
-    assert answers[0].nbytes == 2 * CHUNK
-    assert device.backed_bytes == 3 * CHUNK
+    assert answers[0].nbytes == 2 * SMALL
+    assert device.backed_bytes == 3 * SMALL
     worker.close()
     assert device.backed_bytes == 0
 
@@ -217,7 +102,7 @@ def test_a_call_overtakes_copies_that_were_not_started(
 def test_the_source_is_released_when_nothing_reads_it_and_not_before(
     worker: GpuWorker, device: Gated, loop: Loop
 ) -> None:
-    memory = bytearray(CHUNK)
+    memory = bytearray(SMALL)
     worker.copy(CopyJob(0, 0, memoryview(memory), "layer"), lambda _: None)
     device.wait_started()
     with pytest.raises(BufferError):
@@ -233,7 +118,7 @@ def test_a_copy_that_fails_is_answered_and_the_next_one_is_made(
 ) -> None:
     failure = DeviceError("gpu:0: cuMemcpyHtoDAsync: 719")
     answers: list[CopyResult | GpuError] = []
-    memory = bytearray(CHUNK)
+    memory = bytearray(SMALL)
     if when == "at the start":
         device.refuses = failure
     worker.copy(CopyJob(0, 0, memoryview(memory), "layer"), answers.append)
@@ -251,16 +136,16 @@ def test_a_copy_that_fails_is_answered_and_the_next_one_is_made(
     loop.run_one()
     assert isinstance(answers[1], CopyResult)
     found = worker.statistics()
-    assert (found.copies, found.failed, found.in_flight, found.copied_bytes) == (1, 1, 0, CHUNK)
+    assert (found.copies, found.failed, found.in_flight, found.copied_bytes) == (1, 1, 0, SMALL)
 
 
 def test_close_gives_up_what_is_queued_and_finishes_what_was_started(
     worker: GpuWorker, device: Gated, loop: Loop
 ) -> None:
     answers: dict[int, CopyResult | GpuError] = {}
-    memory = [bytearray(CHUNK) for _ in range(4)]
+    memory = [bytearray(SMALL) for _ in range(4)]
     for chunk, content in enumerate(memory):
-        source = CopyJob(0, chunk * CHUNK, memoryview(content), f"layer {chunk}")
+        source = CopyJob(0, chunk * SMALL, memoryview(content), f"layer {chunk}")
         worker.copy(source, lambda answer, chunk=chunk: answers.update({chunk: answer}))  # type: ignore[misc]
     device.wait_started()
     device.wait_started()
@@ -285,7 +170,7 @@ def test_close_gives_up_what_is_queued_and_finishes_what_was_started(
 def test_after_close_a_job_is_answered_with_an_error(worker: GpuWorker, loop: Loop) -> None:
     worker.close()
     answers: list[CopyResult | GpuError] = []
-    memory = bytearray(CHUNK)
+    memory = bytearray(SMALL)
     worker.copy(CopyJob(0, 0, memoryview(memory), "layer"), answers.append)
     loop.run_one()
     assert isinstance(answers[0], DeviceError)
@@ -318,7 +203,7 @@ def test_a_gpu_that_does_not_answer_is_named(
 
 
 def test_a_loop_that_never_asks_has_no_thread() -> None:
-    worker = GpuWorker(MemfdDevice(9, CHUNK, CHUNK), 1, Loop().call_soon_threadsafe)
+    worker = GpuWorker(MemfdDevice(9, SMALL, SMALL), 1, Loop().call_soon_threadsafe)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tierd-gpu9")]
     assert worker.alive()
     worker.close()
@@ -332,7 +217,7 @@ def test_every_job_is_answered_once_whatever_fails_and_whenever_it_is_closed(see
     device = Flaky(rng)
     worker = GpuWorker(device, rng.randint(1, 4), loop.call_soon_threadsafe)
     ask(worker, loop, lambda opened: opened.open())
-    ask(worker, loop, lambda opened: opened.add_arena(0, 16 * CHUNK))
+    ask(worker, loop, lambda opened: opened.add_arena(0, 16 * SMALL))
     sources: list[bytearray] = []
     answers: dict[int, object] = {}
 
@@ -346,8 +231,8 @@ def test_every_job_is_answered_once_whatever_fails_and_whenever_it_is_closed(see
         if number == closes_at:
             worker.close()
         if rng.random() < 0.6:
-            sources.append(bytearray(rng.randint(1, 3 * CHUNK)))
-            offset = rng.randrange(12 * CHUNK)
+            sources.append(bytearray(rng.randint(1, 3 * SMALL)))
+            offset = rng.randrange(12 * SMALL)
             job = CopyJob(0, offset, memoryview(sources[-1]), str(number))
             worker.copy(job, partial(note, number))
         else:
@@ -369,4 +254,4 @@ def test_every_job_is_answered_once_whatever_fails_and_whenever_it_is_closed(see
 
 def test_no_copies_in_flight_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 copy in flight, not 0"):
-        GpuWorker(MemfdDevice(0, CHUNK, CHUNK), 0, Loop().call_soon_threadsafe)
+        GpuWorker(MemfdDevice(0, SMALL, SMALL), 0, Loop().call_soon_threadsafe)

@@ -13,7 +13,7 @@ STAMP := $(VENV)/.tierd-installed
 MODULES := _cpu _encode
 NATIVE := $(wildcard kernels/cpu/*) kernels/CMakeLists.txt
 
-.PHONY: help venv test check pytest sanitize fuzz demo bench gpu-acceptance gpu-resources stub clean
+.PHONY: help venv test check pytest sanitize fuzz demo bench gpu-acceptance gpu-resources ptx stub clean
 
 help:
 	@echo "make demo      environment, build, and the main job end to end (SIZE=small, MODEL=path)"
@@ -24,6 +24,7 @@ help:
 	@echo "make fuzz      hostile files, guided by coverage, sanitized (SECONDS=60; findings: build/fuzz)"
 	@echo "make gpu-acceptance   on a node with a GPU, offline, 8 minutes (WHEELS=folder, MODELS=folder, ONLY='part ...')"
 	@echo "make gpu-resources    the Triton kernels compiled for three processors, their needs recorded (3 minutes)"
+	@echo "make ptx       the Triton kernels' tests on their compiled form, executed without a GPU (6 minutes)"
 	@echo "make venv      the environment alone"
 
 venv: $(STAMP)
@@ -83,6 +84,15 @@ gpu-resources: $(STAMP)
 	@mkdir -p build
 	env -u TRITON_INTERPRET $(BIN)/python -m tierd_kernels.gpu.compiled > build/resources.json
 	mv build/resources.json tests/kernels/gpu/resources.json
+
+# What Triton compiles for these processors, run by tests/kernels/gpu/ptx: every recorded variant, and
+# the tests that run elsewhere on a GPU or under the interpreter.
+ptx: $(STAMP)
+	@for device in sm_80 sm_90; do \
+	    TIERD_KERNELS_DEVICE=$$device $(BIN)/python -m pytest -q \
+	        tests/kernels/gpu/test_compiled_runs.py tests/kernels/gpu/test_expand.py \
+	        tests/kernels/gpu/test_linear.py || exit 1; \
+	done
 
 stub: $(STAMP)
 	@for module in $(MODULES); do \

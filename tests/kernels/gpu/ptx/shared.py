@@ -148,10 +148,10 @@ class SharedMemory:
         self._check(address, nbytes)
         unit, places = _places(address, nbytes)
         lanes = _lanes(threads, len(places))
-        if (self._known.views[unit][places] != ONES[unit]).any():
-            self._refuse(Undefined, "reads", "that nobody wrote", self._known, lanes, places, unit)
         if self._copies:
             self._ask_copies("reads", lanes, places, unit)
+        if (self._known.views[unit][places] != ONES[unit]).any():
+            self._refuse(Undefined, "reads", "that nobody wrote", self._known, lanes, places, unit)
         self._races.read(lanes, places, unit)
 
     def _touch(self, threads: Any, address: Any, nbytes: int) -> None:

@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from triton.runtime import JITFunction, driver
 
-from tests.kernels.gpu.ptx.machine import kernel, launch
+from tests.kernels.gpu.ptx import machine
 from tests.kernels.gpu.ptx.memory import Array
 from tierd_kernels.gpu import arrays
 from tierd_kernels.gpu.compiled import _NoGpu
@@ -66,10 +66,10 @@ def launch_compiled(made: Any, grid: Any, names: list[str], arguments: tuple[Any
             value = value.data_ptr()
         values.append(value)
     assert not made.metadata.global_scratch_size
-    machine = kernel(made.asm["ptx"])
-    scratch = [0] * (len(machine.entry.parameters) - len(values))
+    kernel = machine.kernel(made.asm["ptx"])
+    scratch = [0] * (len(kernel.entry.parameters) - len(values))
     threads = 32 * made.metadata.num_warps
-    launch(machine, grid, threads, [*values, *scratch], given_arrays, made.metadata.shared)
+    machine.launch(kernel, grid, threads, [*values, *scratch], given_arrays, made.metadata.shared)
 
 
 def _array(name: str, tensor: torch.Tensor) -> Array:

@@ -12,8 +12,9 @@ from tierd_kernels.torch_matrix import check_matrix
 if TYPE_CHECKING:
     from tierd_kernels.torch_matrix import TorchMatrix
 
-WORD_BYTES: Final = 4
-"""`bitmap` and `values` are read in words; in a layer every array starts on a multiple of 256."""
+WORDS_BYTES: Final = 16
+"""`bitmap` is read by four words at once, as `values` may be: both start on a multiple of this. In
+a layer every array does on one of 256."""
 MOST_TILES: Final = 2**31 - 1
 """Programs of a launch."""
 
@@ -31,8 +32,8 @@ def check_arrays(matrix: TorchMatrix) -> None:
         )
     for name in ("bitmap", "values"):
         array = matrix.arrays().get(name)
-        if array is not None and array.numel() and array.data_ptr() % WORD_BYTES:
-            raise KernelError(f"{name} does not start on a multiple of {WORD_BYTES} bytes")
+        if array is not None and array.numel() and array.data_ptr() % WORDS_BYTES:
+            raise KernelError(f"{name} does not start on a multiple of {WORDS_BYTES} bytes")
 
 
 def group_tiles(matrix: TorchMatrix) -> int:

@@ -81,6 +81,7 @@ class Resources:
     shared_bytes: of a program.   instructions: of the code, each of them counted once.
     issue_slots: of the warps of a program for a tile in which nothing is wrong and that has no
     escapes; in a product those of its loop. A multiprocessor has 4 of them in a cycle.
+    integer_slots: those of them that the integer pipe takes; it has 2 in a cycle.
     """
 
     registers: int
@@ -88,6 +89,7 @@ class Resources:
     shared_bytes: int
     instructions: int
     issue_slots: int
+    integer_slots: int
 
 
 def kernels() -> Iterator[Kernel]:
@@ -126,13 +128,15 @@ def resources(kernel: Kernel) -> Resources:
     if found is None:
         raise KernelError(f"{kernel.name}: cuobjdump says no resources: {usage[:200]!r}")
     expands = isinstance(kernel.how, expand.Way)
+    way = (fewest if expands else fewest_of_loop)(code)
     registers, stack, shared, local = map(int, found.groups())
     return Resources(
         registers,
         stack + local,
         shared + compiled.metadata.shared,
         count(code),
-        kernel.how.warps * (fewest if expands else fewest_of_loop)(code),
+        kernel.how.warps * len(way),
+        kernel.how.warps * sum(each.of_integer_pipe for each in way),
     )
 
 

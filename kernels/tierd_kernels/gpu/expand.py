@@ -16,8 +16,9 @@ from tierd_kernels.errors import KernelError
 from tierd_kernels.faults import NO_FAULT, REASONS, fault_text, new_faults
 from tierd_kernels.geometry import tile_range
 from tierd_kernels.gpu.arrays import check_arrays, group_tiles
-from tierd_kernels.gpu.decode import NO_REASON, decode_tile
+from tierd_kernels.gpu.decode import decode_tile
 from tierd_kernels.gpu.numbers import rounded, widened
+from tierd_kernels.gpu.records import NO_REASON, far_units
 from tierd_kernels.torch_expand import check_out
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def launch(
         out,
         faults,
         matrix.values.numel(),
+        far_units(matrix.values.numel()),
         matrix.grid.tiles,
         matrix.most_escapes,
         first,
@@ -111,7 +113,15 @@ def launch(
 
 
 @triton.jit(
-    do_not_specialize=["tiles", "most_escapes", "first", "rows", "tile_cols", "group_tiles"]
+    do_not_specialize=[
+        "far_units",
+        "tiles",
+        "most_escapes",
+        "first",
+        "rows",
+        "tile_cols",
+        "group_tiles",
+    ]
 )
 def expand_tiles(
     bitmap,
@@ -122,6 +132,7 @@ def expand_tiles(
     out,
     faults,
     values_bytes,
+    far_units,
     tiles,
     most_escapes,
     first,
@@ -152,11 +163,13 @@ def expand_tiles(
         heads,
         values,
         values_bytes,
+        far_units,
         tiles,
         most_escapes,
         tile,
         height,
         width,
+        (height == 64) & (width == 64) & (tile > 0) & (tile + 1 < tiles),
         CODEC,
         ELEMENT,
         MASKED,

@@ -25,10 +25,10 @@ def numbers_of(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr):
         return (number.to(tl.float32, bitcast=True) - (8388608.0 + OFFSET)).to(DTYPE)
     else:
         return columns_of_pairs(
-            _two(low, 0x4140, BITS, DTYPE),
-            _two(low, 0x4342, BITS, DTYPE),
-            _two(high, 0x4140, BITS, DTYPE),
-            _two(high, 0x4342, BITS, DTYPE),
+            _two(low, 0x0504, BITS, DTYPE),
+            _two(low, 0x0706, BITS, DTYPE),
+            _two(high, 0x0504, BITS, DTYPE),
+            _two(high, 0x0706, BITS, DTYPE),
         )
 
 
@@ -36,15 +36,15 @@ def numbers_of(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr):
 def _two(word, WHICH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Two levels side by side: the byte becomes the end of a mantissa, and what it adds goes."""
     if tl.float16 == DTYPE:  # 1024 + byte - (1024 + 128 or 8)
-        number = woven(word, tl.full(word.shape, 0x64646464, tl.uint32), WHICH)
+        number = woven(tl.full(word.shape, 0x64646464, tl.uint32), word, WHICH)
         more = tl.full(word.shape, 0x64806480 if BITS == 8 else 0x64086408, tl.uint32)
     elif BITS == 4:  # 128 + byte - (128 + 8)
-        number = woven(word, tl.full(word.shape, 0x43434343, tl.uint32), WHICH)
+        number = woven(tl.full(word.shape, 0x43434343, tl.uint32), word, WHICH)
         more = tl.full(word.shape, 0x43084308, tl.uint32)
     else:  # a mantissa of 7 bits: 128 + bits 0 to 6 - (128, or 256 where the level is negative)
         exponent = tl.full(word.shape, 0x43434343, tl.uint32)
-        number = woven(word & 0x7F7F7F7F, exponent, WHICH)
-        more = woven((word ^ 0x80808080) & 0x80808080, exponent, WHICH)
+        number = woven(exponent, word & 0x7F7F7F7F, WHICH)
+        more = woven(exponent, (word ^ 0x80808080) & 0x80808080, WHICH)
     return _difference(number, more, DTYPE)
 
 

@@ -17,6 +17,7 @@ from tierd_kernels.gpu.spread import (
     columns_of_pairs,
     digits,
     joined,
+    permuted,
     spread_pairs,
     upto,
     weighed,
@@ -24,31 +25,43 @@ from tierd_kernels.gpu.spread import (
 
 
 @triton.jit
-def halves(bitmap, tile, height, width, allowed, MASKED: tl.constexpr, SCALAR: tl.constexpr):
-    """Return which elements a tile keeps, and what the tile does.
+def halves(bitmap, tile, AHEAD: tl.constexpr):
+    """Return what a tile keeps. kept uint32 [128]: bit c for column c of half a row, one for each
+    lane of 4 warps.   rank [128]: of the half's first kept element among those of the tile.
+    count: of the tile.
 
-    kept uint32 [128]: bit c for column c of half a row: one for each lane of 4 warps, so that
-    the scan is short.   rank [128]: of the half's first kept element among those of the tile.
-    count: of the tile.   outside: whether there are bits outside the matrix.
-    SCALAR: count and outside are scalars; else they may be [128], the same in all: that is cheaper.
-    allowed: the `bits_inside` of height and width.
+    AHEAD: by what Triton can do for the next tile while this one is decoded.
     """
     half = tl.arange(0, 128)
-    if MASKED:
-        kept = tl.load(bitmap.to(tl.pointer_type(tl.uint32)) + tile.to(tl.int64) * 128 + half)
-        # One sum for two questions: there are at most 4096 elements.
+    words = bitmap.to(tl.pointer_type(tl.uint32)) + tile.to(tl.int64) * 128
+    kept = tl.load(words + half)
+    if AHEAD:
         ones = popcount(kept)
-        ones = tl.where((kept & allowed) == kept, ones, ones + 8192)
         through = tl.cumsum(ones, axis=0)
-        last = tl.full([1], 127, tl.int32) if SCALAR else half * 0 + 127
-        found = tl.gather(through, last, axis=0)
-        if SCALAR:
-            found = tl.sum(found, axis=0)
-        return kept, through - ones & 8191, found & 8191, found > 8191
+        count = tl.gather(through, tl.full([1], 127, tl.int32), axis=0)
+        return kept, through - ones, tl.sum(count, axis=0)
     else:
-        count = height * width
-        first = half // 2 * width + tl.minimum(half % 2 * 32, width)
-        return allowed, tl.minimum(first, count), count, height > 64
+        # Each warp counts the whole tile for itself, four words a lane: no barrier.
+        first, second, third, fourth = _four_ones(words + tl.arange(0, 32) * 4)
+        count = tl.sum(first + second + third + fourth, axis=0)
+        # The same words again, now as numbers of lanes; compilers see that, and read them once.
+        first, second, third, fourth = _four_ones(words + half % 32 * 4)
+        before = _before_in_warp(first + second + third + fourth)
+        # Byte j: how many are kept in the words before word j of the four.
+        within = first * 0x01010100 + second * 0x01010000 + third * 0x01000000
+        rank = _of_lane(before, half >> 2)
+        within = _of_lane(within, half >> 2).to(tl.uint32)
+        rank += permuted(within, within, (half & 3).to(tl.uint32)).to(tl.int32)
+        return kept, rank, count
+
+
+@triton.jit
+def first_of_rows(height, width):
+    """As `halves`, of a tile in dense form, of which height and width are in the matrix."""
+    half = tl.arange(0, 128)
+    count = height * width
+    first = half // 2 * width + tl.minimum(half % 2 * 32, width)
+    return bits_inside(height, width), tl.minimum(first, count), count
 
 
 @triton.jit
@@ -58,6 +71,72 @@ def bits_inside(height, width):
     inside = tl.minimum(tl.maximum(width - half % 2 * 32, 0), 32)
     inside = tl.where(half // 2 < height, inside, 0)
     return tl.where(inside < 32, (1 << (inside & 31)) - 1, -1).to(tl.uint32)
+
+
+@triton.jit
+def _four_ones(pointer):
+    """How many bits are set in each of four words; the first lies on a multiple of 16 bytes."""
+    if INTERPRETED:
+        first, second = tl.load(pointer), tl.load(pointer + 1)
+        third, fourth = tl.load(pointer + 2), tl.load(pointer + 3)
+    else:
+        first, second, third, fourth = tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [pointer],
+            (tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            False,
+            1,
+        )
+    return popcount(first), popcount(second), popcount(third), popcount(fourth)
+
+
+@triton.jit
+def _before_in_warp(numbers):
+    """The sum of the numbers of the lanes before each, of its warp: [128], a lane each."""
+    if INTERPRETED:
+        sums = tl.cumsum(tl.reshape(numbers, [4, 32]), axis=1)
+        return tl.reshape(sums, [128]) - numbers
+    else:  # Triton's compares the lane before each step
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred there;
+            .reg .s32 sum, other;
+            mov.b32 sum, $1;
+            shfl.sync.up.b32 other|there, sum, 1, 0, 0xffffffff;
+            @there add.s32 sum, sum, other;
+            shfl.sync.up.b32 other|there, sum, 2, 0, 0xffffffff;
+            @there add.s32 sum, sum, other;
+            shfl.sync.up.b32 other|there, sum, 4, 0, 0xffffffff;
+            @there add.s32 sum, sum, other;
+            shfl.sync.up.b32 other|there, sum, 8, 0, 0xffffffff;
+            @there add.s32 sum, sum, other;
+            shfl.sync.up.b32 other|there, sum, 16, 0, 0xffffffff;
+            @there add.s32 sum, sum, other;
+            sub.s32 $0, sum, $1;
+            }""",
+            "=r,r",
+            [numbers],
+            tl.int32,
+            False,
+            1,
+        )
+
+
+@triton.jit
+def _of_lane(numbers, lane):
+    """The number of a lane of the same warp, of which 5 bits count: [128], a lane each."""
+    if INTERPRETED:
+        return tl.gather(numbers, tl.arange(0, 128) // 32 * 32 + (lane & 31), axis=0)
+    else:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
+            "=r,r,r",
+            [numbers, lane],
+            tl.int32,
+            False,
+            1,
+        )
 
 
 @triton.jit
@@ -86,10 +165,13 @@ def halves_of(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def popcount(word):
-    """The bits that are set in each uint32; compilers know this form, and have an instruction."""
-    pairs = word - (word >> 1 & 0x55555555)
-    nibbles = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
-    return ((nibbles + (nibbles >> 4) & 0x0F0F0F0F) * 0x01010101 >> 24).to(tl.int32)
+    """The bits that are set in each uint32."""
+    if INTERPRETED:
+        pairs = word - (word >> 1 & 0x55555555)
+        nibbles = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
+        return ((nibbles + (nibbles >> 4) & 0x0F0F0F0F) * 0x01010101 >> 24).to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [word], tl.int32, True, 1)
 
 
 @triton.jit
@@ -129,26 +211,30 @@ def window(record, bit, bits, CHECKED: tl.constexpr):
 
     CHECKED: read no word that none of these bits is in; else up to 7 bytes after them are read.
     """
-    word = record.to(tl.pointer_type(tl.uint32)) + (bit.to(tl.uint32) >> 5)
-    low = _word(word, bits > 0, CHECKED)
-    high = _word(word + 1, (bit & 31) + bits > 32, CHECKED)
-    return _funnel(low, high, bit)
+    word = (record + (bit.to(tl.uint32) >> 5) * 4).to(tl.pointer_type(tl.uint32))
+    return bits_from(word, bit, bits, CHECKED)
 
 
 @triton.jit
-def eight_bytes(record, item, items, ITEM_BYTES: tl.constexpr, CHECKED: tl.constexpr):
-    """The 8 bytes of the record from `item` on, as two uint32; the first `items` of them are right.
+def bits_from(word, bit, bits, CHECKED: tl.constexpr):
+    """As `window`; word: pointer to the one that has the first bit."""
+    low = _word(word, bits > 0, CHECKED)
+    high = _word(word + 1, (bit & 31) + bits > 32, CHECKED)
+    return funnel(low, high, bit)
+
+
+@triton.jit
+def eight_bytes(record, at, count, CHECKED: tl.constexpr):
+    """The 8 bytes of the record from `at` on, as two uint32; the first `count` of them are right.
 
     CHECKED: read no word that none of these is in; else up to 11 bytes after them are read.
     """
-    ITEMS: tl.constexpr = 4 // ITEM_BYTES
-    word = record.to(tl.pointer_type(tl.uint32)) + item.to(tl.uint32) // ITEMS
-    past = (item & ITEMS - 1) + items
-    first = _word(word, items > 0, CHECKED)
-    second = _word(word + 1, past > ITEMS, CHECKED)
-    third = _word(word + 2, past > 2 * ITEMS, CHECKED)
-    shift = item * (8 * ITEM_BYTES)
-    return _funnel(first, second, shift), _funnel(second, third, shift)
+    word = (record + (at.to(tl.uint32) & 0xFFFFFFFC)).to(tl.pointer_type(tl.uint32))
+    past = (at & 3) + count
+    first = _word(word, count > 0, CHECKED)
+    second = _word(word + 1, past > 4, CHECKED)
+    third = _word(word + 2, past > 8, CHECKED)
+    return funnel(first, second, at * 8), funnel(second, third, at * 8)
 
 
 @triton.jit
@@ -160,7 +246,7 @@ def _word(pointer, needed, CHECKED: tl.constexpr):
 
 
 @triton.jit
-def _funnel(low, high, shift):
+def funnel(low, high, shift):
     """The 32 bits from bit `shift` of two words; of the shift 5 bits count."""
     if INTERPRETED:
         shift = (shift & 31).to(tl.uint32)
@@ -172,20 +258,20 @@ def _funnel(low, high, shift):
 
 
 @triton.jit
-def pairs(record, kept, rank, CHECKED: tl.constexpr):
-    """Elements of 2 bytes: as `gathered`, but those of 4 columns come from a window. And the rank
-    after them.
+def pairs(record, kept, at, CHECKED: tl.constexpr):
+    """Elements of 2 bytes from byte `at` of the record on: as `gathered`, but those of 4 columns
+    come from a window. And where the next ones are.
     """
     kept = kept.to(tl.uint32)
-    first, second, rank = _four(record, kept & 15, rank, CHECKED)
-    third, fourth, rank = _four(record, kept >> 4, rank, CHECKED)
-    return columns_of_pairs(first, second, third, fourth), rank
+    first, second, at = _four(record, kept & 15, at, CHECKED)
+    third, fourth, at = _four(record, kept >> 4, at, CHECKED)
+    return columns_of_pairs(first, second, third, fourth), at
 
 
 @triton.jit
-def _four(record, bits, rank, CHECKED: tl.constexpr):
+def _four(record, bits, at, CHECKED: tl.constexpr):
     ones = bytes_of_bits(bits)
-    after = weighed(ones, 0x01010101, rank)
-    low, high = eight_bytes(record, rank, after - rank, 2, CHECKED)
+    after = weighed(ones, 0x02020202, at)
+    low, high = eight_bytes(record, at, after - at, CHECKED)
     low, high = spread_pairs(low, high, ones)
     return low, high, after

@@ -9,10 +9,11 @@ import triton.language as tl
 
 from tierd_kernels.gpu.escapes import escaped, first_escapes
 from tierd_kernels.gpu.numbers import INTERPRETED
-from tierd_kernels.gpu.octets import eight_bytes, octet, popcount, rows_of, window
+from tierd_kernels.gpu.octets import bits_from, eight_bytes, octet, popcount, rows_of
 from tierd_kernels.gpu.spread import (
     columns_of_bytes,
     columns_of_pairs,
+    permuted,
     spread_bytes,
     woven,
 )
@@ -23,46 +24,61 @@ def packed(
     record,
     half,
     rank,
-    planes_at,
-    byte_plane,
-    bit_plane,
-    planes,
-    base,
-    escape,
-    escapes,
+    head,
+    sizes,
     DTYPE: tl.constexpr,
     PLANES: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
     """The elements of a tile: DTYPE [64, 64], or of 2 bytes uint32 [64, 32]. As `_elements`."""
-    first_plane = record + planes_at
+    byte_plane, bit_plane, planes_at, escapes_at, _end = sizes
+    planes, escapes = head >> 8 & 0xFF, head >> 16
+    escape = (record + escapes_at).to(tl.pointer_type(tl.uint32))
+    word = record + (planes_at + (rank.to(tl.uint32) >> 5) * 4)
     zero = tl.zeros([128], tl.uint32)
     ones = popcount(half)
     b0, b1, b2, b3, b4, b5, b6, b7 = zero, zero, zero, zero, zero, zero, zero, zero
     if PLANES > 0:
-        b0 = _plane(first_plane, 0, bit_plane, planes, rank, ones, CHECKED)
+        b0 = _plane(word, 0, bit_plane, planes, rank, ones, CHECKED)
     if PLANES > 1:
-        b1 = _plane(first_plane, 1, bit_plane, planes, rank, ones, CHECKED)
+        b1 = _plane(word, 1, bit_plane, planes, rank, ones, CHECKED)
     if PLANES > 2:
-        b2 = _plane(first_plane, 2, bit_plane, planes, rank, ones, CHECKED)
+        b2 = _plane(word, 2, bit_plane, planes, rank, ones, CHECKED)
     if PLANES > 3:
-        b3 = _plane(first_plane, 3, bit_plane, planes, rank, ones, CHECKED)
+        b3 = _plane(word, 3, bit_plane, planes, rank, ones, CHECKED)
     if PLANES > 4:
-        b4 = _plane(first_plane, 4, bit_plane, planes, rank, ones, CHECKED)
+        b4 = _plane(word, 4, bit_plane, planes, rank, ones, CHECKED)
     if PLANES > 5:
-        b5 = _plane(first_plane, 5, bit_plane, planes, rank, ones, CHECKED)
+        b5 = _plane(word, 5, bit_plane, planes, rank, ones, CHECKED)
     if PLANES > 6:
-        b6 = _plane(first_plane, 6, bit_plane, planes, rank, ones, CHECKED)
+        b6 = _plane(word, 6, bit_plane, planes, rank, ones, CHECKED)
     if PLANES > 7:
-        b7 = _plane(first_plane, 7, bit_plane, planes, rank, ones, CHECKED)
-    b = b0, b1, b2, b3, b4, b5, b6, b7
-    low, high = _tops(b, rank - rank, base, PLANES)
+        b7 = _plane(word, 7, bit_plane, planes, rank, ones, CHECKED)
+    # Of the bits of a code those of planes that are there count.
+    mask = (tl.full([], 0x01010101, tl.uint32) << planes) - 0x01010101
+    base = permuted(head, head, head * 0)
     rank2 = rank + octet(half, 0)[2]
-    low2, high2 = _tops(b, rank2 - rank, base, PLANES)
     rank3 = rank2 + octet(half, 1)[2]
-    low3, high3 = _tops(b, rank3 - rank, base, PLANES)
     rank4 = rank3 + octet(half, 2)[2]
-    low4, high4 = _tops(b, rank4 - rank, base, PLANES)
+    b = b0, b1, b2, b3, b4, b5, b6, b7
+    # 16 bits of each of two planes are shifted at once: what two octets have.
+    two = _two_planes(b, PLANES)
+    low, high = _tops(two, rank - rank, base, mask, PLANES)
+    low2, high2 = _tops(two, rank2 - rank, base, mask, PLANES)
+    past = (rank3 - rank).to(tl.uint32)
+    b = (
+        b0 >> past,
+        b1 >> past,
+        b2 >> past,
+        b3 >> past,
+        b4 >> past,
+        b5 >> past,
+        b6 >> past,
+        b7 >> past,
+    )
+    two = _two_planes(b, PLANES)
+    low3, high3 = _tops(two, rank - rank, base, mask, PLANES)
+    low4, high4 = _tops(two, rank4 - rank3, base, mask, PLANES)
     if escapes > 0:
         index, left = first_escapes(escape, escapes, rank)
         while left > 0:
@@ -81,48 +97,42 @@ def packed(
 
 
 @triton.jit
-def _tops(b, past, base, PLANES: tl.constexpr):
-    """The top bytes of 8 elements, of those from `past` on in the planes' bits: of the first four,
-    of the others. Where there are fewer, the last ones are anything.
+def _two_planes(b, PLANES: tl.constexpr):
+    """The first 16 bits of planes 0 and 1, 2 and 3, 4 and 5, 6 and 7. Of a plane without its fellow
+    all, in the lower half what is asked for.
+    """
+    first = woven(b[0], b[1], 0x5410) if PLANES > 1 else b[0]
+    second = woven(b[2], b[3], 0x5410) if PLANES > 3 else b[2]
+    third = woven(b[4], b[5], 0x5410) if PLANES > 5 else b[4]
+    fourth = woven(b[6], b[7], 0x5410) if PLANES > 7 else b[6]
+    return first, second, third, fourth
+
+
+@triton.jit
+def _tops(two, past, base, mask, PLANES: tl.constexpr):
+    """The top bytes of 8 elements, those from `past` on, at most 8, in the planes' bits: of the
+    first four, of the others. Where there are fewer, the last ones are anything.
     """
     past = past.to(tl.uint32)
-    FOUR: tl.constexpr = PLANES if PLANES < 4 else 4
-    low, high = _codes(b[0] >> past, b[1] >> past, b[2] >> past, b[3] >> past, FOUR)
+    x = _squares(woven(two[0] >> past, two[1] >> past, 0x6420))
+    low, high = x, x >> 4
     if PLANES > 4:
-        more, more2 = _codes(b[4] >> past, b[5] >> past, b[6] >> past, b[7] >> past, PLANES - 4)
-        low, high = low | more << 4, high | more2 << 4
-    return low + base * 0x01010101, high + base * 0x01010101
+        more = _squares(woven(two[2] >> past, two[3] >> past, 0x6420))
+        low = low & 0x0F0F0F0F | (more & 0x0F0F0F0F) << 4
+        high = high & 0x0F0F0F0F | more & 0xF0F0F0F0
+    return (low & mask) + base, (high & mask) + base
 
 
 @triton.jit
-def _plane(record, NUMBER: tl.constexpr, bit_plane, planes, rank, ones, CHECKED: tl.constexpr):
-    """The bits in plane NUMBER of each half row's kept elements, 0 where there is no such plane.
+def _plane(word, NUMBER: tl.constexpr, bit_plane, planes, rank, ones, CHECKED: tl.constexpr):
+    """The bits in plane NUMBER of each half row's kept elements; anything where there is no such.
 
-    record: where its bit planes begin.   bit_plane: bytes of one.   planes: how many there are.
+    word: pointer to the word of plane 0 that has the first one.   bit_plane: bytes of a plane.
     """
-    there = planes > NUMBER
-    if CHECKED:
-        return window(record + NUMBER * bit_plane, rank, tl.where(there, ones, 0), CHECKED)
-    else:
-        return window(record + NUMBER * bit_plane, rank, 0, CHECKED) & tl.where(there, -1, 0).to(
-            tl.uint32
-        )
-
-
-@triton.jit
-def _codes(b0, b1, b2, b3, PLANES: tl.constexpr):
-    """The codes of 8 elements, one byte for each: of the first four, of the others.
-
-    b0 .. b3: bits 0 to 7 are those of 4 planes, the others are anything.
-    """
-    x = woven(b0, b1, 0x5140)
-    if PLANES == 3:
-        x = woven(x, b2, 0x5410)
-    elif PLANES > 3:
-        x = woven(x, woven(b2, b3, 0x5140), 0x5410)
-    MASK: tl.constexpr = 0x01010101 * ((1 << PLANES) - 1)
-    x = _squares(x)
-    return x & MASK, x >> 4 & MASK
+    bits = tl.where(planes > NUMBER, ones, 0) if CHECKED else 32
+    return bits_from(
+        (word + NUMBER * bit_plane).to(tl.pointer_type(tl.uint32)), rank, bits, CHECKED
+    )
 
 
 @triton.jit
@@ -157,7 +167,7 @@ def _turned_back(
     _kept, spread, ones = octet(half, NUMBER)
     top, top2 = spread_bytes(top, later, spread, zero)
     if DTYPE.primitive_bitwidth == 16:
-        low, low2 = eight_bytes(record, rank, ones, 1, CHECKED)
+        low, low2 = eight_bytes(record, rank, ones, CHECKED)
         low, low2 = spread_bytes(low, low2, spread, zero)
         low, low2 = _signs_changed(low), _signs_changed(low2)
         return columns_of_pairs(
@@ -169,7 +179,7 @@ def _turned_back(
     else:
         turned = columns_of_bytes(top, top2) << 24
         for plane in tl.static_range(3):
-            low, low2 = eight_bytes(record + plane * byte_plane, rank, ones, 1, CHECKED)
+            low, low2 = eight_bytes(record + plane * byte_plane, rank, ones, CHECKED)
             low, low2 = spread_bytes(low, low2, spread, zero)
             turned |= columns_of_bytes(low, low2) << 8 * plane
         return (turned >> 1 | turned << 31).to(DTYPE, bitcast=True)

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from tierd_kernels.faults import REASONS
-from tierd_kernels.gpu.decode import NO_REASON, decode_lanes
+from tierd_kernels.gpu.decode import decode_tile
 from tierd_kernels.gpu.numbers import INTERPRETED, rounded, widened
-from tierd_kernels.gpu.octets import bits_inside
+from tierd_kernels.gpu.records import NO_REASON
 
 _NO_COLUMN = tl.constexpr(2**31 - 1)
 _REASONS = tl.constexpr(len(REASONS))
@@ -43,7 +43,9 @@ def _single(number):
         return number.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "group_tiles", "splits", "most_escapes"])
+@triton.jit(
+    do_not_specialize=["far_units", "most_escapes", "rows", "tokens", "group_tiles", "splits"]
+)
 def multiply_tiles(
     bitmap,
     offsets,
@@ -54,6 +56,7 @@ def multiply_tiles(
     parts,
     faults,
     values_bytes,
+    far_units,
     most_escapes,
     rows,
     cols,
@@ -71,7 +74,7 @@ def multiply_tiles(
 ):
     """Write the sums of split s to parts[s, token, row], float32 [splits, tokens, rows].
 
-    Programs: [tile rows, splits, blocks of TOKENS tokens]. bitmap .. values: see `decode_lanes`.
+    Programs: [tile rows, splits, blocks of TOKENS tokens]. bitmap .. values: see `decode_tile`.
     x: of DTYPE, [tokens, cols], rows `x_stride` elements apart. faults: see `linear`.
     group_tiles: tiles for which a scale of int8 and int4 holds.
     """
@@ -85,46 +88,50 @@ def multiply_tiles(
     first = (split.to(tl.int64) * tile_cols // splits).to(tl.int32)
     end = ((split + 1).to(tl.int64) * tile_cols // splits).to(tl.int32)
     height = tl.minimum(rows - tile_row * 64, 64).to(tl.int32)
-    last_width = (cols - (tl.cast(tile_cols, tl.int64) - 1) * 64).to(tl.int32)
-    inside, last_inside = bits_inside(height, 64), bits_inside(height, last_width)
 
     step = tl.arange(0, 64)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
-    x_row = x + token[None, :].to(tl.int64) * x_stride
+    # Tokens that are not there are the last one again: nobody reads their sums.
+    x_place = x + tl.minimum(token, tokens - 1)[None, :].to(tl.int64) * x_stride
+    x_place += (first.to(tl.int64) * 64 + step)[:, None]
     if scales is not None:
         group = tile_row * groups + first // group_tiles
         scale_row = scales.to(tl.pointer_type(tl.uint16)) + group * 64 + step
     sums = tl.zeros([64, TOKENS], tl.float32)
     # Of the first wrong tile: its column and what is wrong, in one number.
-    fault = tl.full([128], _NO_COLUMN, tl.int32)
+    fault = tl.full([], _NO_COLUMN, tl.int32)
+    # Columns of usual tiles: whole, neither the first nor the last of the matrix.
+    usual_first = tl.where(tile_row == 0, 1, 0)
+    usual_end = tl.where(((tile_row + 1) * 64 >= rows) | (cols & 63 != 0), tile_cols - 1, tile_cols)
+    usual_end = tl.where(height == 64, usual_end, 0)
+    usual_cols = tl.maximum(usual_end - usual_first, 0).to(tl.uint32)
     group_end = (first // group_tiles + 1) * group_tiles
     for tile_col in tl.range(_bound(first), _bound(end), num_stages=STAGES):
         tile = first_tile + tl.cast(tile_col, tl.uint32)
-        left = tl.cast(tile_col, tl.int64) * 64
-        last = tile_col + 1 == tile_cols
-        width = tl.where(last, last_width, 64)
-        elements, reason = decode_lanes(
+        width = cols - tile_col * 64  # of what is left
+        elements, reason = decode_tile(
             bitmap,
             offsets,
             heads,
             values,
             values_bytes,
+            far_units,
             tiles,
             most_escapes,
             tile,
             height,
-            width,
-            tl.where(last, last_inside, inside),
+            tl.minimum(width, 64),
+            (tile_col - usual_first).to(tl.uint32) < usual_cols,
             CODEC,
             DTYPE,
             MASKED,
             PLANES,
             VARIANT,
         )
-        place = tile_col * _REASONS + reason
-        fault = tl.minimum(fault, tl.where(reason == NO_REASON, _NO_COLUMN, place))
-        there = (token[None, :] < tokens) & (step[:, None] < width)
-        turned = tl.load(x_row + (left + step)[:, None], mask=there, other=0.0)
+        if reason != NO_REASON:
+            fault = tl.minimum(fault, tl.cast(tile_col, tl.int32) * _REASONS + reason)
+        turned = tl.load(x_place, mask=step[:, None] < width, other=0.0)
+        x_place += 64
         if INTERPRETED:  # the interpreter of Triton 3.6 would multiply the bits of bfloat16
             elements, turned = _single(elements), _single(turned)
         else:
@@ -143,9 +150,8 @@ def multiply_tiles(
         else:
             # A plain sum would be made the dot's own accumulator again.
             sums = tl.fma(product, tl.full([64, TOKENS], 1.0, tl.float32), sums)
-    first_fault = tl.min(fault, axis=0)
-    if first_fault != _NO_COLUMN:
-        tl.atomic_min(faults, tile_row * tile_cols * _REASONS + first_fault)
+    if fault != _NO_COLUMN:
+        tl.atomic_min(faults, tile_row * tile_cols * _REASONS + fault)
     row = tile_row * 64 + step
     place = (split.to(tl.int64) * tokens + token[None, :]) * rows + row[:, None]
     inside = (token[None, :] < tokens) & (row[:, None] < rows)

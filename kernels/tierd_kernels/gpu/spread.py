@@ -43,9 +43,13 @@ def woven(low, high, WHICH: tl.constexpr):
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, 0x4140;", "=r,r,r", [low, high], tl.uint32, True, 1
         )
-    elif WHICH == 0x4342:
+    elif WHICH == 0x0504:
         return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x4342;", "=r,r,r", [low, high], tl.uint32, True, 1
+            "prmt.b32 $0, $1, $2, 0x0504;", "=r,r,r", [low, high], tl.uint32, True, 1
+        )
+    elif WHICH == 0x0706:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x0706;", "=r,r,r", [low, high], tl.uint32, True, 1
         )
     elif WHICH == 0x2301:
         return tl.inline_asm_elementwise(
@@ -54,6 +58,10 @@ def woven(low, high, WHICH: tl.constexpr):
     elif WHICH == 0x5410:
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [low, high], tl.uint32, True, 1
+        )
+    elif WHICH == 0x6420:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [low, high], tl.uint32, True, 1
         )
     elif WHICH == 0x5140:
         return tl.inline_asm_elementwise(
@@ -109,8 +117,14 @@ def selector(spread):
 
 @triton.jit
 def before_later(spread):
-    """How many of columns 0 to 3 are kept."""
-    return upto(spread) >> 12 & 7
+    """How many of columns 0 to 3 are kept: the last digit of a product that has four of them."""
+    product = spread * 0x11110000
+    if INTERPRETED:
+        return product >> 28
+    else:  # seen by the compiler it would be merged with what follows, to two instructions
+        return tl.inline_asm_elementwise(
+            "shr.u32 $0, $1, 28;", "=r,r", [product], tl.uint32, True, 1
+        )
 
 
 @triton.jit

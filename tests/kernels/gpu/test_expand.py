@@ -362,5 +362,5 @@ def test_what_does_not_fit_is_refused_by_name(
         moved = torch.empty(array.numel() + 2, dtype=torch.uint8, device=device)[2:]
         moved = moved.copy_(array)
         changed: dict[str, Any] = {name: moved}
-        with pytest.raises(KernelError, match=f"{name} does not start on a multiple of 4 bytes"):
+        with pytest.raises(KernelError, match=f"{name} does not start on a multiple of 16 bytes"):
             expand(replace(there, **changed), out)

@@ -18,7 +18,7 @@ def check_books(books: Books) -> None:
     over = memory.shrinking or books.ledger.quarantined > memory.budget
     if memory.warm > memory.budget and not (over or memory.discarding):
         raise InvariantBroken(f"{memory.warm} warm granules, the budget is {memory.budget}")
-    memory.check([(slot.place, slot.claim is None) for slot in books.slots.values()])
+    memory.check([slot.place for slot in books.slots.values()])
     books.ledger.check()
     _check_room(books)
     _check_slots(books)
@@ -28,9 +28,12 @@ def check_books(books: Books) -> None:
 
 
 def _check_slots(books: Books) -> None:
-    leases = Counter(id(s) for client in books.clients.values() for s in client.leases.values())
+    leases: dict[int, int] = {}  # by slot
+    for client in books.clients.values():
+        for slot in client.leases.values():
+            leases[slot.id] = leases.get(slot.id, 0) + 1
     for slot in books.slots.values():
-        if slot.leases != leases[id(slot)]:
+        if slot.leases != leases.pop(slot.id, 0):
             raise InvariantBroken(f"slot {slot.id} counts {slot.leases} leases")
         in_flight = slot.state is not SlotState.RESIDENT
         if in_flight != (slot.id in books.in_flight) or (in_flight and slot.leases):
@@ -45,6 +48,8 @@ def _check_slots(books: Books) -> None:
                 raise InvariantBroken(f"slot {slot.id} is not where its layer is")
             if slot.evictable and model.removed:
                 raise InvariantBroken(f"slot {slot.id} holds a layer that nobody can ask for")
+    if leases:
+        raise InvariantBroken(f"slots {list(leases)} are leased, and empty")
     if books.leaving != {model.id: model for model in books.models.values() if model.removed}:
         raise InvariantBroken(f"the models {list(books.leaving)} are not those that were removed")
     _check_reads(books)
@@ -85,18 +90,26 @@ def _check_room(books: Books) -> None:
 def _check_wanted(books: Books) -> None:
     """The sum that counts a layer once, from the plans, pins and slots that it comes from."""
     granules = number = 0
-    lingering = books.ledger.lingering
+    pins, lingering = books.pins, books.ledger.lingering
     for model in books.models.values():
-        plans = Counter(layer for plan in model.plans.values() for layer in plan.route.indices)
-        for layer, slot in enumerate(model.slots):
-            key = model.keys[layer]
+        plans = [0] * len(model.slots)
+        for plan in model.plans.values():
+            for layer in plan.route.indices:
+                plans[layer] += 1
+        for layer, (slot, reasons) in enumerate(zip(model.slots, plans, strict=True)):
+            if pins:  # keys are looked up only where there may be one: there are many layers
+                reasons += model.keys[layer] in pins
             charge = model.charges[layer]
-            left = slot is not None and slot.holders and slot.place.range.granules == charge
-            reasons = plans[layer] + (key in books.pins) + bool(left)
-            if reasons != model.reasons[layer] or (reasons and key in lingering):
+            if slot is not None and slot.holders and slot.place.range.granules == charge:
+                reasons += 1
+            if reasons != model.reasons[layer] or (
+                lingering and reasons and model.keys[layer] in lingering
+            ):
+                key = model.keys[layer]
                 raise InvariantBroken(f"layer {key} is wanted for {model.reasons[layer]} reasons")
-            granules += charge * (reasons > 0)
-            number += reasons > 0
+            if reasons:
+                granules += charge
+                number += 1
     for slot in books.slots.values():
         charge = books.models[slot.key.model].charges[slot.key.layer] if slot.key else 0
         if slot.holders and slot.place.range.granules != charge:
@@ -115,7 +128,7 @@ def _check_pins(books: Books) -> None:
     if sum(books.pins.values()) != ledger.pinned or len(books.pins) != ledger.pinned_slots:
         raise InvariantBroken(f"{ledger.pinned} granules and {ledger.pinned_slots} slots pinned")
     for slot in books.slots.values():
-        if slot.pinned is not (slot.key in books.pins):
+        if slot.pinned is not (bool(books.pins) and slot.key in books.pins):
             raise InvariantBroken(f"slot {slot.id} is pinned: {slot.pinned}")
     for device in books.devices.values():
         for key in device.unread_pins:
@@ -130,8 +143,11 @@ def _check_reads(books: Books) -> None:
         bills = [bill for bill in books.bills.values() if bill.device is device]
         if device.in_flight != len(bills) or len(bills) > device.most_in_flight:
             raise InvariantBroken(f"{len(bills)} reads of device {device.id} in flight")
+        if device.largest_in_flight != max((bill.nbytes for bill in bills), default=0):
+            raise InvariantBroken(f"no read of {device.largest_in_flight} bytes is the largest")
+        payers = Counter(id(share) for bill in bills for share in bill.paid)
         for share in device.shares():
-            if share.in_flight != sum(share in bill.paid for bill in bills):
+            if share.in_flight != payers[id(share)]:
                 raise InvariantBroken(f"client {share.client} waits for {share.in_flight} reads")
             if (share.entry is None and not share.held) and share.head() is not None:
                 raise InvariantBroken(f"client {share.client} waits for no turn")
@@ -173,9 +189,10 @@ def _check_clients(books: Books) -> None:
     if {id(r) for r in waiting} != {id(r) for r in mine} or not all(r.open for r in waiting):
         raise InvariantBroken("a request waits for a layer without its client, or not at all")
     for client in books.clients.values():
-        held = Counter(s.key for s in client.leases.values())
-        held.update(request.key for request in client.requests.values())
-        if held != books.ledger[client.id].layers:
+        keys = [slot.key for slot in client.leases.values()]
+        keys += [request.key for request in client.requests.values()]
+        layers_held = books.ledger[client.id].layers
+        if (keys or layers_held) and Counter(keys) != layers_held:
             raise InvariantBroken(f"client {client.id} is charged for other layers than it has")
     queued = {
         id(request)

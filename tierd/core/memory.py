@@ -6,6 +6,7 @@ See `placement` for the four states of a granule and the two inequalities.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tierd.core.errors import InvariantBroken
@@ -271,17 +272,17 @@ class Memory:
 
     # -------------------------------------------------------------------------------------- check
 
-    def check(self, places: list[tuple[Place, bool]]) -> None:
-        """Compares the books with the `places` of all slots (and whether each is warm)."""
-        occupied: dict[tuple[int, int], bool] = {}
-        for place, warm in places:
-            for granule in range(place.range.start, place.range.end):
-                key = (place.range.arena, granule)
-                if not place.shared and key in occupied:
-                    raise InvariantBroken(f"granule {granule} of arena {key[0]} is in two slots")
-                occupied[key] = warm
-        if len(occupied) != self.occupied:
-            raise InvariantBroken(f"{len(occupied)} granules occupied, booked {self.occupied}")
+    def check(self, places: Sequence[Place]) -> None:
+        """Compares the books with the `places` of all slots."""
+        alone = [place.range for place in places if not place.shared]
+        shared = {place.range for place in places if place.shared}
+        ranges = sorted((found.arena, found.start, found.end) for found in (*alone, *shared))
+        for (arena, _, end), (other, start, _) in pairwise(ranges):
+            if arena == other and start < end:
+                raise InvariantBroken(f"granule {start} of arena {arena} is in two slots")
+        occupied = sum(end - start for _, start, end in ranges)
+        if occupied != self.occupied:
+            raise InvariantBroken(f"{occupied} granules occupied, booked {self.occupied}")
         free = 0
         total = 0
         for memory in self._arenas.values():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
+import signal
 import socket as sockets
 import subprocess
 import sys
@@ -25,6 +27,8 @@ STOP_TIMEOUT_S = 10.0
 POLL_S = 0.01
 SHOWN_BYTES = 4096  # of the daemon's stderr in an error
 SOCKET_NAME = "tierd.sock"
+_log = logging.getLogger(__name__)
+
 LAUNCHER = Path(__file__).with_name("private_launcher.py")
 
 
@@ -38,6 +42,7 @@ class PrivateDaemon:
         self._folder = folder
         self._process = process
         self._log = log
+        self._served = False
         self._life = fork.current()
         atexit.register(self.stop)
 
@@ -46,12 +51,17 @@ class PrivateDaemon:
         if self._life is not fork.current() or self._log.closed:
             return
         atexit.unregister(self.stop)
+        ended = self._process.poll() is not None
         self._process.terminate()
         try:
-            self._process.wait(STOP_TIMEOUT_S)
+            # What was killed may not be reported until its last thread is gone.
+            ended |= self._process.wait(STOP_TIMEOUT_S) not in (0, -signal.SIGTERM)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if ended and self._served:  # its clients heard only that it is gone
+            status, said = self._process.returncode, self.messages() or "it said nothing"
+            _log.warning("the private tierd %d ended with status %d: %s", self.pid, status, said)
         self._log.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -77,6 +87,7 @@ class PrivateDaemon:
                     f"{self.messages() or 'it said nothing'}"
                 )
             sleep(POLL_S)
+        self._served = True
 
     def __enter__(self) -> Self:
         return self

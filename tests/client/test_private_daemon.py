@@ -74,6 +74,19 @@ def test_a_private_daemon_serves_its_pack_until_it_is_stopped(pack: TinyPack) ->
     daemon.stop()
 
 
+def test_a_daemon_that_ended_by_itself_is_shown_with_its_words(
+    pack: TinyPack, caplog: pytest.LogCaptureFixture
+) -> None:
+    with private_daemon.start(pack.folder, DRAM):
+        pass
+    assert not caplog.records
+    with private_daemon.start(pack.folder, DRAM) as daemon:
+        os.kill(daemon.pid, signal.SIGKILL)
+        assert gone(daemon.pid)
+    assert f"the private tierd {daemon.pid} ended with status -9: " in caplog.text
+    assert "tierd.daemon: tierd " in caplog.text
+
+
 def test_a_daemon_that_cannot_serve_is_shown_with_its_words(tmp_path: Path) -> None:
     with pytest.raises(PrivateDaemonFailed, match=r"ended with status \d.*no-pack"):
         private_daemon.start(tmp_path / "no-pack", DRAM)

@@ -27,7 +27,7 @@ from triton.runtime import JITFunction, driver
 
 from tierd_kernels.errors import KernelError
 from tierd_kernels.faults import new_faults
-from tierd_kernels.gpu import expand, linear, plans
+from tierd_kernels.gpu import cuda_product, expand, linear, nvcc, plans
 from tierd_kernels.gpu.instructions import count, fewest, fewest_of_loop
 from tierd_kernels.gpu.numbers import INTERPRETED
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix
@@ -47,6 +47,8 @@ FORMS: Final = (
 )
 PLANES: Final = 3
 """Of the exponent-packed matrices: unpruned weights have 3, pruned ones fewer."""
+COUNTED_BLOCKS: Final = 4
+"""Half of a tile: what is kept at 50 %."""
 _WARP_LANES: Final = 32
 
 
@@ -59,6 +61,11 @@ class Kernel:
     dtype: str
     how: expand.Way | plans.Plan
     architecture: int
+
+    @property
+    def of_cuda(self) -> bool:
+        """Whether nvcc compiles it, not Triton."""
+        return isinstance(self.how, plans.Plan) and self.how.cuda
 
     @property
     def name(self) -> str:
@@ -80,7 +87,8 @@ class Resources:
     registers, spilled_bytes: of a thread; the latter are registers that are kept in memory.
     shared_bytes: of a program.   instructions: of the code, each of them counted once.
     issue_slots: of the warps of a program for a tile in which nothing is wrong and that has no
-    escapes; in a product those of its loop. A multiprocessor has 4 of them in a cycle.
+    escapes; in a product those of its loop. Of CUDA's, for a tile that keeps COUNTED_BLOCKS times
+    512 elements. A multiprocessor has 4 of them in a cycle.
     integer_slots: those of them that the integer pipe takes; it has 2 in a cycle.
     """
 
@@ -96,6 +104,10 @@ def kernels() -> Iterator[Kernel]:
     """Everything that is recorded."""
     for codec, masked in FORMS:
         for architecture in ARCHITECTURES:
+            if (codec, masked) == ("exponent-packed", True):
+                for tokens in plans.TOKEN_BLOCKS:
+                    plan = plans.Plan(tokens, 1, *plans.CUDA)
+                    yield Kernel(codec, masked, "BF16", plan, architecture)
             for way in expand.ways(codec):
                 if architecture == MEASURED or way == expand.DEFAULT_WAY:
                     yield Kernel(codec, masked, "BF16", way, architecture)
@@ -115,29 +127,47 @@ def kernels() -> Iterator[Kernel]:
 
 
 def resources(kernel: Kernel) -> Resources:
-    """Compile a kernel and look at its code. Raises KernelError where the interpreter is on."""
+    """Compile a kernel and look at its code. Raises KernelError where the interpreter is on,
+    or where there is no nvcc for a kernel in CUDA C++.
+    """
     if INTERPRETED.value:
         raise KernelError("TRITON_INTERPRET is set: nothing is compiled in this process")
-    compiled = _compiled(kernel)
+    cubin, dynamic_bytes = (_by_nvcc if kernel.of_cuda else _by_triton)(kernel)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = _tool("-res-usage", file.name)
         code = _tool("-sass", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if found is None:
         raise KernelError(f"{kernel.name}: cuobjdump says no resources: {usage[:200]!r}")
-    expands = isinstance(kernel.how, expand.Way)
-    way = (fewest if expands else fewest_of_loop)(code)
+    warps = kernel.how.warps
+    if kernel.of_cuda:
+        way, warps = fewest_of_loop(code, cuda_product.BLOCK_OPERAND, COUNTED_BLOCKS), 1
+    else:
+        way = (fewest if isinstance(kernel.how, expand.Way) else fewest_of_loop)(code)
     registers, stack, shared, local = map(int, found.groups())
     return Resources(
         registers,
         stack + local,
-        shared + compiled.metadata.shared,
+        shared + dynamic_bytes,
         count(code),
-        kernel.how.warps * len(way),
-        kernel.how.warps * sum(each.of_integer_pipe for each in way),
+        warps * len(way),
+        warps * sum(each.of_integer_pipe for each in way),
     )
+
+
+def _by_triton(kernel: Kernel) -> tuple[bytes, int]:
+    """The binary, and the shared memory that a launch adds to what it says."""
+    compiled = _compiled(kernel)
+    return compiled.asm["cubin"], compiled.metadata.shared
+
+
+def _by_nvcc(kernel: Kernel) -> tuple[bytes, int]:
+    """As `_by_triton`. Raises KernelError where there is no nvcc."""
+    assert isinstance(kernel.how, plans.Plan)
+    options = cuda_product.options(_matrix(kernel), kernel.how.tokens)
+    return nvcc.compiled(options, kernel.architecture, "cubin"), 0
 
 
 class _NoGpu:

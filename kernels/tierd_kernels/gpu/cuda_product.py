@@ -27,6 +27,8 @@ NAME: Final = "multiply_packed"
 MOST_PLANES: Final = 4
 """That the kernel decodes. Unpruned weights have 3, pruned ones fewer."""
 THREADS: Final = 128
+BLOCK_OPERAND: Final = "0x6420"
+"""Of the one instruction of a block of 512 elements that has it: how it is found in the SASS."""
 _ALIGNED_BYTES: Final = 16
 """Of bitmap and values: in a layer every array starts on a multiple of 256."""
 

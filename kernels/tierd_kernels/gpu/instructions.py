@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 _LINE: Final = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
@@ -58,8 +59,10 @@ def fewest(code: str) -> list[Instruction]:
     return _shortest(listed, 0, exits)
 
 
-def fewest_of_loop(code: str) -> list[Instruction]:
-    """The instructions that a warp executes at least in one turn of the longest loop."""
+def fewest_of_loop(code: str, operand: str = "", times: int = 0) -> list[Instruction]:
+    """The instructions that a warp executes at least in one turn of the longest loop; through
+    the first `times` of them that have this operand.
+    """
     listed = _instructions(code)
     back = [
         each for each in listed if each.name.split(".")[0] == "BRA" and each.target < each.address
@@ -68,7 +71,14 @@ def fewest_of_loop(code: str) -> list[Instruction]:
         raise ValueError(f"no loop in {len(listed)} instructions")
     last = max(back, key=lambda each: each.address - each.target)
     number = {each.address: index for index, each in enumerate(listed)}
-    return _shortest(listed, number[last.target], {number[last.address]})
+    first, end = number[last.target], number[last.address]
+    marked = [at for at in range(first, end) if operand in listed[at].operands.split(", ")]
+    if len(marked) < times:
+        raise ValueError(f"{len(marked)} instructions with the operand {operand}, not {times}")
+    way = [listed[first]]
+    for start, stop in pairwise([first, *marked[:times], end]):
+        way += _shortest(listed, start, {stop})[1:]
+    return way
 
 
 def _shortest(listed: list[Instruction], start: int, ends: set[int]) -> list[Instruction]:

@@ -24,7 +24,7 @@ constexpr u32 WARPS = 4;
 constexpr u32 ALL = 0xFFFFFFFFu;
 constexpr u32 BLOCK = 512;  // elements that a warp decodes at once
 constexpr u32 MOST_BLOCKS = 4096 / BLOCK;
-constexpr u32 AHEAD = 4;  // blocks that are read before the first is decoded
+constexpr u32 AHEAD = TOKENS < 64 && PLANES < 4 ? 4 : 2;  // blocks read before one is decoded
 constexpr bool X_FIRST = TOKENS == 16;  // x is read before the record, not behind it
 constexpr u32 STREAM_BYTES = 4096 + 16;  // a window ends up to 11 bytes after its element
 constexpr u32 TOKEN_TILES = TOKENS / 8;
@@ -66,17 +66,24 @@ struct Block {
 };
 
 // Where a lane reads its first block. A plane that the record has not is read where there is
-// something to read, and counts `weight` times: 0, the others 1.
+// something to read, and not in `codes`, the bits of each byte that are.
 struct Source {
     const byte *bytes, *bits[PLANES ? PLANES : 1];
-    u32 weight[PLANES ? PLANES : 1];
-    u32 count;  // of the elements from the lane's first one on
+    u32 element, count, codes;
 };
 
 __device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 selector) {
     u32 found;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(low), "r"(high), "r"(selector));
     return found;
+}
+
+// An address that the compiler computes where it stands, once: not all of them at first, nor anew
+// wherever it is used.
+template <class Item>
+__device__ __forceinline__ const Item *fixed(const Item *at) {
+    asm volatile("" : "+l"(at));
+    return at;
 }
 
 // Written as logic, these would be two instructions.
@@ -138,8 +145,10 @@ __device__ __forceinline__ Reason checked(
     bool fits = front.begin <= front.end && front.end <= matrix.most_units &&
                 front.end - front.begin == (needed + 15) / 16 && (tile || !front.begin) &&
                 (tile + 1 != matrix.tiles || front.end == matrix.most_units);
-    Reason reason = outside ? BITS : !can_be ? HEAD : !fits ? OFFSETS : NONE;
-    if (reason == NONE && record.escapes) {
+    Reason reason = NONE;
+    if (outside || !can_be || !fits) {
+        reason = outside ? BITS : !can_be ? HEAD : OFFSETS;
+    } else if (record.escapes) {
         const u32 *escape = reinterpret_cast<const u32 *>(record.at + record.escapes_at);
         if (escapes_are_wrong(escape, record.escapes, count, lane)) reason = ESCAPES;
     }
@@ -166,35 +175,35 @@ __device__ __forceinline__ Reason begun(
     }
     record.count = __shfl_sync(ALL, through, 31);
     Reason reason = checked(matrix, front, tile, outside, lane, record);
-    if (reason != NONE) {
-        bits = make_uint4(0, 0, 0, 0);
-        record.count = record.escapes = 0;
-        through = ones = first = second = third = 0;
-    }
     u32 rank = through - ones;
-    shared.halves[2 * lane] = make_uint4(bits.x, rank, bits.y, rank + first);
-    shared.halves[2 * lane + 1] = make_uint4(bits.z, rank + second, bits.w, rank + third);
+    uint4 *halves = shared.halves + 2 * lane;
+    halves[0] = make_uint4(bits.x, rank, bits.y, rank + first);
+    halves[1] = make_uint4(bits.z, rank + second, bits.w, rank + third);
+    if (reason != NONE) {
+        halves[0] = halves[1] = make_uint4(0, 0, 0, 0);
+        record.count = record.escapes = 0;
+    }
     return reason;
 }
 
 __device__ __forceinline__ Source source(const Record &record, u32 lane) {
     Source found;
-    found.bytes = record.at + lane * 16;
+    found.element = lane * 16;
     found.count = record.count;
+    found.codes = ((1u << record.planes) - 1) * 0x01010101;
+    found.bytes = fixed(record.at + lane * 16);
 #pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
-        bool there = u32(plane) < record.planes;
-        found.weight[plane] = there;
-        u32 from = there ? record.planes_at + plane * record.plane_bytes : 0;
-        found.bits[plane] = record.at + from + lane * 2;
+        u32 from = u32(plane) < record.planes ? record.planes_at + plane * record.plane_bytes : 0;
+        found.bits[plane] = fixed(record.at + (from + lane * 2));
     }
     return found;
 }
 
 // Reads block `number` of the record, if the lane has elements in it. All that is read lies in the
 // record: its planes are filled up to 8 bytes, and itself to 16.
-__device__ __forceinline__ void read(const Source &source, u32 number, u32 lane, Block &block) {
-    if (number * BLOCK + lane * 16 >= source.count) return;
+__device__ __forceinline__ void read(const Source &source, u32 number, Block &block) {
+    if (source.element + number * BLOCK >= source.count) return;
     block.bytes = __ldg(reinterpret_cast<const uint4 *>(source.bytes + number * BLOCK));
 #pragma unroll
     for (int plane = 0; plane < PLANES; plane++)
@@ -221,10 +230,10 @@ __device__ __forceinline__ void decode(
     u32 bits[4], first, last;
 #pragma unroll
     for (int plane = 0; plane < 4; plane++)
-        bits[plane] = plane < PLANES ? block.bits[plane] * source.weight[plane] : 0;
+        bits[plane] = plane < PLANES ? block.bits[plane] : 0;
     codes(bits[0], bits[1], bits[2], bits[3], first, last);
-    const u32 NIBBLES = 0x0F0F0F0F;
-    u32 top[4] = {first & NIBBLES, first >> 4 & NIBBLES, last & NIBBLES, last >> 4 & NIBBLES};
+    const u32 mask = source.codes;
+    u32 top[4] = {first & mask, first >> 4 & mask, last & mask, last >> 4 & mask};
     u32 bytes[4] = {block.bytes.x, block.bytes.y, block.bytes.z, block.bytes.w}, lows[4], highs[4];
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
@@ -252,7 +261,7 @@ __device__ __forceinline__ void streamed(const Record &record, u32 lane, Tile &s
     Source from = source(record, lane);
     Block block[AHEAD] = {};
 #pragma unroll
-    for (u32 i = 0; i < AHEAD; i++) read(from, i, lane, block[i]);
+    for (u32 i = 0; i < AHEAD; i++) read(from, i, block[i]);
 #pragma unroll
     for (u32 first = 0; first < MOST_BLOCKS; first += AHEAD)
 #pragma unroll
@@ -260,7 +269,7 @@ __device__ __forceinline__ void streamed(const Record &record, u32 lane, Tile &s
             if (first + i >= blocks) goto decoded;
             u32 place = (first + i) * (BLOCK / 16) + lane;
             decode(block[i], from, base, shared.low[place], shared.high[place]);
-            if (first + i + AHEAD < MOST_BLOCKS) read(from, first + i + AHEAD, lane, block[i]);
+            if (first + i + AHEAD < MOST_BLOCKS) read(from, first + i + AHEAD, block[i]);
         }
 decoded:
     __syncwarp();
@@ -336,21 +345,26 @@ __device__ __forceinline__ u32 two_of(const unsigned short *at, int left) {
 __device__ __forceinline__ void read_x(
     const X &x, u32 tile_col, u32 lane, uint4 (&found)[TOKEN_TILES][2]) {
     u32 width = x.cols - tile_col * 64;
-    bool whole = x.aligned && width >= 64;
+    const unsigned short *column = x.at + tile_col * 64ull;
+    if (x.aligned && width >= 64) {
+#pragma unroll
+        for (u32 j = 0; j < TOKEN_TILES; j++) {
+            auto at = column + min(x.first_token + 8 * j, x.last_token) * x.stride;
+            found[j][0] = __ldg(reinterpret_cast<const uint4 *>(at));
+            found[j][1] = __ldg(reinterpret_cast<const uint4 *>(at + 32));
+        }
+        return;
+    }
 #pragma unroll
     for (u32 j = 0; j < TOKEN_TILES; j++)
 #pragma unroll
         for (u32 half = 0; half < 2; half++) {
-            const unsigned short *at =
-                x.at + min(x.first_token + 8 * j, x.last_token) * x.stride + tile_col * 64ull + half * 32;
-            if (whole) {
-                found[j][half] = __ldg(reinterpret_cast<const uint4 *>(at));
-            } else {
-                int left = int(min(width, 64u)) - int(half * 32 + lane % 4 * 8);
-                found[j][half] = make_uint4(
-                    two_of(at, left), two_of(at + 2, left - 2), two_of(at + 4, left - 4),
-                    two_of(at + 6, left - 6));
-            }
+            auto at = fixed(
+                column + min(x.first_token + 8 * j, x.last_token) * x.stride + half * 32);
+            int left = int(min(width, 64u)) - int(half * 32 + lane % 4 * 8);
+            found[j][half] = make_uint4(
+                two_of(at, left), two_of(at + 2, left - 2), two_of(at + 4, left - 4),
+                two_of(at + 6, left - 6));
         }
 }
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 
 from tierd_kernels import KernelError
-from tierd_kernels.gpu import compiled, plans
+from tierd_kernels.gpu import compiled, nvcc, plans
 from tierd_kernels.gpu.compiled import ARCHITECTURES, Kernel
 from tierd_kernels.gpu.expand import DEFAULT_WAY, ways
 
@@ -28,6 +28,10 @@ FEW: Final = (
     *(Kernel("raw", True, "BF16", PLAN, each) for each in ARCHITECTURES),
     Kernel("exponent-packed", True, "BF16", PLAN, 90),
     Kernel("int8", True, "F16", PLAN, 90),
+)
+CUDA: Final = tuple(
+    Kernel("exponent-packed", True, "BF16", plans.Plan(plans.TOKEN_BLOCKS[0], 1, *plans.CUDA), each)
+    for each in ARCHITECTURES
 )
 
 
@@ -49,8 +53,17 @@ def compile_here(*names: str, **environment: str) -> subprocess.CompletedProcess
 
 def test_no_kernel_needs_more_than_is_recorded(tmp_path: Path) -> None:
     """Where it needs less, or has to need more, `make gpu-resources` writes the records anew."""
-    names = [kernel.name for kernel in FEW]
-    run = compile_here(*names, TRITON_CACHE_DIR=str(tmp_path))
+    expect_no_more(FEW, tmp_path)
+
+
+@pytest.mark.skipif(not nvcc.found(), reason="no nvcc here: no kernel in CUDA C++ is compiled")
+def test_no_kernel_in_cuda_needs_more_than_is_recorded(tmp_path: Path) -> None:
+    expect_no_more(CUDA, tmp_path)
+
+
+def expect_no_more(kernels: tuple[Kernel, ...], cache: Path) -> None:
+    names = [kernel.name for kernel in kernels]
+    run = compile_here(*names, TRITON_CACHE_DIR=str(cache))
     assert run.returncode == 0, run.stderr
     found: Any = json.loads(run.stdout)
     assert list(found) == names

@@ -44,6 +44,17 @@ def test_both_arms_of_a_branch_are_weighed() -> None:
     assert len(fewest(arms)) == 6
 
 
+def test_a_way_can_be_counted_through_marked_instructions() -> None:
+    """Of three rounds that may be left out, the shortest way takes as many as are asked for."""
+    rounds = ["@P0 BRA 0x70", "PRMT R1, R2, 0x6420, R3"] * 3
+    loop = code("MOV R1, R2", *rounds, "@P1 BRA 0x0", "EXIT")
+    assert len(fewest_of_loop(loop)) == 3
+    assert len(fewest_of_loop(loop, "0x6420", 1)) == 5
+    assert len(fewest_of_loop(loop, "0x6420", 3)) == 8
+    with pytest.raises(ValueError, match="3 instructions with the operand 0x6420, not 4"):
+        fewest_of_loop(loop, "0x6420", 4)
+
+
 def test_an_exit_of_some_lanes_is_no_end() -> None:
     assert len(fewest(code("@P0 EXIT", "STG.E [R2.64], R4", "EXIT"))) == 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 COMMANDS = (
-    *("pack", "verify", "unpack", "status", "models", "layers", "clients", "config", "reload"),
-    *("pin", "unpin", "evict", "budget", "why", "trace", "replay", "predict", "doctor"),
+    *("pack", "verify", "unpack", "eval", "status", "models", "layers", "clients", "config"),
+    *("reload", "pin", "unpin", "evict", "budget", "why", "trace", "replay", "predict", "doctor"),
 )
 
 
@@ -40,6 +41,10 @@ def test_every_command_has_help_and_stands_in_the_readme(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        tierctl.main(["--help"])
+    listed = re.findall("^    ([a-z]+) ", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
     for command in COMMANDS:
         with pytest.raises(SystemExit) as end:
             tierctl.main([command, "--help"])

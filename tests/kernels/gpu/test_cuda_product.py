@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -311,6 +313,47 @@ def test_what_it_cannot_multiply_is_refused(device: torch.device, random_packed:
             linear(unfit, x, plan=PLAN)
 
 
+def test_cupy_compiles_what_the_matrix_needs_and_launches_it_on_the_stream_of_torch(
+    random_packed: Matrices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CuPy, played: the names and arguments are those of CuPy 14.2."""
+    said: list[Any] = []
+
+    class RawModule:
+        def __init__(self, *, code: str, options: tuple[str, ...]) -> None:
+            said.append((code == cuda_product.SOURCE.read_text(), options))
+
+        def get_function(self, name: str) -> Callable[..., None]:
+            return lambda grid, block, args: said.append((name, grid, block, args))
+
+    class Stream:
+        @staticmethod
+        def from_external(stream: object) -> nullcontext[None]:
+            said.append(stream)
+            return nullcontext()
+
+    cuda = SimpleNamespace(Stream=Stream, Device=lambda _: nullcontext())
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, RawModule=RawModule))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    forget_what_was_loaded()
+    matrix = there(packed(random_packed, 9, 64, 600, dtype="F16"), torch.device("cpu"))
+    x, parts = torch.ones((17, 600)).half(), torch.empty((2, 17, 64))
+    assert cuda_product.usable(matrix)
+    cuda_product.multiply(matrix, x, parts, new_faults("cpu"), Plan(16, 2, *CUDA))
+    compiled, stream, (name, grid, block, arguments) = said
+    assert compiled == (True, ("-std=c++17", "-DPLANES=4", "-DF16=1", "-DTOKENS=16"))
+    assert stream == "stream of cpu"
+    assert (name, grid, block) == ("multiply_packed", (1, 2, 2), (128, 1, 1))
+    assert [type(each) for each in arguments[:7]] == [np.uint64] * 7
+    assert [int(each) for each in arguments[9:]] == [64, 600, 17, 600, 2]
+    forget_what_was_loaded()
+
+
+def forget_what_was_loaded() -> None:
+    for cached in (cuda_product.loaded, cuda_product._loads):
+        cached.cache_clear()
+
+
 def test_without_cupy_it_is_no_candidate_which_is_said_once_and_asking_for_it_is_an_error(
     device: torch.device,
     random_packed: Matrices,
@@ -318,8 +361,7 @@ def test_without_cupy_it_is_no_candidate_which_is_said_once_and_asking_for_it_is
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
-    for cached in (cuda_product.loaded, cuda_product._loads):
-        cached.cache_clear()
+    forget_what_was_loaded()
     matrix = there(packed(random_packed, 9, 64, 64), device)
     with caplog.at_level("INFO"):
         assert not cuda_product.usable(matrix)

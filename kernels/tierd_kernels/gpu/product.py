@@ -85,8 +85,9 @@ def multiply_tiles(
     tiles *= tile_cols
     first_tile = (tile_row * tile_cols).to(tl.uint32)
     groups = (tile_cols + group_tiles - 1) // group_tiles
-    first = (split.to(tl.int64) * tile_cols // splits).to(tl.int32)
-    end = ((split + 1).to(tl.int64) * tile_cols // splits).to(tl.int32)
+    # At most 32 splits and 2^25 tiles in a row: 32 bits, of which a division is short.
+    first = ((split * tile_cols).to(tl.uint32) // splits.to(tl.uint32)).to(tl.int32)
+    end = (((split + 1) * tile_cols).to(tl.uint32) // splits.to(tl.uint32)).to(tl.int32)
     height = tl.minimum(rows - tile_row * 64, 64).to(tl.int32)
 
     step = tl.arange(0, 64)
@@ -101,10 +102,11 @@ def multiply_tiles(
     # Of the first wrong tile: its column and what is wrong, in one number.
     fault = tl.full([], _NO_COLUMN, tl.int32)
     # Columns of usual tiles: whole, neither the first nor the last of the matrix.
-    usual_first = tl.where(tile_row == 0, 1, 0)
-    usual_end = tl.where(((tile_row + 1) * 64 >= rows) | (cols & 63 != 0), tile_cols - 1, tile_cols)
-    usual_end = tl.where(height == 64, usual_end, 0)
-    usual_cols = tl.maximum(usual_end - usual_first, 0).to(tl.uint32)
+    row_below = tl.program_id(0) + 1
+    usual_first = tl.where(row_below == 1, 1, 0)
+    usual_cols = tl.where((row_below < rows + 63 >> 6) & (cols & 63 == 0), tile_cols, tile_cols - 1)
+    usual_cols = tl.where(row_below <= rows >> 6, usual_cols - usual_first, 0)
+    usual_cols = tl.maximum(usual_cols, 0).to(tl.uint32)
     group_end = (first // group_tiles + 1) * group_tiles
     for tile_col in tl.range(_bound(first), _bound(end), num_stages=STAGES):
         tile = first_tile + tl.cast(tile_col, tl.uint32)
@@ -152,10 +154,10 @@ def multiply_tiles(
             sums = tl.fma(product, tl.full([64, TOKENS], 1.0, tl.float32), sums)
     if fault != _NO_COLUMN:
         tl.atomic_min(faults, tile_row * tile_cols * _REASONS + fault)
-    row = tile_row * 64 + step
-    place = (split.to(tl.int64) * tokens + token[None, :]) * rows + row[:, None]
-    inside = (token[None, :] < tokens) & (row[:, None] < rows)
-    tl.store(parts + place, sums, mask=inside)
+    corner = parts + split.to(tl.int64) * tokens * rows + tile_row * 64
+    place = token[None, :].to(tl.int64) * rows + step[:, None]
+    inside = (token[None, :] < tokens) & (step[:, None] < height)
+    tl.store(corner + place, sums, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "splits"])

@@ -8,45 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import subprocess
 import sys
 import textwrap
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
-    Qwen3Config,
-)
 
 import tierd_kernels
+from tests.e2e.both_sides import daemon_of, in_memory
+from tests.e2e.product_bounds import capture, check_products
+from tests.e2e.random_checkpoints import build_model
 from tierd_client import blocks, cores
-from tierd_client.client import Client
-from tierd_client.errors import DaemonNotRunning
-from tierd_client.load import load_model, load_tokenizer
-from tierd_client.scratch import Scratch
-from tierd_layouts import quantised
+from tierd_client.load import load_model
 from tierd_layouts.container import open_pack
 from tierd_tools.pack import pack
 from tierd_tools.unpack import unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+    from pathlib import Path
 
-SEEDS = range(24)
 #: Architectures, dtypes and settings have 4, 3 and 5 members, so 24 seeds mix them all.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEEDS = range(24)
 PRUNED: dict[str, Any] = {"prune": "magnitude", "sparsity": 0.5}
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"codec": "lossless", **PRUNED},
@@ -55,103 +43,11 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"codec": "lossless"},
     {"codec": "int4", "group": 64},
 )
-GRANULE_BYTES = 2 << 20
-TRAINED = Path(__file__).resolve().parents[3] / "shared" / "models"
-TRAINED_MODELS = ("stdlib-llama-12m", "stdlib-opt-12m")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def in_memory(folder: Path) -> Any:
-    """The model with its weights where torch puts them: on 64 bytes.
-
-    `from_pretrained` maps the file, where tensors lie on 8 bytes, and MKL's float32 product of one
-    row sums in another order when a matrix is not on 16 bytes (bf16 and f16 products do not).
-    """
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 # ------------------------------------------------------------------------------------------- models
-
-
-def llama(rng: random.Random, sizes: dict[str, Any], heads: int) -> Any:
-    return LlamaConfig(
-        **sizes,
-        num_key_value_heads=rng.choice([1, heads]),
-        attention_bias=rng.random() < 0.5,
-        mlp_bias=rng.random() < 0.5,
-    )
-
-
-def qwen3(rng: random.Random, sizes: dict[str, Any], heads: int) -> Any:
-    return Qwen3Config(
-        **sizes,
-        num_key_value_heads=rng.choice([1, heads]),
-        head_dim=rng.choice([10, 24]),
-        attention_bias=rng.random() < 0.5,
-    )
-
-
-def gpt_neox(rng: random.Random, sizes: dict[str, Any], heads: int) -> Any:
-    return GPTNeoXConfig(
-        **sizes,
-        use_parallel_residual=rng.random() < 0.5,
-        rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5},
-        attention_bias=rng.random() < 0.5,
-    )
-
-
-def opt(rng: random.Random, sizes: dict[str, Any], heads: int) -> Any:
-    sizes = dict(sizes)
-    sizes["ffn_dim"] = sizes.pop("intermediate_size")
-    return OPTConfig(
-        **sizes,
-        word_embed_proj_dim=rng.choice([sizes["hidden_size"], 52]),
-        do_layer_norm_before=rng.random() < 0.5,
-        enable_bias=rng.random() < 0.7,
-        max_position_embeddings=96,
-    )
-
-
-KINDS: dict[str, Callable[..., Any]]
-KINDS = {"llama": llama, "qwen3": qwen3, "gpt_neox": gpt_neox, "opt": opt}
-
-
-def build_model(seed: int, folder: Path) -> str:
-    """A random checkpoint of the seed's architecture, sizes, ties, biases and dtype."""
-    rng = random.Random(seed)
-    kind = list(KINDS)[seed % len(KINDS)]
-    heads = rng.choice([2, 3, 5])
-    sizes = {
-        "hidden_size": heads * rng.choice([12, 20, 44]),
-        "intermediate_size": rng.randrange(65, 300),
-        "num_hidden_layers": rng.choice([1, 2, 3]),
-        "num_attention_heads": heads,
-        "vocab_size": rng.randrange(70, 300),
-        "tie_word_embeddings": rng.random() < 0.5,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-    }
-    config = KINDS[kind](rng, sizes, heads)
-    config.dtype = DTYPES[seed % len(DTYPES)]
-    generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too: at birth they are 0 and 1
-            parameter.normal_(0.1, 0.2, generator=generator)
-    name = f"{kind}-{seed}"
-    model.save_pretrained(folder / name)
-    return name
 
 
 @dataclass(frozen=True)
@@ -170,34 +66,6 @@ class Zoo:
         model: Any = load_model(name, compute=compute, socket=self.socket)
         with model.tierd:
             yield model
-
-
-@contextmanager
-def daemon_of(packs: Path, dram: str) -> Iterator[str]:
-    """A daemon that serves every pack in a folder; its socket."""
-    socket = str(packs.parent / "tierd.sock")
-    command = [sys.executable, "-m", "tierd", "--models", str(packs), "--dram", dram]
-    command += ["--socket", socket, "--log-level", "warning"]
-    process = subprocess.Popen(command)
-    try:
-        wait_for_daemon(socket, process)
-        yield socket
-    finally:
-        process.terminate()
-        assert process.wait(20) == 0
-
-
-def wait_for_daemon(socket: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            Client(socket).close()
-        except DaemonNotRunning:
-            assert process.poll() is None, "the daemon ended before it served"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        else:
-            return
 
 
 @pytest.fixture(scope="module")
@@ -399,57 +267,6 @@ def test_threads_of_one_process_do_not_disturb_each_other(zoo: Zoo) -> None:
 # -------------------------------------------------------------------------------------------- fused
 
 
-def capture(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The inputs of every linear, [tokens, features], with the outliers of trained models."""
-    inputs: dict[str, torch.Tensor] = {}
-
-    def note(module: nn.Module, args: Any) -> None:
-        inputs[names[module]] = args[0].reshape(-1, args[0].shape[-1])
-
-    names: dict[nn.Module, str]
-    names = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    handles = [module.register_forward_pre_hook(note) for module in names]
-    with torch.no_grad():
-        model(ids)
-    for handle in handles:
-        handle.remove()
-    return inputs
-
-
-def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
-
-
-def check_products(socket: str, name: str, inputs: dict[str, torch.Tensor]) -> int:
-    """Every packed matrix times the input of its linear, within the promised bounds."""
-    checked = 0
-    with Client(socket) as client:
-        opened = client.open(name)
-        for number, layer in enumerate(opened.index.layers):
-            with opened.acquire(number) as lease:
-                for tensor in layer.tensors:
-                    module = tensor.name.removesuffix(".weight")
-                    if tensor.codec == "dense" or module not in inputs:
-                        continue
-                    x = inputs[module]
-                    weight = lease[tensor.name].dense()
-                    exact = x.double() @ weight.double().T
-                    theirs = relative_error(nn.functional.linear(x, weight), exact)
-                    blocked = lease[tensor.name].blocked(x, None, Scratch())
-                    assert relative_error(blocked, exact) <= 1.05 * theirs, tensor.name
-                    if tensor.codec in ("int8", "int4"):  # not rounded to the dtype when fused
-                        matrix = opened.matrices.packed(layer, tensor, lease.offset)
-                        exact = x.double() @ torch.from_numpy(quantised.weights(matrix)).double().T
-                        theirs = relative_error(exact.to(x.dtype), exact)
-                    single = lease[tensor.name].linear_f32(x)
-                    assert relative_error(single, exact) < 1e-5, tensor.name
-                    if x.dtype != torch.float32:
-                        ours = relative_error(lease[tensor.name].linear(x), exact)
-                        assert ours <= 1.05 * theirs, tensor.name
-                    checked += 1
-    return checked
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_fused_products_stay_in_their_bounds(zoo: Zoo, seed: int) -> None:
     name = name_of(zoo, seed)
@@ -548,97 +365,3 @@ def test_kernels_leave_other_processes_their_share_of_the_processors(
                 assert threads() == {2}, "two processors for each of three, rather than one"
         assert threads() == {4}
     assert all(torch.equal(each, logits[0]) for each in logits)
-
-
-# ---------------------------------------------------------------------------------- trained models
-
-
-def trained(name: str) -> Path:
-    folder = TRAINED / name
-    if not (folder / "config.json").is_file():
-        pytest.skip(f"trained model {name} is not in ../shared/models")
-    return folder
-
-
-@dataclass(frozen=True)
-class Trained:
-    name: str
-    reference: Any
-    socket: str
-    text: str
-
-
-@pytest.fixture(scope="module", params=TRAINED_MODELS)
-def trained_model(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Trained]:
-    """Served with hardly more than one layer's memory: layers are read again and again."""
-    source = trained(request.param)
-    folder = tmp_path_factory.mktemp("trained")
-    pack(source, folder / "packs" / source.name, prune="magnitude", sparsity=0.5)
-    unpack(folder / "packs" / source.name, folder / "reference")
-    reference = in_memory(folder / "reference")
-    text = (TRAINED / "dev.txt").read_text()[:4000]
-    largest = max(layer.nbytes for layer in open_pack(folder / "packs" / source.name).layers)
-    granules = -(-largest // GRANULE_BYTES) + 1  # a layer may start inside one
-    with daemon_of(folder / "packs", str(granules * GRANULE_BYTES)) as socket:
-        yield Trained(source.name, reference, socket, text)
-
-
-def tokens_of(trained_model: Trained, count: int) -> torch.Tensor:
-    tokenizer = load_tokenizer(trained_model.name, socket=trained_model.socket)
-    ids: torch.Tensor = tokenizer(trained_model.text, return_tensors="pt")["input_ids"]
-    return ids[:, :count]
-
-
-def test_a_trained_model_writes_the_same_text_from_one_layers_memory(
-    trained_model: Trained,
-) -> None:
-    ids = tokens_of(trained_model, 48)
-    model: Any = load_model(trained_model.name, compute="dense", socket=trained_model.socket)
-    settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
-    settings |= {"max_new_tokens": 12, "output_logits": True, "return_dict_in_generate": True}
-    with model.tierd, torch.no_grad():
-        expected = trained_model.reference.generate(ids, **settings)
-        got = model.generate(ids, **settings)
-    assert torch.equal(got.sequences, expected.sequences)
-    assert all(map(torch.equal, got.logits, expected.logits))
-    with Client(trained_model.socket) as client:
-        status = client.ask("status")
-    assert status["scheduler"]["evictions"] > 0, "the budget held everything: nothing was shown"
-    assert status["dram"]["peak_bytes"] <= status["dram"]["budget_bytes"]
-
-
-def test_threads_of_a_trained_model_share_what_its_client_was_granted(
-    trained_model: Trained,
-) -> None:
-    # Out of step they want more layers than the daemon reserved: it refuses, and one waits.
-    ids = tokens_of(trained_model, 60)
-    model: Any = load_model(trained_model.name, compute="dense", socket=trained_model.socket)
-    parts = [ids[:, :7], ids[:, 7:20], ids[:, 20:60]]
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
-    got: dict[int, torch.Tensor] = {}
-
-    def run(number: int) -> None:
-        mask = torch.ones_like(parts[number])
-        got[number] = model.generate(parts[number], attention_mask=mask, **settings)
-
-    with model.tierd:
-        threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
-        assert not any(thread.is_alive() for thread in threads)
-    for number, part in enumerate(parts):
-        mask = torch.ones_like(part)
-        expected = trained_model.reference.generate(part, attention_mask=mask, **settings)
-        assert torch.equal(got[number], expected)
-
-
-def test_fused_products_of_real_activations_stay_in_their_bounds(trained_model: Trained) -> None:
-    inputs = capture(trained_model.reference, tokens_of(trained_model, 24))
-    checked = check_products(trained_model.socket, trained_model.name, inputs)
-    assert checked >= 24
-    largest = max(float(x.abs().max() / x.float().square().mean().sqrt()) for x in inputs.values())
-    assert largest > 15, "no outliers among these activations"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Tests start hundreds of daemons and clients. Where the environment forbids bytecode, each of them
+# would compile all of our modules again, which takes longer than most of the tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Triton decides when it is first imported whether kernels are interpreted on the CPU or compiled.
 if "TIERD_KERNELS_DEVICE" not in os.environ:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -34,7 +40,7 @@ def pytest_report_header() -> list[str]:
     compiled = f"compiled for {device}, PTX executed" if device.startswith("sm_") else "on a GPU"
     where = "interpreted" if interpreted else compiled
     return [
-        f"Triton kernels: {where} (TIERD_KERNELS_DEVICE=cuda for a GPU, sm_80 or sm_90 without)",
+        f"Triton kernels: {where} (TIERD_KERNELS_DEVICE=cuda for a GPU, sm_90 without)",
         *(f"{name}={os.environ[name]}" for name in _native["VARIABLES"] if name in os.environ),
     ]
 

@@ -3,8 +3,8 @@ for one and their PTX executed here (`ptx/`).
 
 The same tests for all. A process has one of them: Triton decides when it is imported.
 TIERD_KERNELS_DEVICE=cuda (`make gpu-acceptance` sets it) takes the GPU, and the tests of this
-folder that use `device` are then marked `gpu`; TIERD_KERNELS_DEVICE=sm_80 or sm_90 (`make ptx`)
-compiles for such a processor, which need not be there.
+folder that use `device` are then marked `gpu`; TIERD_KERNELS_DEVICE=sm_80, sm_90 or
+sm_100 (`make ptx`) compiles for such a processor, which need not be there.
 """
 
 from __future__ import annotations

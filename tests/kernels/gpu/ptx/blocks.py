@@ -42,6 +42,8 @@ def blocks(entry: Entry) -> list[Block]:
     for place, instruction in enumerate(code, 1):
         if (place in targets or _kind(instruction)) and place < len(code):
             starts.append(place)
+    # Threads that wait there begin again: nothing is done before in their block.
+    starts += [i for i, each in enumerate(code) if each.opcode.startswith("mbarrier.try_wait")]
     starts = sorted(set(starts))
     number = {start: i for i, start in enumerate(starts)}
     number[len(code)] = len(starts)

@@ -26,7 +26,7 @@ _SPACES: Final = ("param", "global", "shared", "const", "local")
 _TYPE: Final = "[busf](?:8|16|32|64)"
 
 
-def _unknown(instruction: Instruction) -> UnknownPtx:
+def unknown(instruction: Instruction) -> UnknownPtx:
     return UnknownPtx(f"line {instruction.line}: {instruction.text}")
 
 
@@ -73,9 +73,9 @@ def _access(instruction: Instruction) -> tuple[str, int, str]:
         elif re.fullmatch(_TYPE, modifier):
             kind = modifier
         elif modifier not in _CACHES:
-            raise _unknown(instruction)
+            raise unknown(instruction)
     if not kind or space not in ("param", "global", "shared"):
-        raise _unknown(instruction)
+        raise unknown(instruction)
     return space, count, kind
 
 
@@ -95,7 +95,7 @@ def _load(writer: Writer, instruction: Instruction, match: re.Match[str]) -> Non
         writer.line(f"{name} = M.shared.load(t, {place}, {nbytes}, {where})")
     registers = writer.registers(result)
     if len(registers) != count:
-        raise _unknown(instruction)
+        raise unknown(instruction)
     if count == 1:
         return writer.write(registers[0], kind, f"{name}.view({kind})", array=True)
     writer.line(f"{name} = {name}.view({kind}).reshape(n, {count}).T.copy()")
@@ -110,7 +110,7 @@ def _store(writer: Writer, instruction: Instruction, match: re.Match[str]) -> No
     target, source = instruction.operands
     registers = writer.registers(source)
     if len(registers) != count or space == "param":
-        raise _unknown(instruction)
+        raise unknown(instruction)
     unsigned = f"u{8 * BYTES[kind]}"
     data = writer.read(registers[0], unsigned, array=True)
     if count > 1:
@@ -132,10 +132,10 @@ _ORDERS: Final = frozenset(["relaxed", "acquire", "release", "acq_rel", "cta", "
 def _atomic(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
     modifiers = [each for each in match[0].split(".")[1:] if each not in _ORDERS]
     if len(modifiers) != 3 or modifiers[0] != "global" or modifiers[1] not in ATOMIC:
-        raise _unknown(instruction)
+        raise unknown(instruction)
     what, kind = modifiers[1:]
     if not re.fullmatch("[bus](32|64)", kind):
-        raise _unknown(instruction)
+        raise unknown(instruction)
     result, target, source = ("_", *instruction.operands)[-3:]
     name, where = writer.new_name(), writer.guard(instruction)
     data = writer.read(source, kind, array=True)
@@ -149,7 +149,7 @@ def _atomic(writer: Writer, instruction: Instruction, match: re.Match[str]) -> N
 def _copy(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
     target, source, nbytes, *rest = instruction.operands
     if len(rest) > 1 or int(nbytes, 0) not in (4, 8, 16):
-        raise _unknown(instruction)
+        raise unknown(instruction)
     count = writer.read(rest[0], "u32", array=True) if rest else "None"
     name, where = writer.new_name(), writer.guard(instruction)
     place = writer.address(source, "u64")
@@ -161,7 +161,7 @@ def _copy(writer: Writer, instruction: Instruction, match: re.Match[str]) -> Non
 @handles(r"cp\.async\.(commit_group|wait_group|wait_all)")
 def _groups(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
     if instruction.guard:
-        raise _unknown(instruction)
+        raise unknown(instruction)
     match match[1]:
         case "commit_group":
             writer.line("M.shared.commit(t)")
@@ -174,7 +174,7 @@ def _groups(writer: Writer, instruction: Instruction, match: re.Match[str]) -> N
 @handles(r"fence\.proxy\.async(?:\.shared::cta)?")
 def _proxy(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
     if instruction.guard:
-        raise _unknown(instruction)
+        raise unknown(instruction)
     writer.line("M.shared.fence(t)")
 
 
@@ -187,22 +187,22 @@ def _fence(writer: Writer, instruction: Instruction, match: re.Match[str]) -> No
 # ----------------------------------------------------------------------------------------- warps
 
 
-def _whole(writer: Writer, instruction: Instruction, mask: str) -> None:
+def whole_warps(writer: Writer, instruction: Instruction, mask: str) -> None:
     if instruction.guard:
-        raise _unknown(instruction)
+        raise unknown(instruction)
     writer.line(f"whole(t, {writer.read(mask, 'u32')})")
 
 
 @handles(r"bar\.warp\.sync")
 def _warp_barrier(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
-    _whole(writer, instruction, instruction.operands[0])
+    whole_warps(writer, instruction, instruction.operands[0])
     writer.line("M.shared.meet(t)")
 
 
 @handles(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
 def _shuffle(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
     result, source, by, clamp, mask = instruction.operands
-    _whole(writer, instruction, mask)
+    whole_warps(writer, instruction, mask)
     name = writer.new_name()
     operands = f"{writer.read(by, 'u32')}, {writer.read(clamp, 'u32')}"
     value = writer.read(source, "u32", array=True)
@@ -216,7 +216,7 @@ def _shuffle(writer: Writer, instruction: Instruction, match: re.Match[str]) -> 
 @handles(r"redux\.sync\.(min|max|add|and|or|xor)\.([bus]32)")
 def _reduce(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
     result, source, mask = instruction.operands
-    _whole(writer, instruction, mask)
+    whole_warps(writer, instruction, mask)
     value = writer.read(source, match[2], array=True)
     writer.write(result, match[2], f"reduced({value}, {match[1]!r})")
 
@@ -225,8 +225,8 @@ def _reduce(writer: Writer, instruction: Instruction, match: re.Match[str]) -> N
 def _vote(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
     result, source, mask = instruction.operands
     if (match[1] == "ballot") != (match[2] == "b32"):
-        raise _unknown(instruction)
-    _whole(writer, instruction, mask)
+        raise unknown(instruction)
+    whole_warps(writer, instruction, mask)
     value = writer.read(source, "pred", array=True)
     writer.write(result, match[2], f"voted({value}, {match[1]!r})")
 
@@ -237,7 +237,7 @@ def _vote(writer: Writer, instruction: Instruction, match: re.Match[str]) -> Non
 @handles(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32")
 def _mma(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
     result, *sources = instruction.operands
-    _whole(writer, instruction, "-1")
+    whole_warps(writer, instruction, "-1")
     name, dtype = writer.new_name(), match[1].split(".")[0]
     a, b, c = (writer.many(source, "u32") for source in sources)
     writer.line(f"{name} = mma({a}, {b}, {c}, {dtype!r})")
@@ -248,7 +248,7 @@ def _mma(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None
 @handles(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
 def _load_matrices(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
     result, source = instruction.operands
-    _whole(writer, instruction, "-1")
+    whole_warps(writer, instruction, "-1")
     name, turned = writer.new_name(), bool(match[2])
     place = writer.address(source, "u32")
     writer.line(f"{name} = load_matrices(M.shared, t, {place}, {match[1]}, turned={turned})")
@@ -259,8 +259,8 @@ def _load_matrices(writer: Writer, instruction: Instruction, match: re.Match[str
 @handles(r"stmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
 def _store_matrices(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
     target, source = instruction.operands
-    _whole(writer, instruction, "-1")
+    whole_warps(writer, instruction, "-1")
     if len(writer.registers(source)) != int(match[1]):
-        raise _unknown(instruction)
+        raise unknown(instruction)
     place, data = writer.address(target, "u32"), writer.many(source, "u32")
     writer.line(f"store_matrices(M.shared, t, {place}, {data}, turned={bool(match[2])})")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.kernels.gpu.ptx import effects
+from tests.kernels.gpu.ptx import effects, tensor_effects
 from tests.kernels.gpu.ptx.blocks import blocks
 from tests.kernels.gpu.ptx.errors import PtxError, UnknownPtx
 from tests.kernels.gpu.ptx.memory import Array, GlobalMemory
@@ -21,7 +21,8 @@ from tests.kernels.gpu.ptx.translate import Translated, translated
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-assert effects  # its handlers are registered
+assert effects
+assert tensor_effects  # their handlers are registered
 
 
 @dataclass(frozen=True, slots=True)

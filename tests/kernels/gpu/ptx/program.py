@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from tests.kernels.gpu.ptx.errors import PtxError, Undefined, UnknownPtx
+from tests.kernels.gpu.ptx.mbarriers import Mbarriers, Parked
 from tests.kernels.gpu.ptx.operands import variable
 from tests.kernels.gpu.ptx.registers import Registers
+from tests.kernels.gpu.ptx.tensor_memory import TensorMemory
 from tests.kernels.gpu.ptx.warpgroups import Warpgroups
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Program:
         self.tid_x = self._all % shape[0]
         self.tid_y = self._all // shape[0] % shape[1]
         self.tid_z = self._all // (shape[0] * shape[1])
+        self.tensor = TensorMemory(shared)
+        self.mbarriers = Mbarriers(shared, self.tensor)
         self._kernel = kernel
         self._parameters = parameters
         self._registers = Registers(kernel.entry, len(self._all))
@@ -77,31 +81,40 @@ class Program:
     def run(self) -> None:
         code = self._kernel.blocks
         at: Any = 0  # of all threads, or [threads]
-        waiting = np.zeros(len(self._all), np.bool_)
+        waiting, parked = (np.zeros(len(self._all), np.bool_) for _ in range(2))
         while True:
             if isinstance(at, int):
                 if at == len(code):
-                    return
+                    break
                 at = self._together(code[at])
                 continue
-            ready = ~waiting & (at < len(code))
-            if not ready.any():
-                if not waiting.any():
-                    return
+            here = ~waiting & (at < len(code))
+            ready = here & ~parked
+            if ready.any():
+                number = int(at[ready].min())
+                threads = (ready & (at == number)).nonzero()[0]
+                parked[threads] = not self._apart(code[number], threads, at, waiting)
+                if not parked[threads[0]]:
+                    parked[:] = False  # what they wait for may have come
+            elif here.any():
+                raise Undefined(f"program {self._place}: waits at an mbarrier for ever")
+            elif waiting.any():
                 self._meet(code, at, waiting)
                 at, waiting[:] = at + 1, False
             else:
-                number = int(at[ready].min())
-                threads = (ready & (at == number)).nonzero()[0]
-                self._apart(code[number], threads, at, waiting)
+                break
             if not waiting.any() and (at == at[0]).all():
-                at = int(at[0])
+                at, parked[:] = int(at[0]), False
+        self.tensor.end()
 
     def _together(self, code: Translated) -> Any:
-        taken = self._execute(code, None)
+        try:
+            taken = self._execute(code, None)
+        except Parked:
+            raise Undefined(f"program {self._place}: waits at an mbarrier for ever") from None
         block = code.block
         if block.kind == "barrier":
-            self.shared.barrier()
+            self._meet_all()
             return block.following
         if block.kind == "act":
             assert block.end is not None
@@ -111,9 +124,13 @@ class Program:
             return block.target
         return np.where(taken, block.target, block.following) if taken.any() else block.following
 
-    def _apart(self, code: Translated, threads: Any, at: Any, waiting: Any) -> None:
+    def _apart(self, code: Translated, threads: Any, at: Any, waiting: Any) -> bool:
+        """Whether they went on."""
         block = code.block
-        taken = self._execute(code, threads)
+        try:
+            taken = self._execute(code, threads)
+        except Parked:
+            return False
         if block.kind == "branch":
             at[threads] = np.where(taken, block.target, block.following)
         elif block.kind == "jump":
@@ -122,6 +139,7 @@ class Program:
             waiting[threads] = True
         elif block.end is not None:
             raise Undefined(f"{self._where(block.end)}: only {len(threads)} threads are here")
+        return True
 
     def _meet(self, code: list[Translated], at: Any, waiting: Any) -> None:
         """All that are left wait."""
@@ -131,7 +149,11 @@ class Program:
         warps = at[: len(at) // 32 * 32].reshape(-1, 32)
         if (warps != warps[:, :1]).any():
             raise Undefined(f"{self._where(end)}: a warp waits at two barriers")
+        self._meet_all()
+
+    def _meet_all(self) -> None:
         self.shared.barrier()
+        self.tensor.barrier()
 
     # ------------------------------------------------------------------------------ execution
 

@@ -27,7 +27,7 @@ WRITTEN: Final = frozenset({"out", "parts", "faults"})
 
 @contextmanager
 def launches_on(architecture: int) -> Iterator[None]:
-    """Within, every launch is compiled for it (80, 90) and run here, on arrays of the CPU."""
+    """Within, every launch is compiled for it (80, 90, 100) and run here, on arrays of the CPU."""
     run = JITFunction.run
 
     def run_here(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from tierd.access import AccessGroup
 from tierd.errors import PackInvalid
 from tierd_layouts import slot_entries
-from tierd_layouts.pack_reader import open_pack
 from tierd_layouts.errors import LayoutsError
 from tierd_layouts.index import INDEX_FILE, PackIndex
 from tierd_layouts.names import check_model_name
+from tierd_layouts.pack_reader import open_pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

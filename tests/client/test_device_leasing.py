@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.client.conftest import MODEL
-from tests.client.test_leasing import FakeOpened, run_pass
+from tests.client.fake_opened import FakeOpened, run_pass
 from tierd_client import Client
 from tierd_client.device_leasing import DeviceLeases
 from tierd_client.errors import DaemonGone, LeaseLost, UnsupportedOperation

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, StaticCache
 
 from tests.client.fake_streams import FakeStream, FakeStreams
-from tests.client.test_load import SIZES, save
+from tests.client.small_checkpoints import SIZES, save
 from tests.daemon.conftest import RunningDaemon
 from tierd_client import load, load_model, tensors
 from tierd_client.compute import Arithmetic

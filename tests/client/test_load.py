@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.client.small_checkpoints import SIZES, save
 from tierd_client import load_model, load_tokenizer
 from tierd_client.errors import (
     ClientClosed,
@@ -47,14 +48,7 @@ from tierd_tools.unpack import unpack
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SIZES: dict[str, Any] = {"hidden_size": 60, "intermediate_size": 100, "vocab_size": 90}
-SIZES |= {"num_hidden_layers": 3, "num_attention_heads": 3, "dtype": torch.bfloat16}
 IDS = torch.arange(3, 33).view(2, 15)
-
-
-def save(config: Any, folder: Path) -> None:
-    torch.manual_seed(5)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 @dataclass(frozen=True)

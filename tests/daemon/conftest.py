@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from tests.daemon.shards import Shards, small_chunks
 from tierd_layouts.container import LayerBuilder, write_index, write_shard
 from tierd_layouts.index import PackIndex
 from tierd_layouts.slot_table import SlotTable
@@ -27,6 +28,8 @@ from tierd_layouts.wire import MAX_FDS, MAX_REPLY_BYTES, PROTOCOL_VERSION, Frame
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+
+    from tierd.io.ssd import ReaderPool
 
 MIB = 1 << 20
 PATIENCE_S = 60.0  # how long anything that must happen may take, on a machine that is busy
@@ -426,3 +429,18 @@ def connect() -> Iterator[Callable[..., RawClient]]:
     yield connect_to
     for client in clients:
         client.close()
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Iterator[Shards]:
+    made = Shards(tmp_path)
+    yield made
+    made.close()  # a target that something still holds would be a BufferError here
+
+
+@pytest.fixture
+def pool() -> Iterator[ReaderPool]:
+    """Four readers, which verify every block by itself."""
+    made = small_chunks(4)
+    yield made
+    made.close()

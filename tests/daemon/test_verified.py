@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.daemon.test_ssd import PAGE, Pack, outcome, small_chunks
+from tests.daemon.shards import PAGE, Shards, outcome, small_chunks
 from tierd.errors import ChecksumMismatch, ReadCancelled, ReadError
 from tierd.io.ssd import ReaderPool
 from tierd.io.ssd_job import ReadResult
@@ -17,7 +17,6 @@ from tierd_layouts.records import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 PATIENCE_S = 20.0
 
@@ -52,13 +51,6 @@ class Follower:
             assert self._told.wait_for(lambda: len(self.blocks) >= count, PATIENCE_S)
 
 
-@pytest.fixture
-def pack(tmp_path: Path) -> Iterator[Pack]:
-    made = Pack(tmp_path)
-    yield made
-    made.close()
-
-
 @pytest.fixture(params=["one block", "four blocks"])
 def pool(request: pytest.FixtureRequest) -> Iterator[ReaderPool]:
     """Readers whose chunks have so many blocks."""
@@ -69,15 +61,15 @@ def pool(request: pytest.FixtureRequest) -> Iterator[ReaderPool]:
 
 
 async def test_every_block_is_told_once_by_the_readers_when_its_bytes_are_there(
-    pack: Pack, pool: ReaderPool
+    shards: Shards, pool: ReaderPool
 ) -> None:
-    pack.shard(6 * BLOCK_BYTES)
-    pack.shard(BLOCK_BYTES)
-    job = pack.job(
-        pack.extent(0, PAGE, 4 * BLOCK_BYTES + PAGE), pack.extent(1, 0, 2 * PAGE), at=PAGE
+    shards.shard(6 * BLOCK_BYTES)
+    shards.shard(BLOCK_BYTES)
+    job = shards.job(
+        shards.extent(0, PAGE, 4 * BLOCK_BYTES + PAGE), shards.extent(1, 0, 2 * PAGE), at=PAGE
     )
-    wanted = pack.content[0][PAGE : PAGE + 4 * BLOCK_BYTES + PAGE] + pack.content[1][: 2 * PAGE]
-    follower = Follower(pack.arena.buffer(PAGE, len(wanted)))
+    wanted = shards.content[0][PAGE : PAGE + 4 * BLOCK_BYTES + PAGE] + shards.content[1][: 2 * PAGE]
+    follower = Follower(shards.arena.buffer(PAGE, len(wanted)))
     job.verified.follow(follower)
     assert isinstance(await outcome(pool, job), ReadResult)
     pool.close()
@@ -94,10 +86,10 @@ async def test_every_block_is_told_once_by_the_readers_when_its_bytes_are_there(
 
 
 async def test_who_follows_later_hears_at_once_of_what_was_verified_before(
-    pack: Pack, pool: ReaderPool
+    shards: Shards, pool: ReaderPool
 ) -> None:
-    pack.shard(3 * BLOCK_BYTES)
-    job = pack.job(pack.extent(0, 0, 3 * BLOCK_BYTES))
+    shards.shard(3 * BLOCK_BYTES)
+    job = shards.job(shards.extent(0, 0, 3 * BLOCK_BYTES))
     early, late = Follower(), Follower()
     job.verified.follow(early)
     await outcome(pool, job)
@@ -110,7 +102,7 @@ async def test_who_follows_later_hears_at_once_of_what_was_verified_before(
 
 
 async def test_the_end_is_told_after_the_outcome_is_on_its_way_to_the_loop(
-    pack: Pack, pool: ReaderPool
+    shards: Shards, pool: ReaderPool
 ) -> None:
     """So whatever a follower sends to the loop because of it comes after the outcome."""
     order: list[str] = []
@@ -122,8 +114,8 @@ async def test_the_end_is_told_after_the_outcome_is_on_its_way_to_the_loop(
             loop.call_soon_threadsafe(order.append, "follower")
             loop.call_soon_threadsafe(answered.set_result, None)
 
-    pack.shard(2 * BLOCK_BYTES)
-    job = pack.job(pack.extent(0, 0, 2 * BLOCK_BYTES))
+    shards.shard(2 * BLOCK_BYTES)
+    job = shards.job(shards.extent(0, 0, 2 * BLOCK_BYTES))
     job.verified.follow(Sends())
     pool.submit(job, lambda _: order.append("outcome"))
     await asyncio.wait_for(answered, PATIENCE_S)
@@ -131,13 +123,13 @@ async def test_the_end_is_told_after_the_outcome_is_on_its_way_to_the_loop(
 
 
 async def test_a_corrupt_last_block_is_never_told_and_ends_the_read_with_its_failure(
-    pack: Pack, pool: ReaderPool
+    shards: Shards, pool: ReaderPool
 ) -> None:
-    pack.shard(3 * BLOCK_BYTES)
-    job = pack.job(pack.extent(0, 0, 3 * BLOCK_BYTES))
-    with pack.path(0).open("r+b") as file:
+    shards.shard(3 * BLOCK_BYTES)
+    job = shards.job(shards.extent(0, 0, 3 * BLOCK_BYTES))
+    with shards.path(0).open("r+b") as file:
         file.seek(3 * BLOCK_BYTES - 1)
-        file.write(bytes([pack.content[0][-1] ^ 1]))
+        file.write(bytes([shards.content[0][-1] ^ 1]))
     follower = Follower()
     job.verified.follow(follower)
     answer = await outcome(pool, job)
@@ -147,10 +139,10 @@ async def test_a_corrupt_last_block_is_never_told_and_ends_the_read_with_its_fai
     assert (2 * BLOCK_BYTES, BLOCK_BYTES) not in follower.blocks
 
 
-async def test_readers_that_are_closed_end_what_was_followed(pack: Pack) -> None:
-    pack.shard(4 * BLOCK_BYTES)
+async def test_readers_that_are_closed_end_what_was_followed(shards: Shards) -> None:
+    shards.shard(4 * BLOCK_BYTES)
     pool = ReaderPool(2, bandwidth=1)  # the first block passes, the others wait
-    job = pack.job(pack.extent(0, 0, 4 * BLOCK_BYTES))
+    job = shards.job(shards.extent(0, 0, 4 * BLOCK_BYTES))
     follower = Follower()
     job.verified.follow(follower)
     pool.submit(job, lambda _: None)

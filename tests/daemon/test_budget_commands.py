@@ -11,10 +11,10 @@ import pytest
 
 from tests.daemon import as_nobody
 from tests.daemon.conftest import MIB, RunningDaemon, wait_until, write_pack
-from tests.daemon.test_gpu_tier import (
+from tests.daemon.gpu_daemon import (
     CHUNK,
     LAYER_BYTES,
-    LAYER_CHUNKS,
+    LAYER_MEMORY,
     LAYERS,
     arguments,
     gpu_status,
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.daemon.conftest import OpenedOnGpu, PackOnDisk
-    from tests.daemon.test_gpu_tier import Connect, Start
+    from tests.daemon.gpu_daemon import Connect, Start
 
-LAYER_MEMORY = LAYER_CHUNKS * CHUNK
 BUDGET = LAYERS * LAYER_MEMORY
 
 

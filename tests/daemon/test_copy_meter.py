@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from tests.daemon.conftest import MIB, OpenedOnGpu, write_pack
-from tests.daemon.test_gpu_tier import gpu_status
+from tests.daemon.gpu_daemon import gpu_status
 from tierd.copy_meter import OBSERVED_BYTES, CopyMeter
 from tierd.core.stack_model import GpuMeasured
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.daemon.test_gpu_tier import Connect, Start
+    from tests.daemon.gpu_daemon import Connect, Start
     from tierd.core.stack_model import StackEvent
     from tierd.gpu.worker import GpuWorker
 

@@ -13,15 +13,15 @@ import pytest
 from tests.daemon.conftest import OpenedOnGpu, Refused, wait_until, write_pack
 from tests.daemon.gpu.test_daemon_on_cuda import read_handle
 from tests.daemon.gpu.test_two_processes import SITE
+from tests.daemon.gpu_daemon import gpu_status
 from tests.daemon.played_cufile import build
-from tests.daemon.test_gpu_tier import gpu_status
 from tierd.gpu_settings import PLAYED_VARIABLE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.daemon.conftest import PackOnDisk, RunningDaemon
-    from tests.daemon.test_gpu_tier import Connect, Start
+    from tests.daemon.gpu_daemon import Connect, Start
 
 MIB = 1 << 20
 LAYERS, LAYER_BYTES, CHUNK = 6, 5 * MIB, 2 * MIB  # a block and a part of one, over three chunks

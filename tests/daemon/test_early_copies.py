@@ -13,7 +13,7 @@ import pytest
 from tests.daemon.conftest import OpenedOnGpu, Refused, wait_until, write_pack
 from tests.daemon.gpu.test_daemon_on_cuda import read_handle
 from tests.daemon.gpu.test_two_processes import SITE
-from tests.daemon.test_gpu_tier import gpu_status, on_gpu
+from tests.daemon.gpu_daemon import gpu_status, on_gpu
 from tests.e2e.footprint import memfd_bytes
 from tierd.gpu.kinds import KINDS
 from tierd_layouts.records import BLOCK_BYTES
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.daemon.conftest import PackOnDisk, RunningDaemon
-    from tests.daemon.test_gpu_tier import Connect, Start
+    from tests.daemon.gpu_daemon import Connect, Start
 
 MIB = 1 << 20
 BLOCKS, LAYERS = 3, 3

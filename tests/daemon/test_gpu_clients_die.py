@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.daemon.conftest import wait_until, write_pack
-from tests.daemon.test_gpu_tier import (
-    CHUNK,
+from tests.daemon.gpu_daemon import (
     LAYER_BYTES,
-    LAYER_CHUNKS,
+    LAYER_MEMORY,
     LAYERS,
     arguments,
     gpu_status,
@@ -24,9 +23,7 @@ from tests.daemon.test_gpu_tier import (
 
 if TYPE_CHECKING:
     from tests.daemon.conftest import PackOnDisk
-    from tests.daemon.test_gpu_tier import Connect, Start
-
-LAYER_MEMORY = LAYER_CHUNKS * CHUNK
+    from tests.daemon.gpu_daemon import Connect, Start
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.daemon.conftest import Refused, wait_until, write_pack
-from tests.daemon.test_gpu_tier import (
+from tests.daemon.gpu_daemon import (
     CHUNK,
     LAYER_BYTES,
-    LAYER_CHUNKS,
+    LAYER_MEMORY,
     LAYERS,
     arguments,
     gpu_status,
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.daemon.conftest import PackOnDisk, RunningDaemon
-    from tests.daemon.test_gpu_tier import Connect, Start
+    from tests.daemon.gpu_daemon import Connect, Start
 
-LAYER_MEMORY = LAYER_CHUNKS * CHUNK
 
 #: `python -m tierd` whose memfd device does what {body} makes of it while a file exists.
 _FAULTY = """

@@ -10,45 +10,25 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.daemon.conftest import OpenedOnGpu, Refused, wait_until, write_pack
+from tests.daemon.gpu_daemon import (
+    CHUNK,
+    LAYER_BYTES,
+    LAYERS,
+    MIB,
+    arguments,
+    gpu_status,
+    on_gpu,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.daemon.conftest import PackOnDisk, RawClient, RunningDaemon
-
-    Start = Callable[..., RunningDaemon]
-    Connect = Callable[..., RawClient]
-
-MIB = 1 << 20
-LAYERS, LAYER_BYTES, CHUNK = 6, 3 * MIB, 2 * MIB
-LAYER_CHUNKS = 2
-
-
-@pytest.fixture
-def pack(models: Path) -> PackOnDisk:
-    return write_pack(models / "m", LAYERS, LAYER_BYTES)
+    from tests.daemon.conftest import PackOnDisk, RunningDaemon
+    from tests.daemon.gpu_daemon import Connect, Start
 
 
 @pytest.fixture
 def daemon(start_daemon: Start, models: Path, pack: PackOnDisk) -> RunningDaemon:
     """DRAM for three layers, a GPU for three."""
     return start_daemon(*arguments(models))
-
-
-def arguments(models: Path, gpu: str = f"0={12 * MIB}", dram: int = 12 * MIB) -> list[Any]:
-    return ["--models", models, "--dram", str(dram), "--gpu", gpu, "--gpu-device", "memfd",
-        "--gpu-chunk", str(CHUNK)]  # fmt: skip
-
-
-def on_gpu(connect: Connect, daemon: RunningDaemon, model: str = "m") -> OpenedOnGpu:
-    opened = connect(daemon, tier="gpu:0").open(model)
-    assert isinstance(opened, OpenedOnGpu)
-    return opened
-
-
-def gpu_status(daemon: RunningDaemon, number: int = 0) -> dict[str, Any]:
-    (found,) = [gpu for gpu in daemon.status()["gpus"] if gpu["tier"] == f"gpu:{number}"]
-    return dict(found)
 
 
 def test_hello_names_the_tier_and_the_device(daemon: RunningDaemon, connect: Connect) -> None:

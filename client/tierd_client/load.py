@@ -80,20 +80,31 @@ def load_model(
 def load_tokenizer(
     name_or_pack: str | os.PathLike[str], socket: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside the model. A pack directory is read without a daemon."""
-    from transformers import AutoTokenizer
+    """The tokenizer that lies beside the model. A pack directory is read without a daemon.
 
+    Raises UnsupportedModel for one that transformers cannot load, and what `load_model` raises of
+    a model that is not there.
+    """
     pack = pack_directory(name_or_pack)
     if pack is not None:
-        return AutoTokenizer.from_pretrained(pack, trust_remote_code=False)
+        return _tokenizer(pack, pack.name)
     source = open_source(name_or_pack, socket)
     try:
         with control_directory(source.opened.files) as directory:
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            tokenizer = _tokenizer(directory, source.opened.name)
     finally:
         source.close()
     tokenizer.name_or_path = source.opened.name
     return tokenizer
+
+
+def _tokenizer(directory: Path, name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        raise UnsupportedModel(f"{name}: its tokenizer cannot be loaded: {error}") from error
 
 
 def _load(source: Source, compute: Compute, tokens_per_pass: int, graphs: bool) -> Any:
@@ -152,7 +163,12 @@ def _empty_model(opened: OpenedModel, directory: Path) -> tuple[Any, dict[str, S
     mapping = map_checkpoint(skeleton, stored)
     generation = None
     if "generation_config.json" in opened.files:
-        generation = GenerationConfig.from_pretrained(directory)
+        try:
+            generation = GenerationConfig.from_pretrained(directory)
+        except (ValueError, TypeError, OSError) as error:
+            raise UnsupportedModel(
+                f"{opened.name}: generation_config.json cannot be used: {error}"
+            ) from error
     with progress_bars.left_out():
         model, info = type(skeleton).from_pretrained(
             None,

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import pickle
+import shutil
 import signal
 import threading
 import time
@@ -303,6 +304,16 @@ def test_a_config_that_does_not_fit_is_refused(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModel, match=f"(?s){text}"):
         load_model(folder)
+
+
+def test_control_files_that_cannot_be_used_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny.pack, tmp_path / "pack"))
+    for name in ("generation_config.json", "tokenizer.json"):
+        (folder / name).write_text("{")
+    with pytest.raises(UnsupportedModel, match=r"pack: generation_config\.json cannot be used: "):
+        load_model(folder)
+    with pytest.raises(UnsupportedModel, match="pack: its tokenizer cannot be loaded: "):
+        load_tokenizer(folder)
 
 
 def test_a_model_that_nobody_serves_is_refused(tiny: Tiny, tmp_path: Path) -> None:

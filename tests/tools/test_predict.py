@@ -88,6 +88,16 @@ def test_less_memory_than_a_page_is_usage(capsys: pytest.CaptureFixture[str]) ->
     assert "dram 1.0 MiB is less than a page of 2.0 MiB" in capsys.readouterr().err
 
 
+def test_a_pack_whose_configuration_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_model.write_pack(tmp_path / "tiny", random_model.TINY)
+    (tmp_path / "tiny" / "config.json").write_text("{")
+    argv = ["predict", "--model", str(tmp_path / "tiny"), "--dram", "1GiB", "--ssd", "1GB/s"]
+    assert tierctl.main(argv) == 1
+    assert f"{tmp_path}/tiny/config.json is not JSON: " in capsys.readouterr().err
+
+
 ARGV = ["predict", "--dram", "300MB", "--ssd", "1GB/s"]
 LAYERS = ["--layers", "24", "--layer-bytes", "32MiB"]
 

@@ -124,6 +124,25 @@ def test_a_pack_without_configuration_is_no_model(packed: Path) -> None:
         verify(packed)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("config.json", "[]", "holds a list, not a JSON object"),
+        ("config.json", "{", "is not JSON: "),
+        ("tokenizer.json", '{"a": ', "is not JSON: "),
+        ("tokenizer.json", "[" * 100_000, "is not JSON: "),
+    ],
+)
+def test_a_control_file_that_nobody_can_read_is_named(
+    packed: Path, name: str, text: str, problem: str
+) -> None:
+    """Their content has no hash in the index: that they are JSON is what can be said."""
+    assert verify(packed).control_files == len(list(packed.glob("*.json"))) - 1
+    (packed / name).write_text(text)
+    with pytest.raises(VerifyError, match=f"{packed / name} {problem}"):
+        verify(packed)
+
+
 def test_a_folder_that_is_no_pack_is_named(tmp_path: Path, packed: Path) -> None:
     with pytest.raises(errors.IndexMissing, match="nowhere"):
         verify(tmp_path / "nowhere")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from torch import nn
 
+from tierd_client import progress_bars
 from tierd_client.errors import UnsupportedModel
 from tierd_client.names import Stored, check_loaded, map_checkpoint, placeholders
 from tierd_client.tensors import torch_dtype
@@ -170,7 +171,7 @@ def _empty_model(checkpoint: Checkpoint) -> tuple[Any, dict[str, Stored]]:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         mapping = map_checkpoint(skeleton, stored)
-        with _without_bar():
+        with progress_bars.left_out():
             model, info = type(skeleton).from_pretrained(
                 None, config=config, state_dict=made, dtype=config.dtype, output_loading_info=True
             )
@@ -180,20 +181,6 @@ def _empty_model(checkpoint: Checkpoint) -> tuple[Any, dict[str, Stored]]:
     except (ValueError, KeyError, OSError) as error:
         raise CalibrationError(f"{path}: no causal LM of transformers: {error}") from error
     return model.eval(), mapping
-
-
-@contextmanager
-def _without_bar() -> Iterator[None]:
-    """transformers counts the placeholders as weights that it loads."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _places(model: Any, mapping: Mapping[str, Stored]) -> dict[str, Place]:

@@ -7,7 +7,6 @@ sizes, bandwidths and the compute time alone. Of a pack nothing but the index is
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from tierd.sim.errors import DoesNotFit
 from tierd.sim.steady import Node, SteadyState, Work, steady_state
 from tierd_layouts.container import open_pack
 from tierd_layouts.records import PAGE_BYTES
+from tierd_tools.checkpoint import CONFIG, read_config
 from tierd_tools.errors import BadSetting, NotServable
 from tierd_tools.quantities import duration, size
 
@@ -99,10 +99,10 @@ class Report:
 def of_pack(path: Path) -> Model:
     """The model in a pack: its index, and of config.json whether the head is the embedding.
 
-    Raises FormatError, OSError.
+    Raises FormatError, CheckpointError, OSError.
     """
     index = open_pack(path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_config(path / CONFIG)
     used = [
         number
         for number, layer in enumerate(index.layers)

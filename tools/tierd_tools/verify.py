@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tierd_layouts.container import open_pack, pack_folder, read_layer, validate_layer
+from tierd_tools.checkpoint import CONFIG, PACK_INDEX
 from tierd_tools.errors import VerifyError
 from tierd_tools.in_flight import in_order
 from tierd_tools.pack_staging import size_text
@@ -34,6 +36,7 @@ class VerifyReport:
     codecs: dict[str, int]  #: how many tensors each codec stores
     shards: int
     pack_bytes: int
+    control_files: int  #: those in JSON, which were read
     tool: str  #: what wrote the pack
     source_digest: str
     seconds: float
@@ -44,13 +47,30 @@ class VerifyReport:
         rate = self.pack_bytes / max(self.seconds, 1e-9) / 1e6
         return (
             f"{self.pack_dir}: every block and tile is right: {self.layers} layers, {self.tensors} "
-            f"tensors ({codecs}), {self.shards} shards\n"
+            f"tensors ({codecs}), {self.shards} shards; JSON in {self.control_files} files\n"
             f"{size_text(self.pack_bytes)} in {self.seconds:.1f} s, {rate:,.0f} MB/s"
         )
 
 
+def _check_control_files(pack: Path) -> int:
+    """That a model can be built from them, as far as that is known without one: no index has their
+    hashes. Returns how many are JSON. Raises VerifyError."""
+    names = sorted(path.name for path in pack.glob("*.json") if path.name != PACK_INDEX)
+    if CONFIG not in names:
+        raise VerifyError(f"{pack} has no {CONFIG}: no model can be built from it")
+    for name in names:
+        try:
+            found = json.loads((pack / name).read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise VerifyError(f"{pack / name} is not JSON: {error}") from error
+        if name == CONFIG and not isinstance(found, dict):
+            raise VerifyError(f"{pack / name} holds a {type(found).__name__}, not a JSON object")
+    return len(names)
+
+
 def verify(pack_dir: str | os.PathLike[str], *, progress: Progress | None = None) -> VerifyReport:
-    """Reads all of a pack: index, headers, sizes, the hash of every block, the rules of every tile.
+    """Reads all of a pack: index, headers, sizes, the hash of every block, the rules of every tile,
+    and whether control files are JSON.
 
     Needs the memory of one layer, or of several up to 1 GiB. Raises the FormatError that names the
     first thing that is wrong (of a block: layer, checksum expected and found), or VerifyError.
@@ -60,8 +80,7 @@ def verify(pack_dir: str | os.PathLike[str], *, progress: Progress | None = None
     where = os.fspath(pack_dir)
     with pack_folder(pack_dir) as folder:
         index = open_pack(folder, where=where)
-        if not (Path(pack_dir) / "config.json").is_file():
-            raise VerifyError(f"{where} has no config.json: no model can be built from it")
+        control_files = _check_control_files(Path(pack_dir))
 
         def check(layer: Layer) -> int:
             validate_layer(read_layer(folder, index, layer, where=where), layer)
@@ -93,6 +112,7 @@ def verify(pack_dir: str | os.PathLike[str], *, progress: Progress | None = None
         codecs=dict(sorted(Counter(tensor.codec for tensor in tensors).items())),
         shards=len(index.shards),
         pack_bytes=index.pack_bytes,
+        control_files=control_files,
         tool=index.tool,
         source_digest=index.source_digest,
         seconds=time.monotonic() - started,

@@ -229,38 +229,3 @@ def _vote(writer: Writer, instruction: Instruction, match: re.Match[str]) -> Non
     whole_warps(writer, instruction, mask)
     value = writer.read(source, "pred", array=True)
     writer.write(result, match[2], f"voted({value}, {match[1]!r})")
-
-
-# ---------------------------------------------------------------------------------- tensor cores
-
-
-@handles(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32")
-def _mma(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
-    result, *sources = instruction.operands
-    whole_warps(writer, instruction, "-1")
-    name, dtype = writer.new_name(), match[1].split(".")[0]
-    a, b, c = (writer.many(source, "u32") for source in sources)
-    writer.line(f"{name} = mma({a}, {b}, {c}, {dtype!r})")
-    for place, register in enumerate(writer.registers(result)):
-        writer.write(register, "u32", f"{name}[{place}]", array=True)
-
-
-@handles(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
-def _load_matrices(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
-    result, source = instruction.operands
-    whole_warps(writer, instruction, "-1")
-    name, turned = writer.new_name(), bool(match[2])
-    place = writer.address(source, "u32")
-    writer.line(f"{name} = load_matrices(M.shared, t, {place}, {match[1]}, turned={turned})")
-    for number, register in enumerate(writer.registers(result)):
-        writer.write(register, "u32", f"{name}[{number}]", array=True)
-
-
-@handles(r"stmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
-def _store_matrices(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
-    target, source = instruction.operands
-    whole_warps(writer, instruction, "-1")
-    if len(writer.registers(source)) != int(match[1]):
-        raise unknown(instruction)
-    place, data = writer.address(target, "u32"), writer.many(source, "u32")
-    writer.line(f"store_matrices(M.shared, t, {place}, {data}, turned={bool(match[2])})")

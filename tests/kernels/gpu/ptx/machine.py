@@ -73,6 +73,7 @@ def launch(
     memory = GlobalMemory(arrays)
     whole = (*grid, 1, 1)[:3]
     for z, y, x in np.ndindex(whole[2], whole[1], whole[0]):
+        memory.next_program()
         shared = SharedMemory(kernel.static_bytes + shared_bytes, int(np.prod(shape)))
         program = Program(kernel, (x, y, z), whole, shape, parameters, memory, shared)
         with np.errstate(all="ignore"):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from tests.kernels.gpu.ptx.errors import Undefined, WrongAddress
+from tests.kernels.gpu.ptx.errors import Undefined, UnknownPtx, WrongAddress
+from tests.kernels.gpu.ptx.owners import Owners
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +66,12 @@ class GlobalMemory:
     def __init__(self, arrays: list[Array]) -> None:
         self._arrays = [array for array in arrays if array.nbytes]
         self._last: dict[int, Array] = {}
+        self._owners = {array: Owners(array) for array in self._arrays if array.writable}
+        self._program = 0
+
+    def next_program(self) -> None:
+        """Accesses from now on are those of another program of the grid."""
+        self._program += 1
 
     def load(self, site: int, address: Any, nbytes: int, where: Any = None) -> Any:
         """[threads] of UNIT[nbytes]. Where nothing is loaded there is no number to rely on.
@@ -76,7 +83,9 @@ class GlobalMemory:
             if where.any():
                 found[where] = self.load(site, address[where], nbytes)
             return found
-        self._check(site, address, nbytes, writes=False)
+        array = self._check(site, address, nbytes, writes=False)
+        if owners := self._owners.get(array):
+            owners.read(self._program, address, nbytes)
         return _ALL[nbytes][(address - _ORIGIN).view(np.int64) // nbytes]
 
     def store(self, site: int, address: Any, data: Any, where: Any = None) -> None:
@@ -86,7 +95,8 @@ class GlobalMemory:
             if not len(address):
                 return
         nbytes = data.itemsize
-        self._check(site, address, nbytes, writes=True)
+        array = self._check(site, address, nbytes, writes=True)
+        self._owners[array].write(self._program, address, nbytes)
         places = (address - _ORIGIN).view(np.int64) // nbytes
         _ALL[nbytes][places] = data
         there = _ALL[nbytes][places]
@@ -110,7 +120,7 @@ class GlobalMemory:
             everywhere[place] = np.array(new & (1 << 8 * nbytes) - 1, f"u{nbytes}").view(data.dtype)
         return old
 
-    def _check(self, site: int, address: Any, nbytes: int, *, writes: bool) -> None:
+    def _check(self, site: int, address: Any, nbytes: int, *, writes: bool) -> Array:
         if (address & np.uint64(nbytes - 1)).any():
             wrong = int(address[(address & np.uint64(nbytes - 1)) != 0][0])
             raise WrongAddress(f"{wrong:#x} is no multiple of {nbytes} bytes")
@@ -119,18 +129,20 @@ class GlobalMemory:
             array = self._find(site, address, nbytes)
         if writes and not array.writable:
             raise WrongAddress(f"writes to {array}")
+        return array
 
     def _find(self, site: int, address: Any, nbytes: int) -> Array:
-        """The array of all of them; several, one after another, are looked up one by one."""
+        """The first array that all of them lie in."""
         outside = np.ones(len(address), np.bool_)
         for array in self._arrays:
             inside = self._inside(array, address, nbytes)
-            if inside.any():
+            if inside.all():
                 self._last[site] = array
-                outside &= ~inside
+                return array
+            outside &= ~inside
         if outside.any():
             raise WrongAddress(self._strange(int(address[outside][0]), nbytes))
-        return self._last[site]
+        raise UnknownPtx("an instruction whose threads reach into several arrays")
 
     @staticmethod
     def _inside(array: Array, address: Any, nbytes: int) -> Any:

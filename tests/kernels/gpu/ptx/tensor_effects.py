@@ -1,4 +1,5 @@
-"""How instructions of tensor memory and of mbarriers are written: sm_100."""
+"""How instructions of the tensor cores are written: matrices in registers, in shared memory and,
+of sm_100, in tensor memory, with the mbarriers that say when products are done."""
 
 from __future__ import annotations
 
@@ -11,6 +12,41 @@ if TYPE_CHECKING:
     import re
 
     from tests.kernels.gpu.ptx.source import Instruction
+
+
+@handles(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32")
+def _mma(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
+    result, *sources = instruction.operands
+    whole_warps(writer, instruction, "-1")
+    name, dtype = writer.new_name(), match[1].split(".")[0]
+    a, b, c = (writer.many(source, "u32") for source in sources)
+    writer.line(f"{name} = mma({a}, {b}, {c}, {dtype!r})")
+    for place, register in enumerate(writer.registers(result)):
+        writer.write(register, "u32", f"{name}[{place}]", array=True)
+
+
+@handles(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
+def _load_matrices(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
+    result, source = instruction.operands
+    whole_warps(writer, instruction, "-1")
+    name, turned = writer.new_name(), bool(match[2])
+    place = writer.address(source, "u32")
+    writer.line(f"{name} = load_matrices(M.shared, t, {place}, {match[1]}, turned={turned})")
+    for number, register in enumerate(writer.registers(result)):
+        writer.write(register, "u32", f"{name}[{number}]", array=True)
+
+
+@handles(r"stmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
+def _store_matrices(writer: Writer, instruction: Instruction, match: re.Match[str]) -> None:
+    target, source = instruction.operands
+    whole_warps(writer, instruction, "-1")
+    if len(writer.registers(source)) != int(match[1]):
+        raise unknown(instruction)
+    place, data = writer.address(target, "u32"), writer.many(source, "u32")
+    writer.line(f"store_matrices(M.shared, t, {place}, {data}, turned={bool(match[2])})")
+
+
+# -------------------------------------------------------------------------------- tensor memory
 
 
 @handles(r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32")

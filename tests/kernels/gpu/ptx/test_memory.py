@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernels.gpu.ptx.errors import PtxError, Undefined, WrongAddress
+from tests.kernels.gpu.ptx.errors import PtxError, Race, Undefined, WrongAddress
 from tests.kernels.gpu.ptx.machine import kernel, launch
 from tests.kernels.gpu.ptx.memory import Array
 from tests.kernels.gpu.ptx.snippets import run, text
@@ -84,6 +84,35 @@ def test_atomics_of_all_threads_count() -> None:
         red.relaxed.gpu.global.add.u64 [%rd1+8], 2; ret;"""
     run(body, [cells], programs=2)
     assert cells.tolist() == [-3, 5 + 2 * 64]
+
+
+def test_two_programs_of_a_grid_share_nothing_that_one_of_them_writes() -> None:
+    mine = "mov.u32 %r1, %ctaid.x; mad.wide.u32 %rd2, %r1, 128, %rd1;"
+    array, start = np.zeros(64, np.uint32), AT.format(step=4)
+    run(
+        f"{start} {mine} ld.global.b32 %r2, [%rd2]; st.global.b32 [%rd2], %r2; ret;",
+        [array],
+        programs=2,
+    )
+    with pytest.raises(
+        Race, match=r"program number 1 writes byte 0 of k_0.* program number 0 wrote"
+    ):
+        run(f"{start} st.global.b32 [%rd1], %r60; ret;", [array], programs=2)
+    with pytest.raises(
+        Race, match=r"program number 1 reads byte 0 of k_0.* program number 0 wrote"
+    ):
+        run(
+            f"{start} {mine} st.global.b32 [%rd2], 0; ld.global.b32 %r2, [%rd1]; ret;",
+            [array],
+            programs=2,
+        )
+    with pytest.raises(Race, match=r"program number 2 writes byte 0 of k_0.* others read"):
+        run(
+            f"""{start} ld.global.b32 %r2, [%rd1]; mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 2;
+            @%p1 st.global.b32 [%rd1], 0; ret;""",
+            [array],
+            programs=3,
+        )
 
 
 def test_as_many_arguments_as_parameters_are_given() -> None:

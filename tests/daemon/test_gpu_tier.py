@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
+def pack(models: Path) -> PackOnDisk:
+    return write_pack(models / "m", LAYERS, LAYER_BYTES)
+
+
+@pytest.fixture
 def daemon(start_daemon: Start, models: Path, pack: PackOnDisk) -> RunningDaemon:
     """DRAM for three layers, a GPU for three."""
     return start_daemon(*arguments(models))

@@ -24,7 +24,7 @@ help:
 	@echo "make fuzz      hostile files, guided by coverage, sanitized (SECONDS=60; findings: build/fuzz)"
 	@echo "make gpu-acceptance   on a node with a GPU, offline, 8 minutes (WHEELS=folder, MODELS=folder, ONLY='part ...')"
 	@echo "make gpu-resources    the Triton kernels compiled for three processors, their needs recorded (3 minutes)"
-	@echo "make ptx       the Triton kernels' tests on their compiled form, executed without a GPU (6 minutes)"
+	@echo "make ptx       the Triton kernels' tests on their compiled form, executed without a GPU (10 minutes)"
 	@echo "make venv      the environment alone"
 
 venv: $(STAMP)

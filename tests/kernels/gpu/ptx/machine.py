@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,9 +14,11 @@ from tests.kernels.gpu.ptx.errors import PtxError, UnknownPtx
 from tests.kernels.gpu.ptx.memory import Array, GlobalMemory
 from tests.kernels.gpu.ptx.program import Program
 from tests.kernels.gpu.ptx.races import BASE
+from tests.kernels.gpu.ptx.registers import dtypes_of
 from tests.kernels.gpu.ptx.shared import SharedMemory
 from tests.kernels.gpu.ptx.source import Entry, entries
 from tests.kernels.gpu.ptx.translate import Translated, translated
+from tests.kernels.gpu.ptx.warpgroups import used_by_products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,12 +29,14 @@ assert tensor_effects  # their handlers are registered
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """An entry, translated."""
+    """An entry, translated. dtypes: see `registers.py`; products: `warpgroups.used_by_products`."""
 
     entry: Entry
     blocks: list[Translated]
     static_bytes: int
     """Of shared memory, before what a launch adds."""
+    dtypes: dict[str, np.dtype[Any]]
+    products: frozenset[str]
 
 
 @cache
@@ -48,7 +52,8 @@ def kernel(text: str, name: str | None = None) -> Kernel:
         end += nbytes
     end = -(-end // 128) * 128
     symbols |= dict.fromkeys(entry.external, end)
-    return Kernel(entry, translated(entry, blocks(entry), symbols), end - BASE)
+    code = translated(entry, blocks(entry), symbols)
+    return Kernel(entry, code, end - BASE, dtypes_of(entry), used_by_products(entry))
 
 
 def launch(

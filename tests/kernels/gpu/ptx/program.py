@@ -55,8 +55,8 @@ class Program:
         self.mbarriers = Mbarriers(shared, self.tensor)
         self._kernel = kernel
         self._parameters = parameters
-        self._registers = Registers(kernel.entry, len(self._all))
-        self._warpgroups = Warpgroups(kernel.entry, len(self._all), shared, self._registers)
+        self._registers = Registers(kernel.dtypes, len(self._all))
+        self._warpgroups = Warpgroups(kernel.products, len(self._all), shared, self._registers)
         self._executed = 0
 
     def parameter(self, name: str, nbytes: int, threads: int) -> Any:

@@ -14,14 +14,20 @@ if TYPE_CHECKING:
 _POISON: Final = 0xA5
 
 
-class Registers:
-    """Arrays [threads] by the names of `operands.variable`. None of them is changed in place."""
+def dtypes_of(entry: Entry) -> dict[str, np.dtype[Any]]:
+    """Of its registers."""
+    return {
+        variable(register): np.dtype("?" if kind == "pred" else f"u{DTYPES[kind].itemsize}")
+        for register, kind in entry.registers.items()
+    }
 
-    def __init__(self, entry: Entry, threads: int) -> None:
-        self._dtypes = {
-            variable(register): np.dtype("?" if kind == "pred" else f"u{DTYPES[kind].itemsize}")
-            for register, kind in entry.registers.items()
-        }
+
+class Registers:
+    """Arrays [threads] of `dtypes_of` the entry by the names of `operands.variable`. None of them is
+    changed in place."""
+
+    def __init__(self, dtypes: dict[str, np.dtype[Any]], threads: int) -> None:
+        self._dtypes = dtypes
         self._threads = threads
         self._values: dict[str, Any] = {}
         self._partial: dict[str, Any] = {}

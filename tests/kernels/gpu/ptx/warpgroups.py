@@ -40,13 +40,25 @@ class _Group:
     loads: int = 0
 
 
+def used_by_products(entry: Entry) -> frozenset[str]:
+    """The registers of A and of sums, of all its wgmma."""
+    return frozenset(
+        name
+        for instruction in entry.instructions
+        if instruction.opcode.startswith("wgmma.mma")
+        for name in map(variable, re.findall(r"%\w+", "".join(instruction.operands[:2])))
+    )
+
+
 class Warpgroups:
     """Of a program. Products are computed at once, and come to their registers when the program
     waits: until then these are not there, and the registers of A must stay as they are.
+
+    used: see `used_by_products`.
     """
 
     def __init__(
-        self, entry: Entry, threads: int, shared: SharedMemory, registers: Registers
+        self, used: frozenset[str], threads: int, shared: SharedMemory, registers: Registers
     ) -> None:
         self._shared = shared
         self._registers = registers
@@ -54,12 +66,7 @@ class Warpgroups:
         self._open = _Group({}, set())
         self._committed: list[_Group] = []
         self._touched: set[str] = set()
-        self._used = {
-            name
-            for instruction in entry.instructions
-            if instruction.opcode.startswith("wgmma.mma")
-            for name in map(variable, re.findall(r"%\w+", "".join(instruction.operands[:2])))
-        }
+        self._used = used
 
     def written(self, names: tuple[str, ...]) -> None:
         """By other instructions. Raises Undefined for what a product under way reads or writes."""

@@ -23,8 +23,8 @@ def dtypes_of(entry: Entry) -> dict[str, np.dtype[Any]]:
 
 
 class Registers:
-    """Arrays [threads] of `dtypes_of` the entry by the names of `operands.variable`. None of them is
-    changed in place."""
+    """Arrays [threads], of what `dtypes_of` says, by the names of `operands.variable`. None of them
+    is changed in place."""
 
     def __init__(self, dtypes: dict[str, np.dtype[Any]], threads: int) -> None:
         self._dtypes = dtypes

@@ -131,7 +131,7 @@ def test_a_part_that_there_is_none_of_is_usage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert acceptance.main(["--out", str(tmp_path), "--only", "gpu_expand gpu_speed"]) == 2
-    assert "no part gpu_speed" in capsys.readouterr().err
+    assert "no part gpu_speed; there are: wheels, " in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------- parts

@@ -5,6 +5,7 @@ Needs matplotlib (the extra `plots`). Takes about two minutes; every run is dete
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import OrderedDict
 from dataclasses import replace
@@ -192,10 +193,14 @@ def _save(figure: object, path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tierd_tools.convoy_figures")
+    parser.add_argument("folder", type=Path, help="where the PNGs go")
+    folder: Path = parser.parse_args(argv).folder
+    if not folder.is_dir():  # said before minutes of simulating
+        parser.error(f"{folder} is no folder")
     import matplotlib
 
     matplotlib.use("Agg")
-    folder = Path(argv[0])
     formation(folder)
     small_budgets(folder)
     positions(folder)

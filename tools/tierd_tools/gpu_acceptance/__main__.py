@@ -223,19 +223,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tests", default="tests", help="where the tests marked gpu are")
     arguments = parser.parse_args(argv)
+    if arguments.models is not None and not arguments.models.is_dir():
+        print(f"gpu-acceptance: MODELS={arguments.models} is no folder", file=sys.stderr)
+        return 2
+    only = arguments.only.split()
+    if unknown := sorted(set(only) - set(BUDGETS)):
+        print(
+            f"gpu-acceptance: no part {', '.join(unknown)}; there are: {', '.join(BUDGETS)}",
+            file=sys.stderr,
+        )
+        return 2
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     try:
         environment = prepare((out / "site").absolute(), arguments.wheels)
     except OSError as error:
         print(f"gpu-acceptance: {error}", file=sys.stderr)
-        return 2
-    if arguments.models is not None and not arguments.models.is_dir():
-        print(f"gpu-acceptance: MODELS={arguments.models} is no folder", file=sys.stderr)
-        return 2
-    only = arguments.only.split()
-    if unknown := sorted(set(only) - set(BUDGETS)):
-        print(f"gpu-acceptance: no part {', '.join(unknown)}", file=sys.stderr)
         return 2
     run = Acceptance(out, environment, arguments.seconds, arguments.tests, only)
     result = run.run(arguments.models)

@@ -28,10 +28,16 @@ from tierd_kernels.torch_matrix import DTYPES, TorchMatrix
 
 ELEMENTS: Final = {"BF16": tl.bfloat16, "F16": tl.float16}
 """The dtypes that there are products for."""
-REGISTERS: Final = 102
-"""Of a thread, where a program has few tokens: five programs are on a multiprocessor then, as they
-were without a limit, but a compiler that is told so computes less anew in each turn of the loop.
-Raw needs fewer: seven programs."""
+REGISTERS: Final = {
+    ("raw", 16): 80,
+    ("exponent-packed", 16): 102,
+    ("exponent-packed", 32): 128,
+    ("int8", 16): 102,
+    ("int4", 16): 102,
+}
+"""Of a thread, at most, by codec and tokens of a program that reads windows: 6, 5 and 4 programs of
+4 warps are on a multiprocessor then. Without a number compilers take somewhat fewer, mostly for as
+many programs, and compute more anew in each turn of the loop; sm_100's keeps some in memory."""
 SUM_ROWS: Final = 256
 """Rows of a program of `add_parts`."""
 
@@ -87,7 +93,6 @@ def processors(device: torch.device) -> int:
 def multiply_arguments(matrix: TorchMatrix, plan: Plan) -> dict[str, Any]:
     """The constants that `multiply_tiles` is compiled with, and Triton's options."""
     packed = matrix.codec == "exponent-packed"
-    few = matrix.codec != "raw" and plan.tokens == TOKEN_BLOCKS[0]
     return {
         "CODEC": matrix.codec,
         "DTYPE": ELEMENTS[matrix.dtype],
@@ -97,7 +102,7 @@ def multiply_arguments(matrix: TorchMatrix, plan: Plan) -> dict[str, Any]:
         "TOKENS": plan.tokens,
         "STAGES": plan.stages,
         "num_warps": plan.warps,
-        "maxnreg": REGISTERS if few else None,
+        "maxnreg": REGISTERS.get((matrix.codec, plan.tokens)) if plan.variant == "window" else None,
     }
 
 

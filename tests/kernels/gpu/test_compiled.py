@@ -81,13 +81,8 @@ def test_every_kernel_has_a_record() -> None:
     assert list(recorded()) == [kernel.name for kernel in compiled.kernels()]
 
 
-def test_registers_are_kept_in_memory_by_two_products_on_sm_100_alone() -> None:
-    """8 bytes, at 64 and 80 registers: ptxas chooses those numbers for itself."""
-    spilled = {name: record["spilled_bytes"] for name, record in recorded().items()}
-    assert {name: nbytes for name, nbytes in spilled.items() if nbytes} == {
-        "linear/exponent-packed-masked/BF16/window-4warps-1stages-16tokens/sm_100": 8,
-        "linear/exponent-packed-masked/BF16/window-4warps-1stages-32tokens/sm_100": 8,
-    }
+def test_no_kernel_keeps_registers_in_memory() -> None:
+    assert not [name for name, record in recorded().items() if record["spilled_bytes"]]
 
 
 def test_the_default_way_issues_least() -> None:

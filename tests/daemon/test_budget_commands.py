@@ -119,9 +119,21 @@ def test_a_client_that_has_the_chunks_and_dies_holds_nothing_up(
     wait_until(kept, "the budget is kept", 2.0)
 
 
+#: `python -m tierd` that does not wait for 5 s before it names who does not answer.
+SOON_NAMED = """
+import sys
+from tierd import gpu_memory
+from tierd.__main__ import main
+gpu_memory.LATE_NS //= 10
+sys.exit(main())
+"""
+
+
 def test_a_client_that_does_not_attend_is_named(
-    daemon: RunningDaemon, connect: Connect, pack: PackOnDisk
+    start_daemon: Start, connect: Connect, models: Path, pack: PackOnDisk
 ) -> None:
+    daemon = start_daemon(*arguments(models, f"0={BUDGET}"), program=("-c", SOON_NAMED))
+    wait_until(lambda: gpu_status(daemon)["state"] == "ready", "it is open")
     opened = on_gpu(connect, daemon)
     touch_all(opened, pack)
     daemon.ask("budget", tier="gpu:0", bytes=2 * LAYER_MEMORY)

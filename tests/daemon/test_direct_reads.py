@@ -223,7 +223,7 @@ def test_a_model_that_is_replaced_is_read_from_its_new_files_and_the_old_ones_ar
 def test_a_clean_stop_while_layers_are_read_answers_who_waits(
     start: Start, connect: Connect
 ) -> None:
-    daemon = start("cuda_vmm", FAKE_READ_MS="200")
+    daemon = start("cuda_vmm", FAKE_READ_MS="60")
     opened = on_gpu(connect, daemon)
     requests = [
         opened.client.send("acquire", model_id=opened.model_id, layer=layer) for layer in (0, 1)

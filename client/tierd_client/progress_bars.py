@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _one = threading.Lock()
+
+
+def _anew() -> None:
+    """In a forked child, whose parent may have been loading in another thread."""
+    global _one
+    _one = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_anew)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +78,27 @@ def test_a_hook_that_is_set_meanwhile_stays() -> None:
     with left_out():
         logging.set_tqdm_hook(later)
     assert logging.set_tqdm_hook(None) is later
+
+
+def test_a_child_that_is_forked_while_another_thread_loads_does_not_wait_for_it() -> None:
+    inside, forked = threading.Event(), threading.Event()
+
+    def load() -> None:
+        with left_out():
+            inside.set()
+            forked.wait(60)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    inside.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        with left_out():
+            os._exit(7)
+    forked.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_threads_that_load_at_once_leave_nothing_behind() -> None:

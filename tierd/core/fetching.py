@@ -1,4 +1,4 @@
-"""Filling and emptying slots: the actions that change what is resident.
+"""Filling slots: which reads are started, and what gives way to them.
 
 Which read comes next is said by `shares` (whose turn it is) and `policy` (what a plan needs next).
 """
@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tierd.core.model import DEFAULT_WEIGHT, OPERATOR, Discard, Evict, LayerKey, Read
-from tierd.core.plans import NEVER
+from tierd.core.model import DEFAULT_WEIGHT, OPERATOR, LayerKey, Read
 from tierd.core.residency import Slot, SlotState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from tierd.core.answers import Answers
     from tierd.core.books import Books, Request
+    from tierd.core.emptying import Emptier
     from tierd.core.memory import Claim
-    from tierd.core.placement import Range
-    from tierd.core.policy import Victim
     from tierd.core.served import ModelState
     from tierd.core.shares import Device, Share
     from tierd.core.soonest import Candidate
@@ -35,11 +31,12 @@ SMALL_FACTOR = 2
 
 
 class Fetcher:
-    """Starts reads, evicts, discards."""
+    """Starts reads, and has evicted what they need."""
 
-    def __init__(self, books: Books, answers: Answers) -> None:
+    def __init__(self, books: Books, answers: Answers, emptier: Emptier) -> None:
         self._books = books
         self._answers = answers
+        self._emptier = emptier
         self._blocked = False  #: a request of some device waits for memory that is on its way
 
     def advance(self) -> None:
@@ -47,7 +44,7 @@ class Fetcher:
         books = self._books
         memory = books.memory
         if memory.shrinking:
-            self._shrink()
+            self._emptier.shrink()
         for slot in books.in_flight.values():
             if slot.claim is not None:
                 if not memory.can_warm_up(slot.claim):
@@ -63,22 +60,7 @@ class Fetcher:
                     if not self._fetch_ahead(device, limit):
                         break
         if memory.shrinking:
-            self._shrink()
-
-    def _shrink(self) -> None:
-        """After the budget became smaller: what nobody holds goes, as far as it is above it."""
-        memory = self._books.memory
-        memory.ceiling = max(memory.budget, min(memory.ceiling, self._books.ledger.promised))
-        while memory.occupied > memory.budget:
-            victims = self._books.policy.victims(1, None, self._books.now)
-            if victims is None:
-                break
-            for victim in victims:
-                self.evict(victim.slot, "the budget became smaller")
-        self._discard(memory.shed())
-        memory.shrinking = (
-            max(memory.ceiling, memory.occupied, memory.warm + memory.promised) > memory.budget
-        )
+            self._emptier.shrink()
 
     def _serve_requests(self, device: Device, limit: int) -> bool:
         """Starts what the device has room for; False if memory on its way must arrive first.
@@ -124,7 +106,7 @@ class Fetcher:
             if victims is None:
                 break
             # Enough is free, but in pieces that are too short: clear more of the address space.
-            self._evict_all(victims, key)
+            self._emptier.evict_all(victims, key)
             claim = memory.claim(model.arena, model.layer_bytes[key.layer], memory.ceiling)
         if claim is not None:
             self._start(model, key, claim)
@@ -228,16 +210,11 @@ class Fetcher:
                 if not memory.has_run(model.arena, model.charges[layer], places):
                     return None
             if victims is not None:
-                self._evict_all(victims, model.keys[layer])
+                self._emptier.evict_all(victims, model.keys[layer])
                 claim = memory.claim(model.arena, nbytes, limit)
         if claim is not None and spare is not None and self._books.numbers.exhausted:
-            self._evict_all([spare], model.keys[layer])
+            self._emptier.evict_all([spare], model.keys[layer])
         return claim
-
-    def _evict_all(self, victims: list[Victim], wanted: LayerKey) -> None:
-        for victim in victims:
-            due = "no plan uses it" if victim.due == NEVER else "its next use is further away"
-            self.evict(victim.slot, "for {}: {}", wanted, due)
 
     def _start(
         self, model: ModelState, key: LayerKey, claim: Claim, ahead_for: Share | None = None
@@ -260,14 +237,9 @@ class Fetcher:
             payers.append(ahead_for)
         nbytes, now = claim.place.nbytes, self._books.now
         self._books.bills[slot.id] = device.start(model.id, payers, nbytes, now)
-        self._discard(claim.discards)
+        self._emptier.discard(claim.discards)
         if not claim.promised:
             self._read(slot)
-
-    def ended(self, slot: Slot, *, arrived: bool) -> None:
-        """The read is over; not where it was given up before it began, or failed."""
-        del self._books.in_flight[slot.id]
-        self._books.bills.pop(slot.id).settle(self._books.now, arrived=arrived)
 
     def _read(self, slot: Slot) -> None:
         assert slot.key is not None
@@ -281,48 +253,3 @@ class Fetcher:
             Read(slot.id, slot.generation, slot.key, slot.arena, place.offset, place.nbytes, reason)
         )
         self._books.tell("read", slot.key, "into slot {}: {}", slot.id, reason)
-
-    def _discard(self, discards: Iterable[Range]) -> None:
-        granule = self._books.config.granule_bytes
-        for discard in discards:
-            self._books.count["discards"] += 1
-            offset, nbytes = discard.start * granule, discard.granules * granule
-            self._books.actions.append(Discard(discard.arena, offset, nbytes))
-            self._books.tell("discard", None, "{} bytes at {} of arena {}", nbytes, offset,
-                discard.arena,
-            )  # fmt: skip
-
-    def no_longer_used(self, slot: Slot) -> None:
-        """A lease or holder is gone: drop what is served no more."""
-        if not slot.evictable:
-            return
-        if slot.key is None:
-            self.evict(slot, "nothing that is served")
-        elif (model := self._books.models[slot.key.model]).removed:
-            self.evict(slot, "model '{}' was removed", model.name)
-            self.forget_if_empty(model)
-
-    def evict(self, slot: Slot, reason: str, *values: object) -> None:
-        """Empties a slot that nobody reads; its memory stays warm."""
-        self._books.memory.release(slot.place)
-        self._forget(slot)
-        self._books.count["evictions"] += 1
-        self._books.actions.append(Evict(slot.id, slot.generation, slot.key))
-        self._books.tell("evict", slot.key, reason, *values)
-
-    def abandon(self, slot: Slot) -> None:
-        """Gives up a slot that still waits for its memory: no read was started."""
-        assert slot.claim is not None
-        self._books.memory.abandon(slot.claim)
-        self.ended(slot, arrived=False)
-        self._forget(slot)
-
-    def _forget(self, slot: Slot) -> None:
-        del self._books.slots[slot.id]
-        self._books.numbers.give_back(slot.id)
-        self._books.policy.evicted(slot)
-
-    def forget_if_empty(self, model: ModelState) -> None:
-        if model.removed and model.missing == len(model.slots):
-            del self._books.models[model.id]
-            del self._books.leaving[model.id]

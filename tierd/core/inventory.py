@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tierd.core.answers import Answers
     from tierd.core.books import Books
     from tierd.core.convoy import Convoys
-    from tierd.core.fetching import Fetcher
+    from tierd.core.emptying import Emptier
     from tierd.core.model import (
         ArenaAdded,
         ClientGone,
@@ -36,7 +36,7 @@ class Inventory:
         answers: Answers,
         admission: Admission,
         convoys: Convoys,
-        fetcher: Fetcher,
+        emptier: Emptier,
         restart: Restart,
         pins: Pins,
     ) -> None:
@@ -44,7 +44,7 @@ class Inventory:
         self._answers = answers
         self._admission = admission
         self._convoys = convoys
-        self._fetcher = fetcher
+        self._emptier = emptier
         self._restart = restart
         self._pins = pins
 
@@ -103,11 +103,11 @@ class Inventory:
             if slot is None:
                 continue
             if slot.state is SlotState.CLAIMED:
-                self._fetcher.abandon(slot)
+                self._emptier.abandon(slot)
             elif slot.evictable:
-                self._fetcher.evict(slot, "model '{}' was removed", model.name)
+                self._emptier.evict(slot, "model '{}' was removed", model.name)
         self._books.leaving[model.id] = model
-        self._fetcher.forget_if_empty(model)
+        self._emptier.forget_if_empty(model)
 
     def client_joined(self, event: ClientJoined) -> None:
         if event.client in self._books.clients:
@@ -146,5 +146,5 @@ class Inventory:
             if event.holder is not None:
                 self._restart.quarantine(slot, event.holder)
             self._books.policy.resident(slot)
-            self._fetcher.no_longer_used(slot)
+            self._emptier.no_longer_used(slot)
         self._books.tell("gone", None, "client {} left {} leases behind", client.id, len(leases))

@@ -16,6 +16,7 @@ from tierd.core.answers import Answers
 from tierd.core.books import Books
 from tierd.core.budget import Budget
 from tierd.core.convoy import Convoys
+from tierd.core.emptying import Emptier
 from tierd.core.errors import IllegalEvent
 from tierd.core.fetching import Fetcher
 from tierd.core.invariants import check_books
@@ -68,12 +69,13 @@ class TierMachine:
         self._answers = answers = Answers(books)
         self._convoys = convoys = Convoys(books)
         self._admission = admission = Admission(books, answers, convoys)
-        self._fetcher = fetcher = Fetcher(books, answers)
-        self._restart = restart = Restart(books, fetcher)
-        self._pins = pins = Pins(books, fetcher)
+        self._emptier = emptier = Emptier(books)
+        self._fetcher = Fetcher(books, answers, emptier)
+        self._restart = restart = Restart(books, emptier)
+        self._pins = pins = Pins(books, emptier)
         self._budget = Budget(books)
-        self._requests = Requests(books, answers, admission, convoys, fetcher)
-        self._inventory = Inventory(books, answers, admission, convoys, fetcher, restart, pins)
+        self._requests = Requests(books, answers, admission, convoys, emptier)
+        self._inventory = Inventory(books, answers, admission, convoys, emptier, restart, pins)
 
     @property
     def books(self) -> Books:
@@ -208,7 +210,7 @@ class TierMachine:
     def _read_done(self, event: ReadDone) -> None:
         slot = self._read_slot(event.slot)
         assert slot.key is not None
-        self._fetcher.ended(slot, arrived=True)
+        self._emptier.ended(slot, arrived=True)
         slot.state = SlotState.RESIDENT
         self._books.count["read_bytes"] += slot.place.nbytes
         self._books.policy.resident(slot)
@@ -217,13 +219,13 @@ class TierMachine:
             client = self._books.clients[request.client]
             self._answers.end(request, client)
             self._answers.grant(request, client, slot)
-        self._fetcher.no_longer_used(slot)
+        self._emptier.no_longer_used(slot)
 
     def _read_failed(self, event: ReadFailed) -> None:
         slot = self._read_slot(event.slot)
         key = slot.key
         assert key is not None
-        self._fetcher.ended(slot, arrived=False)
+        self._emptier.ended(slot, arrived=False)
         self._books.count["reads_failed"] += 1
         model = self._books.models[key.model]
         model.failed.add(key.layer)
@@ -231,8 +233,8 @@ class TierMachine:
         for request in self._books.waiting.pop(key, ()):
             self._answers.close(request)
             self._answers.refuse(request, event.code, event.text)
-        self._fetcher.evict(slot, "its read failed")
-        self._fetcher.forget_if_empty(model)
+        self._emptier.evict(slot, "its read failed")
+        self._emptier.forget_if_empty(model)
 
     def _discard_done(self, event: DiscardDone) -> None:
         granule = self._books.config.granule_bytes

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tierd.core.books import Books
-    from tierd.core.fetching import Fetcher
+    from tierd.core.emptying import Emptier
     from tierd.core.model import LayerKey
     from tierd.core.served import ModelState
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class Pins:
     """Pins, unpins and evicts by command."""
 
-    def __init__(self, books: Books, fetcher: Fetcher) -> None:
+    def __init__(self, books: Books, emptier: Emptier) -> None:
         self._books = books
-        self._fetcher = fetcher
+        self._emptier = emptier
 
     def pin(self, event: Pin) -> None:
         """All of the layers, or none."""
@@ -110,7 +110,7 @@ class Pins:
             if slot is None:
                 continue
             if slot.evictable:
-                self._fetcher.evict(slot, "an operator said so")
+                self._emptier.evict(slot, "an operator said so")
                 evicted.append(key)
             elif slot.leases or slot.holders:
                 number = slot.leases + len(slot.holders)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tierd.core.answers import Answers
     from tierd.core.books import Books, Client
     from tierd.core.convoy import Convoys
-    from tierd.core.fetching import Fetcher
+    from tierd.core.emptying import Emptier
     from tierd.core.model import Acquire, LayerKey, Release
     from tierd.core.plans import PlanState
 
@@ -27,13 +27,13 @@ class Requests:
         answers: Answers,
         admission: Admission,
         convoys: Convoys,
-        fetcher: Fetcher,
+        emptier: Emptier,
     ) -> None:
         self._books = books
         self._answers = answers
         self._admission = admission
         self._convoys = convoys
-        self._fetcher = fetcher
+        self._emptier = emptier
 
     def acquire(self, event: Acquire) -> None:
         books = self._books
@@ -122,7 +122,7 @@ class Requests:
         if not client.leases and client.requests:
             self._promote(client)
         self._books.policy.resident(slot)
-        self._fetcher.no_longer_used(slot)
+        self._emptier.no_longer_used(slot)
 
     def _promote(self, client: Client) -> None:
         """The client has nothing left to compute with: it stalls for its oldest request."""

@@ -11,16 +11,16 @@ from tierd.core.residency import Slot, SlotNumbers, SlotState
 
 if TYPE_CHECKING:
     from tierd.core.books import Books
-    from tierd.core.fetching import Fetcher
+    from tierd.core.emptying import Emptier
     from tierd.core.model import Adopted, AdoptedSlot, HolderGone
 
 
 class Restart:
     """Adopts slots, keeps quarantine."""
 
-    def __init__(self, books: Books, fetcher: Fetcher) -> None:
+    def __init__(self, books: Books, emptier: Emptier) -> None:
         self._books = books
-        self._fetcher = fetcher
+        self._emptier = emptier
 
     def adopt_all(self, event: Adopted) -> None:
         if self._books.slots or self._books.clients:
@@ -68,7 +68,7 @@ class Restart:
         self._books.tell("adopt", key, "slot {}: {}, held by {} processes", slot.id, what,
             len(slot.holders),
         )  # fmt: skip
-        self._fetcher.no_longer_used(slot)
+        self._emptier.no_longer_used(slot)
 
     def quarantine(self, slot: Slot, holder: int) -> None:
         """Keeps the slot as it is until `holder_gone`."""
@@ -89,4 +89,4 @@ class Restart:
                 self._books.ledger.quarantined_slots -= 1
                 self._books.wanted.read_no_more(slot)
                 self._books.policy.resident(slot)
-                self._fetcher.no_longer_used(slot)
+                self._emptier.no_longer_used(slot)

@@ -87,8 +87,9 @@ class Resources:
     registers, spilled_bytes: of a thread; the latter are registers that are kept in memory.
     shared_bytes: of a program.   instructions: of the code, each of them counted once.
     issue_slots: of the warps of a program for a tile in which nothing is wrong and that has no
-    escapes; in a product those of its loop. Of CUDA's, for a tile that keeps COUNTED_BLOCKS times
-    512 elements. A multiprocessor has 4 of them in a cycle.
+    escapes; in a product those of its loop. In CUDA's, a tile of exponent-packed keeps
+    COUNTED_BLOCKS times 512 elements, one of int8 none (8 slots more for 512). A multiprocessor
+    has 4 of them in a cycle.
     integer_slots: those of them that the integer pipe takes; it has 2 in a cycle.
     """
 
@@ -104,8 +105,8 @@ def kernels() -> Iterator[Kernel]:
     """Everything that is recorded."""
     for codec, masked in FORMS:
         for architecture in ARCHITECTURES:
-            if (codec, masked) == ("exponent-packed", True):
-                for tokens in plans.TOKEN_BLOCKS:
+            for tokens in plans.TOKEN_BLOCKS:
+                if masked and tokens <= plans.CUDA_TOKENS.get(codec, 0):
                     plan = plans.Plan(tokens, 1, *plans.CUDA)
                     yield Kernel(codec, masked, "BF16", plan, architecture)
             for way in expand.ways(codec):
@@ -143,7 +144,8 @@ def resources(kernel: Kernel) -> Resources:
         raise KernelError(f"{kernel.name}: cuobjdump says no resources: {usage[:200]!r}")
     warps = kernel.how.warps
     if kernel.of_cuda:
-        way, warps = fewest_of_loop(code, cuda_product.BLOCK_OPERAND, COUNTED_BLOCKS), 1
+        blocks = COUNTED_BLOCKS if kernel.codec == "exponent-packed" else 0
+        way, warps = fewest_of_loop(code, cuda_product.BLOCK_OPERAND, blocks), 1
     else:
         way = (fewest if isinstance(kernel.how, expand.Way) else fewest_of_loop)(code)
     registers, stack, shared, local = map(int, found.groups())

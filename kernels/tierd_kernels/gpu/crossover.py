@@ -129,13 +129,14 @@ class Crossovers:
 def kind(matrix: TorchMatrix) -> str:
     """What matrices that take the same time have in common: form, shape, and about what they weigh.
 
-    The weight is that of the stored values, in sixteenths of a byte for each element.
+    The weight is that of the stored values, in sixteenths of a byte for each element. With the
+    kernel in CUDA C++ or without: also of one form some matrices have it, some have not.
     """
     form = "dense form" if matrix.bitmap is None else "masked"
     weight = round(16 * matrix.values.numel() / max(matrix.rows * matrix.cols, 1))
     return (
         f"{matrix.codec} {form} {matrix.dtype} [{matrix.rows}, {matrix.cols}] "
-        f"group {matrix.group} weight {weight}"
+        f"group {matrix.group} weight {weight}" + " cuda" * cuda_product.usable(matrix)
     )
 
 

@@ -1,7 +1,7 @@
 """The fused product in CUDA C++, `product.cu`: compiled by NVRTC and launched through CuPy.
 
-For masked exponent-packed matrices. A candidate beside Triton's: `crossover.py` measures it where
-there is CuPy, and takes it where it is faster by a tenth at least.
+For masked matrices, exponent-packed or of int8. A candidate beside Triton's: `crossover.py`
+measures it where there is CuPy, and takes it where it is faster by a tenth at least.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from tierd_kernels.errors import KernelError
+from tierd_kernels.gpu.arrays import group_tiles
+from tierd_kernels.gpu.plans import CUDA_TOKENS
 
 if TYPE_CHECKING:
     from tierd_kernels.gpu.plans import Plan
@@ -28,7 +30,8 @@ MOST_PLANES: Final = 4
 """That the kernel decodes. Unpruned weights have 3, pruned ones fewer."""
 THREADS: Final = 128
 BLOCK_OPERAND: Final = "0x6420"
-"""Of the one instruction of a block of 512 elements that has it: how it is found in the SASS."""
+"""Of the one instruction of a block of 512 exponent-packed elements that has it: how it is found in
+the SASS."""
 _ALIGNED_BYTES: Final = 16
 """Of bitmap and values: in a layer every array starts on a multiple of 256."""
 
@@ -43,17 +46,23 @@ def usable(matrix: TorchMatrix) -> bool:
     return not _unfit(matrix) and _loads(options(matrix, 16), matrix.device)
 
 
-def check(matrix: TorchMatrix) -> None:
-    """Raise KernelError unless the kernel is one for the matrix."""
+def check(matrix: TorchMatrix, plan: Plan) -> None:
+    """Raise KernelError unless the kernel is one for the matrix and for such a plan."""
     if why := _unfit(matrix):
         raise KernelError(f"the CUDA product has no kernel for this matrix: {why}")
+    if plan.tokens > (most := CUDA_TOKENS[matrix.codec]):
+        raise KernelError(
+            f"a plan for {plan.tokens} tokens at once, {matrix.codec} has {most} in CUDA"
+        )
 
 
 def options(matrix: TorchMatrix, tokens: int) -> tuple[str, ...]:
     """What the kernel is compiled with, for so many tokens at once."""
+    packed = matrix.codec == "exponent-packed"
     return (
         "-std=c++17",
-        f"-DPLANES={matrix.most_planes}",
+        f"-DINT8={int(not packed)}",
+        f"-DPLANES={matrix.most_planes if packed else 0}",
         f"-DF16={int(matrix.dtype == 'F16')}",
         f"-DTOKENS={tokens}",
     )
@@ -70,18 +79,17 @@ def multiply(
 
     Raises KernelError where there is no CuPy, or where it does not compile the kernel.
     """
-    assert matrix.bitmap is not None
-    assert matrix.heads is not None
     grid = (matrix.grid.tile_rows, plan.splits, -(-len(x) // plan.tokens))
     arguments = (
-        *map(_address, (matrix.bitmap, matrix.offsets, matrix.heads, matrix.values)),
+        *map(_address, (matrix.bitmap, matrix.offsets, matrix.heads, matrix.scales, matrix.values)),
         *map(_address, (x, parts, faults)),
         np.uint64(matrix.values.numel()),
-        np.uint32(matrix.most_escapes),
+        np.uint32(matrix.most_escapes if matrix.heads is not None else 0),
         np.uint32(matrix.rows),
         np.uint32(matrix.cols),
         np.uint32(len(x)),
         np.uint64(x.stride(0)),
+        np.uint32(group_tiles(matrix)),
         np.uint32(plan.splits),
     )
     loaded(options(matrix, plan.tokens), matrix.device)(grid, (THREADS, 1, 1), arguments)
@@ -92,8 +100,10 @@ def loaded(options: tuple[str, ...], device: torch.device) -> Launch:
     """What launches the kernel on the current stream of torch. Raises KernelError."""
     try:
         import cupy
-    except ImportError as error:
-        raise KernelError(f"the CUDA product needs CuPy: {error}") from error
+
+        stream_of = cupy.cuda.Stream.from_external  # since 14
+    except Exception as error:  # also what a CuPy raises that does not fit to numpy
+        raise KernelError(f"the CUDA product needs CuPy 14 or later: {error}") from error
     try:
         with cupy.cuda.Device(device.index):
             module = cupy.RawModule(code=SOURCE.read_text(), options=options)
@@ -104,8 +114,7 @@ def loaded(options: tuple[str, ...], device: torch.device) -> Launch:
     def launch(grid: tuple[int, ...], threads: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         with ExitStack() as stack:
             stack.enter_context(cupy.cuda.Device(device.index))
-            current = torch.cuda.current_stream(device)
-            stack.enter_context(cupy.cuda.Stream.from_external(current))
+            stack.enter_context(stream_of(torch.cuda.current_stream(device)))
             kernel(grid, threads, arguments)
 
     return launch
@@ -123,10 +132,11 @@ def _loads(options: tuple[str, ...], device: torch.device) -> bool:
 
 def _unfit(matrix: TorchMatrix) -> str:
     """Why the kernel is none for the matrix; empty where it is one."""
-    if matrix.codec != "exponent-packed" or matrix.bitmap is None:
-        form = "dense form" if matrix.bitmap is None else "masked"
-        return f"it is {matrix.codec}, {form}, not exponent-packed, masked"
-    if matrix.most_planes > MOST_PLANES:
+    if matrix.codec not in CUDA_TOKENS:
+        return f"it is {matrix.codec}, not one of {', '.join(CUDA_TOKENS)}"
+    if matrix.bitmap is None:
+        return "it is in dense form, not masked"
+    if matrix.heads is not None and matrix.most_planes > MOST_PLANES:
         return f"it may have {matrix.most_planes} planes, {MOST_PLANES} at most are decoded"
     for name in ("bitmap", "values"):
         array = matrix.arrays()[name]
@@ -135,5 +145,5 @@ def _unfit(matrix: TorchMatrix) -> str:
     return ""
 
 
-def _address(tensor: torch.Tensor) -> np.uint64:
-    return np.uint64(tensor.data_ptr())
+def _address(tensor: torch.Tensor | None) -> np.uint64:
+    return np.uint64(0 if tensor is None else tensor.data_ptr())

@@ -204,4 +204,4 @@ def _check_plan(matrix: TorchMatrix, plan: Plan) -> None:
     if (plan.warps, plan.stages, plan.variant) not in (*VARIANTS, CUDA):
         raise KernelError(f"{plan} is none of the variants that are compiled and tested")
     if plan.cuda:
-        cuda_product.check(matrix)
+        cuda_product.check(matrix, plan)

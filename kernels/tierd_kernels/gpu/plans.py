@@ -7,7 +7,7 @@ interpreter and compiled for every architecture. Which one is best is measured o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ VARIANTS: Final = ((4, 1, "window"), (4, 3, "window"), (4, 3, "masked"), (4, 1, 
 what the tensor cores of sm_90 take; with 2 a program of 64 tokens has too few registers."""
 CUDA: Final = (4, 1, "cuda")
 """The same of the kernel in CUDA C++, for the matrices and where `cuda_product.usable` says so."""
+CUDA_TOKENS: Final = {"exponent-packed": 64, "int8": 32}
+"""The codecs that it knows, and the most tokens that a program of it has registers for."""
 
 
 def token_block(tokens: int) -> int:
@@ -76,8 +78,10 @@ def candidates(
     """
     block = token_block(tokens)
     splits = sorted({_splits(grid, resident * processors) for resident in _RESIDENT})
-    variants = [each for each in VARIANTS if worth(codec, *each)] + [CUDA] * cuda
-    return [Plan(block, many, *variant) for many in splits for variant in variants]
+    variants = [Plan(block, 1, *each) for each in VARIANTS if worth(codec, *each)]
+    if cuda:
+        variants.append(Plan(min(block, CUDA_TOKENS[codec]), 1, *CUDA))
+    return [replace(plan, splits=many) for many in splits for plan in variants]
 
 
 def default_plan(grid: TileGrid, tokens: int, processors: int = DATA_CENTER_PROCESSORS) -> Plan:

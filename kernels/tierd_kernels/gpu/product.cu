@@ -1,4 +1,4 @@
-// x @ W.T from an exponent-packed W: as multiply_tiles of product.py, with work shared that Triton
+// x @ W.T from an exponent-packed W, or one of int8: as multiply_tiles of product.py, with work shared that Triton
 // cannot share. Compiled by NVRTC when it is first launched, so no header is included.
 //
 // A warp has a whole tile, so nobody waits for another warp. First it decodes the record in the
@@ -12,7 +12,9 @@
 //
 // Masked matrices only: where all is kept, Triton has less to do. And of 4 planes at most.
 //
-// Defined by who compiles: PLANES, 0 to 4; F16, 0 or 1; TOKENS, 16, 32 or 64.
+// The elements of int8 are bytes already: one stream, as the record is.
+//
+// Defined by who compiles: INT8, 0 or 1; PLANES, 0 to 4, of int8 0; F16, 0 or 1; TOKENS, 16, 32 or 64.
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
@@ -26,8 +28,10 @@ constexpr u32 BLOCK = 512;  // elements that a warp decodes at once
 constexpr u32 MOST_BLOCKS = 4096 / BLOCK;
 constexpr u32 AHEAD = TOKENS < 64 && PLANES < 4 ? 4 : 2;  // blocks read before one is decoded
 constexpr bool X_FIRST = TOKENS == 16;  // x is read before the record, not behind it
+constexpr bool FRONT_AHEAD = TOKENS < 64;  // what is before the next record, beside this product
 constexpr u32 STREAM_BYTES = 4096 + 16;  // a window ends up to 11 bytes after its element
 constexpr u32 TOKEN_TILES = TOKENS / 8;
+constexpr bool LEVELS = INT8;
 constexpr u32 NO_FAULT = ALL;
 
 // Numbers of REASONS in faults.py.
@@ -36,12 +40,12 @@ enum Reason : u32 { BITS, HEAD, OFFSETS, ESCAPES, NONE };
 // What a warp has of a tile beside its registers.
 struct Tile {
     uint4 low[STREAM_BYTES / 16];   // of each kept element, in the record's order: its low byte
-    uint4 high[STREAM_BYTES / 16];
+    uint4 high[LEVELS ? 1 : STREAM_BYTES / 16];
     uint4 halves[64];  // of each row: bits of columns 0 to 31, rank of the first; then 32 to 63
 };
 
 struct Matrix {
-    const byte *bitmap, *offsets, *heads, *values;
+    const byte *bitmap, *offsets, *heads, *values;  // heads: of exponent-packed
     u32 most_units;  // of 16 bytes, in values
     u32 most_escapes;
     u32 tiles;
@@ -111,7 +115,7 @@ __device__ __forceinline__ Front front(const Matrix &matrix, u32 tile, u32 lane)
     const u32 *offset = reinterpret_cast<const u32 *>(matrix.offsets) + tile;
     found.begin = __ldg(offset);
     found.end = __ldg(offset + 1);
-    found.head = __ldg(reinterpret_cast<const u32 *>(matrix.heads) + tile);
+    found.head = LEVELS ? 0 : __ldg(reinterpret_cast<const u32 *>(matrix.heads) + tile);
     return found;
 }
 
@@ -141,6 +145,7 @@ __device__ __forceinline__ Reason checked(
     u32 most = min(count, matrix.most_escapes);
     bool can_be = record.planes <= PLANES && record.escapes <= most &&
                   record.base + (1u << min(record.planes, 8u)) <= 256 && (count || !head);
+    if (LEVELS) record.escapes_at = count;
     u32 needed = record.escapes_at + 4 * record.escapes;
     bool fits = front.begin <= front.end && front.end <= matrix.most_units &&
                 front.end - front.begin == (needed + 15) / 16 && (tile || !front.begin) &&
@@ -268,7 +273,11 @@ __device__ __forceinline__ void streamed(const Record &record, u32 lane, Tile &s
         for (u32 i = 0; i < AHEAD; i++) {
             if (first + i >= blocks) goto decoded;
             u32 place = (first + i) * (BLOCK / 16) + lane;
-            decode(block[i], from, base, shared.low[place], shared.high[place]);
+            if (LEVELS) {
+                shared.low[place] = block[i].bytes;
+            } else {
+                decode(block[i], from, base, shared.low[place], shared.high[place]);
+            }
             if (first + i + AHEAD < MOST_BLOCKS) read(from, first + i + AHEAD, block[i]);
         }
 decoded:
@@ -295,6 +304,24 @@ __device__ __forceinline__ uint2 window(const uint4 *stream, u32 at) {
     return make_uint2(__funnelshift_r(first, second, shift), __funnelshift_r(second, third, shift));
 }
 
+// Four levels as numbers, two in each word. 7 bits of a byte become the end of a mantissa, and what
+// that adds goes; the last bit, which counts -128, goes with it.
+__device__ __forceinline__ void numbers_of(u32 levels, u32 words[2]) {
+    const u32 exponent = F16 ? 0x64646464 : 0x43434343;
+    u32 positive = levels & 0x7F7F7F7F, negative = levels & 0x80808080;
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        u32 which = i ? 0x4342 : 0x4140;
+        u32 number = permuted(positive, exponent, which), more = permuted(negative, exponent, which);
+#if F16
+        asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(words[i]) : "r"(number), "r"(more));
+#else
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+            : "=r"(words[i]) : "r"(more), "r"(0xBF80BF80u), "r"(number));
+#endif
+    }
+}
+
 // Columns 8 t to 8 t + 7 of a half row, two in each word.
 __device__ __forceinline__ void octet(
     const Tile &shared, u32 row, u32 half, u32 t, u32 before, u32 words[4]) {
@@ -304,14 +331,21 @@ __device__ __forceinline__ void octet(
     u32 ones = bytes_of_bits(kept & 15), later = bytes_of_bits(kept >> 4);
     u32 select = selector(ones), select_later = selector(later);
     u32 bits = __dp4a(ones, 0x08080808u, 0u);  // of the bytes that columns 0 to 3 take
-    uint2 low = window(shared.low, rank), high = window(shared.high, rank);
-    u32 lows = permuted(low.x, 0, select), highs = permuted(high.x, 0, select);
-    words[0] = permuted(lows, highs, 0x5140);
-    words[1] = permuted(lows, highs, 0x7362);
-    lows = permuted(__funnelshift_rc(low.x, low.y, bits), 0, select_later);
-    highs = permuted(__funnelshift_rc(high.x, high.y, bits), 0, select_later);
-    words[2] = permuted(lows, highs, 0x5140);
-    words[3] = permuted(lows, highs, 0x7362);
+    uint2 low = window(shared.low, rank);
+    u32 lows = permuted(low.x, 0, select);
+    u32 lows_later = permuted(__funnelshift_rc(low.x, low.y, bits), 0, select_later);
+    if constexpr (LEVELS) {
+        numbers_of(lows, words);
+        numbers_of(lows_later, words + 2);
+    } else {
+        uint2 high = window(shared.high, rank);
+        u32 highs = permuted(high.x, 0, select);
+        u32 highs_later = permuted(__funnelshift_rc(high.x, high.y, bits), 0, select_later);
+        words[0] = permuted(lows, highs, 0x5140);
+        words[1] = permuted(lows, highs, 0x7362);
+        words[2] = permuted(lows_later, highs_later, 0x5140);
+        words[3] = permuted(lows_later, highs_later, 0x7362);
+    }
 }
 
 __device__ __forceinline__ void multiply(
@@ -370,9 +404,34 @@ __device__ __forceinline__ void read_x(
 
 using Sums = float[4][TOKEN_TILES][4];
 
+// Of int8: the scales of the lane's rows, of row 16 i + g in the lower half, of the 8th after it in
+// the upper one. What is read next is for the tiles from `end` on.
+struct Scales {
+    const unsigned short *at;
+    u32 end, rows[4];
+};
+
+__device__ __forceinline__ Scales scales_of(
+    const byte *scales, u32 tile_row, u32 tile_cols, u32 group_tiles, u32 first, u32 lane) {
+    u64 groups = (u64(tile_cols) + group_tiles - 1) / group_tiles;
+    u64 group = tile_row * groups + first / group_tiles;
+    return {reinterpret_cast<const unsigned short *>(scales) + group * 64 + lane / 4, first, {}};
+}
+
+__device__ __forceinline__ void read_scales(
+    Scales &scales, u32 tile_col, u32 tile_cols, u32 group_tiles) {
+    if (tile_col != scales.end) return;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++)
+        scales.rows[i] = __ldg(scales.at + 16 * i) | u32(__ldg(scales.at + 16 * i + 8)) << 16;
+    scales.at += 64;
+    scales.end += min(group_tiles - tile_col % group_tiles, tile_cols - tile_col);
+}
+
 // Adds a tile times x. Tensor cores cut off: each tile's sums are added as float32, outside of them.
 __device__ __forceinline__ void add_product(
-    const Tile &shared, const uint4 (&x)[TOKEN_TILES][2], u32 lane, Sums &sums) {
+    const Tile &shared, const uint4 (&x)[TOKEN_TILES][2], const Scales &scales, u32 lane,
+    Sums &sums) {
     const u32 g = lane / 4, t = lane % 4, before = (1u << 8 * t) - 1;
 #pragma unroll
     for (u32 tall = 0; tall < 4; tall++) {
@@ -382,6 +441,8 @@ __device__ __forceinline__ void add_product(
             octet(shared, 16 * tall + g, half, t, before, above[half]);
             octet(shared, 16 * tall + g + 8, half, t, before, below[half]);
         }
+        const float above_scale = __uint_as_float(scales.rows[tall] << 16);
+        const float below_scale = __uint_as_float(scales.rows[tall] & 0xFFFF0000);
 #pragma unroll
         for (u32 j = 0; j < TOKEN_TILES; j++) {
             float found[4] = {};
@@ -392,7 +453,10 @@ __device__ __forceinline__ void add_product(
                 multiply(found, a[2], b[2], a[3], b[3], x[j][half].z, x[j][half].w);
             }
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) sums[tall][j][i] += found[i];
+            for (u32 i = 0; i < 4; i++) {
+                float &sum = sums[tall][j][i];
+                sum = LEVELS ? fmaf(found[i], i < 2 ? above_scale : below_scale, sum) : sum + found[i];
+            }
         }
     }
 }
@@ -416,9 +480,9 @@ __device__ __forceinline__ void add_warps(float *room, u32 warp, u32 lane, Sums 
 // Programs: [tile rows, splits, blocks of TOKENS tokens], of 128 threads. Arguments: as those of
 // multiply_tiles; bitmap, values: aligned to 16 bytes.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, TOKENS == 16 ? 4 : 2) multiply_packed(
-    const byte *bitmap, const byte *offsets, const byte *heads, const byte *values,
-    const unsigned short *x_at, float *parts, long long *faults, u64 values_bytes,
-    u32 most_escapes, u32 rows, u32 cols, u32 tokens, u64 x_stride, u32 splits) {
+    const byte *bitmap, const byte *offsets, const byte *heads, const byte *scales_at,
+    const byte *values, const unsigned short *x_at, float *parts, long long *faults, u64 values_bytes,
+    u32 most_escapes, u32 rows, u32 cols, u32 tokens, u64 x_stride, u32 group_tiles, u32 splits) {
     __shared__ Tile shared[WARPS];
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 tile_row = blockIdx.x, split = blockIdx.y;
@@ -435,14 +499,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, TOKENS == 16 ? 4 : 2) m
     const u32 height = min(rows - tile_row * 64, 64u);
 
     Tile &mine = shared[warp];
-    for (u32 i = lane; i < STREAM_BYTES / 16; i += 32)
-        mine.low[i] = mine.high[i] = make_uint4(0, 0, 0, 0);
+    for (u32 i = lane; i < STREAM_BYTES / 16; i += 32) {
+        mine.low[i] = make_uint4(0, 0, 0, 0);
+        if (!LEVELS) mine.high[i] = make_uint4(0, 0, 0, 0);
+    }
     Sums sums = {};
+    Scales scales = {};
+    if (LEVELS) scales = scales_of(scales_at, tile_row, tile_cols, group_tiles, first, lane);
     u32 fault = NO_FAULT;
     Front following = {};
-    if (first < end) following = front(matrix, first_tile + first, lane);
+    if (FRONT_AHEAD && first < end) following = front(matrix, first_tile + first, lane);
     for (u32 tile_col = first; tile_col < end; tile_col++) {
-        Front present = following;
+        Front present = FRONT_AHEAD ? following : front(matrix, first_tile + tile_col, lane);
         u32 width = min(cols - tile_col * 64, 64u);
         Record record;
         __syncwarp();  // the tile before is no longer read
@@ -452,8 +520,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, TOKENS == 16 ? 4 : 2) m
         if (X_FIRST) read_x(x, tile_col, lane, turned);
         streamed(record, lane, mine);
         if (!X_FIRST) read_x(x, tile_col, lane, turned);
-        if (tile_col + 1 < end) following = front(matrix, first_tile + tile_col + 1, lane);
-        add_product(mine, turned, lane, sums);
+        if (FRONT_AHEAD && tile_col + 1 < end)
+            following = front(matrix, first_tile + tile_col + 1, lane);
+        if constexpr (LEVELS) read_scales(scales, tile_col, tile_cols, group_tiles);
+        add_product(mine, turned, scales, lane, sums);
     }
     if (fault != NO_FAULT && lane == 0)
         atomicMin(faults, static_cast<long long>(u64(first_tile) * NONE + fault));

@@ -30,7 +30,8 @@ FEW: Final = (
     Kernel("int8", True, "F16", PLAN, 90),
 )
 CUDA: Final = tuple(
-    Kernel("exponent-packed", True, "BF16", plans.Plan(plans.TOKEN_BLOCKS[0], 1, *plans.CUDA), each)
+    Kernel(codec, True, "BF16", plans.Plan(plans.TOKEN_BLOCKS[0], 1, *plans.CUDA), each)
+    for codec in plans.CUDA_TOKENS
     for each in ARCHITECTURES
 )
 

@@ -109,6 +109,14 @@ def test_matrices_of_other_form_shape_or_density_are_other_kinds(
     assert len({kind(from_arrays(matrix, device)) for matrix in made}) == len(made)
 
 
+def test_matrices_of_one_form_of_which_some_have_a_kernel_in_cuda_are_two_kinds(
+    matrix: TorchMatrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of exponent-packed those with few planes: what one was measured with the other cannot run."""
+    monkeypatch.setattr(cuda_product, "usable", lambda one: one is matrix)
+    assert kind(matrix) == kind(replace(matrix)) + " cuda"
+
+
 def test_what_is_timed_are_the_products_themselves(
     device: torch.device, matrix: TorchMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,8 +213,10 @@ def test_a_kernel_in_cuda_is_taken_where_it_is_faster_by_a_tenth(
 
 
 def test_a_kernel_in_cuda_is_measured_where_it_runs_and_then_read_from_the_file(
-    device: torch.device, matrix: TorchMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, random_packed: Matrices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two processes, one with CuPy and one without, do not measure over each other's times."""
+    matrix = from_arrays(random_packed(1, 64, 130, "BF16", ("exponent-packed", True)), device)
     path = tmp_path / "cache" / "card.json"
     timer = PlayedTimer(64)
     without = crossovers(device, timer, tmp_path).table(matrix)
@@ -215,7 +225,8 @@ def test_a_kernel_in_cuda_is_measured_where_it_runs_and_then_read_from_the_file(
     there = {plan for times in found.values() for plan in times if plan and plan.cuda}
     assert {plan.tokens for plan in there} == {16, 32, 64}
     assert found.keys() == without.keys()
-    assert CrossoverFile(path).read() == {kind(matrix): found}
+    monkeypatch.undo()
+    assert CrossoverFile(path).read() == {kind(matrix): without, f"{kind(matrix)} cuda": found}
 
 
 # ---------------------------------------------------------------- the file

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from tierd_kernels import KernelError, PackedMatrix, reference
 from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
 from tierd_kernels.gpu import cuda_product, nvcc
 from tierd_kernels.gpu.linear import linear
-from tierd_kernels.gpu.plans import CUDA, Plan
+from tierd_kernels.gpu.plans import CUDA, CUDA_TOKENS, Plan
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix, from_arrays
 
 Matrices = Callable[..., PackedMatrix]
@@ -39,7 +39,8 @@ MOST_ERROR = 1e-6
 FORM = ("exponent-packed", True)
 TAME = (64, 192)  # see random_matrices.py
 PLAN = Plan(16, 1, *CUDA)
-NAMES = ("bitmap", "offsets", "heads", "values", "x", "parts", "faults")
+INT8 = ("int8", True)
+NAMES = ("bitmap", "offsets", "heads", "scales", "values", "x", "parts", "faults")
 """Of the arguments that are addresses, in their order."""
 
 
@@ -57,14 +58,16 @@ def arrays(monkeypatch: pytest.MonkeyPatch) -> dict[int, Array]:
         kernel = machine_kernel(_ptx(options), cuda_product.NAME)
 
         def launch(grid: Any, threads: Any, arguments: Any) -> None:
-            given = [known[int(address)] for address in arguments[: len(NAMES)]]
+            given = [known[int(address)] for address in arguments[: len(NAMES)] if address]
             machine_launch(kernel, grid, threads, arguments, given)
 
         return launch
 
     address = cuda_product._address
 
-    def noted(tensor: torch.Tensor) -> Any:
+    def noted(tensor: torch.Tensor | None) -> Any:
+        if tensor is None:
+            return address(tensor)
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         extent = sum((n - 1) * stride for n, stride in steps) + 1 if tensor.numel() else 0
         written = tensor.dtype in (torch.float32, torch.int64)
@@ -85,9 +88,9 @@ def _ptx(options: tuple[str, ...]) -> str:
 
 def packed(random_packed: Matrices, seed: int, rows: int, cols: int, **how: Any) -> PackedMatrix:
     """Random, with as many planes as the kernel decodes."""
-    how = {"dtype": "BF16", "tops": TAME, "most_planes": cuda_product.MOST_PLANES} | how
-    dtype = how.pop("dtype")
-    return random_packed(seed, rows, cols, dtype, FORM, **how)
+    how = {"tops": TAME, "most_planes": cuda_product.MOST_PLANES} | how
+    dtype, form = how.pop("dtype", "BF16"), how.pop("form", FORM)
+    return random_packed(seed, rows, cols, dtype, form, **how)
 
 
 def there(matrix: PackedMatrix, device: torch.device) -> TorchMatrix:
@@ -127,6 +130,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("form", [FORM, INT8], ids=["packed", "int8"])
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_sum_before_the_rounding_is_exact_within_the_promise(
@@ -136,10 +140,12 @@ def test_the_sum_before_the_rounding_is_exact_within_the_promise(
     random_x: Bits,
     shape: tuple[int, ...],
     dtype: str,
+    form: tuple[str, bool],
 ) -> None:
     """Tiles are empty, dense or half filled, and have no, one, some or only escapes."""
     rows, cols, tokens, splits, block = shape
-    matrix = packed(random_packed, rows, rows, cols, dtype=dtype)
+    block = min(block, CUDA_TOKENS[form[0]])
+    matrix = packed(random_packed, rows, rows, cols, dtype=dtype, form=form)
     x = numbers(random_x(1, tokens, cols, dtype), dtype, device)
     ours = product(there(matrix, device), x, Plan(block, splits, *CUDA))
     assert near(ours, exact(matrix, x))
@@ -153,6 +159,31 @@ def test_every_number_of_planes_is_decoded(
     x = numbers(random_x(1, 2, 200, "BF16"), "BF16", device)
     ours = product(replace(there(matrix, device), most_planes=planes), x)
     assert near(ours, exact(matrix, x))
+
+
+@pytest.mark.parametrize("group", [64, 192, 64 * (2**31 - 1)])
+def test_every_group_has_its_own_scales(
+    arrays: object, device: torch.device, random_packed: Matrices, random_x: Bits, group: int
+) -> None:
+    """Warps begin within a group, and have more than one."""
+    matrix = packed(random_packed, 3, 64, 1000, form=INT8, group=group)
+    x = numbers(random_x(3, 2, 1000, "BF16"), "BF16", device)
+    for splits in (1, 3):
+        ours = product(there(matrix, device), x, replace(PLAN, splits=splits))
+        assert near(ours, exact(matrix, x)), splits
+
+
+def test_every_level_is_multiplied_unrounded(
+    arrays: object, device: torch.device, random_packed: Matrices
+) -> None:
+    """And alone, so that each can be seen."""
+    matrix = packed(random_packed, 3, 64, 64, density=1.0, form=INT8)
+    matrix.values[:4096] = np.tile(np.arange(256, dtype=np.uint8), 16)
+    matrix.bitmap[:] = ~np.uint64(0)  # type: ignore[index]
+    matrix.scales[:] = 0x3F80  # type: ignore[index]
+    x = torch.eye(64, dtype=torch.bfloat16, device=device)
+    ours = product(there(matrix, device), x, replace(PLAN, tokens=32)).cpu().numpy()
+    assert np.array_equal(ours.T, matrix.values[:4096].view(np.int8).reshape(64, 64))
 
 
 def test_rows_of_x_may_lie_apart_and_begin_anywhere(
@@ -232,6 +263,28 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("spoil", [no_bits, bit_outside, offset_far_away, offset_descends])
+def test_a_wrong_tile_of_int8_counts_as_zeros(
+    arrays: object,
+    device: torch.device,
+    random_packed: Matrices,
+    spoil: Callable[[PackedMatrix, int], None],
+) -> None:
+    matrix = packed(random_packed, 4, 130, 130, form=INT8)
+    assert matrix.offsets[5] < matrix.offsets[6]
+    weights = reference.weights(matrix)
+    spoil(matrix, 5)
+    weights[64:128, 128:] = 0
+    if "offset" in spoil.__name__:
+        weights[128:, :64] = 0
+    x = torch.ones((1, 130), dtype=torch.bfloat16, device=device)
+    faults = new_faults(device)
+    ours = product(there(matrix, device), x, faults=faults)
+    assert near(ours, x.double().cpu().numpy() @ weights.T)
+    reason = "bitmap has bits outside the matrix" if spoil == bit_outside else WRONG[-1][1]
+    assert fault_text(int(faults)) == f"tile 5: {reason}"
+
+
 @pytest.mark.parametrize(("spoil", "reason"), WRONG, ids=lambda one: getattr(one, "__name__", ""))
 def test_a_wrong_tile_counts_as_zeros_and_is_named(
     arrays: object,
@@ -300,8 +353,10 @@ def test_what_it_cannot_multiply_is_refused(device: torch.device, random_packed:
     matrix = there(packed(random_packed, 9, 64, 64), device)
     shifted = torch.zeros(matrix.values.numel() + 4, dtype=torch.uint8, device=device)[4:]
     refused = {
-        "it is raw, masked": from_arrays(random_packed(1, 64, 64, "BF16", ("raw", True)), device),
-        "it is exponent-packed, dense form": from_arrays(
+        "it is raw, not one of exponent-packed, int8": from_arrays(
+            random_packed(1, 64, 64, "BF16", ("raw", True)), device
+        ),
+        "it is in dense form, not masked": from_arrays(
             random_packed(1, 64, 64, "BF16", ("exponent-packed", False)), device
         ),
         "it may have 8 planes, 4 at most": replace(matrix, most_planes=8),
@@ -311,6 +366,9 @@ def test_what_it_cannot_multiply_is_refused(device: torch.device, random_packed:
         assert not cuda_product.usable(unfit)
         with pytest.raises(KernelError, match=text):
             linear(unfit, x, plan=PLAN)
+    levels = there(packed(random_packed, 9, 64, 64, form=INT8), device)
+    with pytest.raises(KernelError, match="for 64 tokens at once, int8 has 32 in CUDA"):
+        linear(levels, x, plan=replace(PLAN, tokens=64))
 
 
 def test_cupy_compiles_what_the_matrix_needs_and_launches_it_on_the_stream_of_torch(
@@ -341,12 +399,30 @@ def test_cupy_compiles_what_the_matrix_needs_and_launches_it_on_the_stream_of_to
     assert cuda_product.usable(matrix)
     cuda_product.multiply(matrix, x, parts, new_faults("cpu"), Plan(16, 2, *CUDA))
     compiled, stream, (name, grid, block, arguments) = said
-    assert compiled == (True, ("-std=c++17", "-DPLANES=4", "-DF16=1", "-DTOKENS=16"))
+    assert compiled == (True, ("-std=c++17", "-DINT8=0", "-DPLANES=4", "-DF16=1", "-DTOKENS=16"))
     assert stream == "stream of cpu"
     assert (name, grid, block) == ("multiply_packed", (1, 2, 2), (128, 1, 1))
-    assert [type(each) for each in arguments[:7]] == [np.uint64] * 7
-    assert [int(each) for each in arguments[9:]] == [64, 600, 17, 600, 2]
+    assert [type(each) for each in arguments[:8]] == [np.uint64] * 8
+    assert [int(each) for each in arguments[10:]] == [64, 600, 17, 600, 1, 2]
     forget_what_was_loaded()
+
+
+@pytest.mark.parametrize("said", ["no attribute 'from_external'", "numpy.dtype size changed"])
+def test_a_cupy_that_is_too_old_or_does_not_load_is_none(
+    device: torch.device, random_packed: Matrices, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    class Broken(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if "size" in said:
+                raise ValueError(said)
+            return SimpleNamespace(Stream=SimpleNamespace())
+
+    monkeypatch.setitem(sys.modules, "cupy", Broken("cupy"))
+    forget_what_was_loaded()
+    matrix = there(packed(random_packed, 9, 64, 64), device)
+    assert not cuda_product.usable(matrix)
+    with pytest.raises(KernelError, match=f"needs CuPy 14 or later: .*{said}"):
+        cuda_product.loaded(cuda_product.options(matrix, 16), device)
 
 
 def forget_what_was_loaded() -> None:
@@ -367,6 +443,6 @@ def test_without_cupy_it_is_no_candidate_which_is_said_once_and_asking_for_it_is
         assert not cuda_product.usable(matrix)
         assert not cuda_product.usable(matrix)
     assert len(caplog.records) == 1
-    assert "the CUDA product needs CuPy" in caplog.text
-    with pytest.raises(KernelError, match="the CUDA product needs CuPy"):
+    assert "the CUDA product needs CuPy 14" in caplog.text
+    with pytest.raises(KernelError, match="the CUDA product needs CuPy 14"):
         linear(matrix, torch.ones((1, 64), dtype=torch.bfloat16, device=device), plan=PLAN)

@@ -39,14 +39,15 @@ def variable(register: str) -> str:
 
 class Operands:
     """Of a block. reads: registers whose numbers come from before it. old: of these, the ones that
-    only keep what they hold where a guard is false. written: those that the block has written.
+    a guarded instruction touches first: not all threads need to have written them. written: those
+    that the block has written.
     """
 
     def __init__(self, entry: Entry, symbols: dict[str, int]) -> None:
         self.entry = entry
         self.symbols = symbols
         self.reads: dict[str, None] = {}
-        self.old: set[str] = set()
+        self.old: dict[str, None] = {}
         self.written: dict[str, None] = {}
         self.constants: dict[str, Any] = {}
         self.has_array = False
@@ -97,12 +98,15 @@ class Operands:
             raise UnknownPtx(f"register {register} of type {kind}")
         return _KEPT[kind]
 
+    def touch(self, name: str) -> None:
+        """A register is about to be read."""
+        if name not in self.written:
+            self.reads[name] = None
+
     def _viewed(self, register: str, kind: str) -> str:
         name, kept = variable(register), self.kept(register)
         self.has_array = True
-        if name not in self.written:
-            self.reads[name] = None
-            self.old.discard(name)
+        self.touch(name)
         if kind == kept or (kind == "pred") != (kept == "pred"):
             if kind != kept:
                 raise UnknownPtx(f"register {register} as {kind}")

@@ -76,6 +76,11 @@ class Program:
         data[~there] = 0
         return data
 
+    def ask(self, written: Any, where: Any, register: str) -> None:
+        """Whether those that need a register (`where`, or all) have written it."""
+        if not (written if where is None else written | ~where).all():
+            raise Undefined(f"{register} was not written by all threads")
+
     # -------------------------------------------------------------------------------- control
 
     def run(self) -> None:
@@ -170,11 +175,13 @@ class Program:
                     self._refuse(code, name)
                 value = self._registers.get_old(name, threads)
             inputs.append(value)
+        inputs += [self._registers.written(name, threads) for name in code.old]
         here = self._all if threads is None else threads
-        taken, outputs = self._failing(code, lambda: code.function(self, here, *inputs))
+        taken, outputs, who = self._failing(code, lambda: code.function(self, here, *inputs))
+        written = dict(zip(code.old, who, strict=True))
         self._failing(code, lambda: self._warpgroups.written(code.writes))
         for name, value in zip(code.writes, outputs, strict=True):
-            self._registers.put(name, value, threads)
+            self._registers.put(name, value, threads, written.get(name))
         return taken
 
     # -------------------------------------------------------------------------------- errors

@@ -50,10 +50,22 @@ class Registers:
             value = self._poisoned(name)
         return value if threads is None else value[threads]
 
-    def put(self, name: str, value: Any, threads: Any = None) -> None:
+    def written(self, name: str, threads: Any = None) -> Any | None:
+        """Which of these threads have written it; None: all."""
+        if name not in self._values:
+            return np.zeros(self._threads if threads is None else len(threads), np.bool_)
+        found = self._partial.get(name)
+        if found is not None and threads is not None:
+            found = found[threads]
+        return None if found is None or found.all() else found
+
+    def put(self, name: str, value: Any, threads: Any = None, written: Any = None) -> None:
+        """written: by which of them, all without it."""
         if threads is None:
             self._values[name] = value
             self._partial.pop(name, None)
+            if written is not None:
+                self._partial[name] = written.copy()
             return
         new = self._values.get(name)
         if new is None:
@@ -63,8 +75,10 @@ class Registers:
             new = new.copy()
         new[threads] = value
         self._values[name] = new
+        if written is not None:
+            self._partial.setdefault(name, np.ones(self._threads, np.bool_))
         if name in self._partial:
-            self._partial[name][threads] = True
+            self._partial[name][threads] = True if written is None else written
 
     def forget(self, name: str) -> None:
         """Until it is put again nobody wrote it."""

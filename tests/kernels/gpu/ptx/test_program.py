@@ -58,6 +58,22 @@ def test_a_register_that_some_threads_did_not_write_is_not_read_by_them() -> Non
     assert computed(line, [NUMBERS[:32]], "%r9").tolist() == [1] * 32
 
 
+HALF = "setp.lt.u32 %p1, %r60, 16; @%p1 mov.b32 %r2, 5;"
+
+
+@pytest.mark.parametrize("end", ["", "bra.uni NEXT; NEXT:"])
+def test_what_only_a_guard_wrote_is_not_read_by_the_others(end: str) -> None:
+    """In the same block and in the next one."""
+    words = [NUMBERS[:32]]
+    for reader in ("mov.b32 %r9, %r2;", "@!%p1 mov.b32 %r9, %r2;", "setp.eq.u32 %p2, %r2, 5;"):
+        with pytest.raises(Undefined, match="r2 was not written"):
+            computed(f"mov.b32 %r9, 7; {HALF} {end} {reader}", words, "%r9")
+    found = computed(f"mov.b32 %r9, 7; {HALF} {end} @%p1 add.u32 %r9, %r2, 1;", words, "%r9")
+    assert found.tolist() == [6] * 16 + [7] * 16
+    both = f"{HALF} {end} @!%p1 mov.b32 %r2, 3; mov.b32 %r9, %r2;"
+    assert computed(both, words, "%r9").tolist() == [5] * 16 + [3] * 16
+
+
 def test_programs_know_their_place_in_the_grid() -> None:
     out = np.zeros(6, np.uint32)
     body = """ld.param.u64 %rd0, [k_0]; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x;

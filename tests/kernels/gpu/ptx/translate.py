@@ -7,7 +7,7 @@ Nothing is computed in place, so that two registers may share an array.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,15 +39,16 @@ def handles(pattern: str) -> Callable[[Handler], Handler]:
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """function: (machine, threads, *registers of `reads`) -> (where the branch is taken, the
-    registers of `writes`). old: of `reads`, those that only keep what they hold where a guard is
-    false. lines: the instruction of each line of its source."""
+    """function: (machine, threads, *registers of `reads`, *who has written those of `old`) ->
+    (where the branch is taken, the registers of `writes`, who has now written those of `old`).
+    old: of `reads`, those of which not all threads need to have written theirs; "who" is bool
+    [threads], or None for all. lines: the instruction of each line of its source."""
 
     block: Block
     function: Callable[..., Any]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    old: frozenset[str]
+    old: tuple[str, ...]
     lines: dict[int, Instruction]
 
 
@@ -72,6 +73,7 @@ class Writer(Operands):
         self._source: list[str] = []
         self._lines: dict[int, Instruction] = {}
         self._instruction: Instruction | None = None
+        self._in_guard = False
         self._names = 0
         self._taken = "None"
 
@@ -96,14 +98,15 @@ class Writer(Operands):
     def compiled(self, elsewhere: set[str]) -> Translated:
         """elsewhere: registers that some block reads."""
         writes = tuple(name for name in self.written if name in elsewhere)
-        head = f"def block({', '.join(['M', 't', *self.reads])}):"
-        returned = f"    return {self._taken}, ({''.join(name + ', ' for name in writes)})"
+        who = [f"who_{name}" for name in self.old]
+        head = f"def block({', '.join(['M', 't', *self.reads, *who])}):"
+        returned = f"    return {self._taken}, ({_listed(writes)}), ({_listed(who)})"
         body = ["    n = len(t)", *(f"    {line}" for line in self._source), returned]
         space: dict[str, Any] = dict(_NAMESPACE) | self.constants
         source = "\n".join([head, *body])
         exec(compile(source, f"<ptx {self.entry.name} {self._block.number}>", "exec"), space)
-        old = frozenset(self.old)
-        return Translated(self._block, space["block"], tuple(self.reads), writes, old, self._lines)
+        reads, old = tuple(self.reads), tuple(self.old)
+        return Translated(self._block, space["block"], reads, writes, old, self._lines)
 
     def _begin(self, instruction: Instruction) -> None:
         self._instruction = instruction
@@ -134,8 +137,20 @@ class Writer(Operands):
         """An array of bool, or None."""
         if instruction.guard is None:
             return None
+        self._in_guard = True
         found = self.read(instruction.guard, "pred", array=True)
+        self._in_guard = False
         return f"~{found}" if instruction.negated else found
+
+    def touch(self, name: str) -> None:
+        """What is read where a guard holds, those threads must have written; otherwise all."""
+        assert self._instruction is not None
+        where = None if self._in_guard else self.guard(self._instruction)
+        if name not in self.written and name not in self.reads and where:
+            self.old[name] = None
+        super().touch(name)
+        if name in self.old:
+            self.line(f"if who_{name} is not None: M.ask(who_{name}, {where}, {name[2:]!r})")
 
     def write(self, operand: str, kind: str, expression: str, *, array: bool = False) -> None:
         """Into a register that is as wide as `kind`, or wider: then it is extended.
@@ -160,11 +175,22 @@ class Writer(Operands):
         assert self._instruction is not None
         if where := self.guard(self._instruction):
             if name not in self.written and name not in self.reads:
-                self.reads[name] = None
-                self.old.add(name)
+                self.reads[name] = self.old[name] = None
             expression = f"np.where({where}, {expression}, {name})"
         self.line(f"{name} = {expression}")
+        # Triton reduces over lanes of which only some have loaded a number: what the others have
+        # reaches no result, and is a pattern here so that it would be seen in one.
+        loads = self._instruction.opcode.startswith("ld.")
+        if name in self.old and where and not loads:
+            self.line(f"if who_{name} is not None: who_{name} = who_{name} | {where}")
+        elif name in self.old:
+            self.line(f"who_{name} = None")
         self.written[name] = None
+
+
+def _listed(names: Sequence[str]) -> str:
+    """As a tuple has them."""
+    return "".join(f"{name}, " for name in names)
 
 
 _NAMESPACE: Final[dict[str, Any]] = {

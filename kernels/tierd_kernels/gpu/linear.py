@@ -16,6 +16,7 @@ from tierd_kernels.gpu.arrays import check_arrays, group_tiles
 from tierd_kernels.gpu.plans import (
     CUDA,
     DATA_CENTER_PROCESSORS,
+    MOST_SPLITS,
     MOST_TOKENS,
     TOKEN_BLOCKS,
     VARIANTS,
@@ -196,7 +197,7 @@ def _check_out(matrix: TorchMatrix, out: torch.Tensor, tokens: int) -> None:
 
 
 def _check_plan(matrix: TorchMatrix, plan: Plan) -> None:
-    most = max(matrix.grid.tile_cols, 1)
+    most = max(1, min(matrix.grid.tile_cols, MOST_SPLITS))
     if plan.tokens not in TOKEN_BLOCKS:
         raise KernelError(f"a plan for {plan.tokens} tokens at once, there are {TOKEN_BLOCKS}")
     if not 1 <= plan.splits <= most:

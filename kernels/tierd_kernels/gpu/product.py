@@ -80,12 +80,13 @@ def multiply_tiles(
     """
     tile_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    tile_cols = cols + 63 >> 6  # as a division it would ask for the sign
-    tiles = (rows + 63).to(tl.int64) >> 6
-    tiles *= tile_cols
+    # Rows and columns are below 2^32 - 64; as a division it would ask for the sign.
+    tile_rows = ((rows + 63).to(tl.uint32) >> 6).to(tl.int32)
+    tile_cols = ((cols + 63).to(tl.uint32) >> 6).to(tl.int32)
+    tiles = tile_rows.to(tl.int64) * tile_cols
     first_tile = (tile_row * tile_cols).to(tl.uint32)
     groups = (tile_cols + group_tiles - 1) // group_tiles
-    # At most 32 splits and 2^25 tiles in a row: 32 bits, of which a division is short.
+    # At most 32 splits and 2^26 tiles in a row: 32 bits, of which a division is short.
     first = ((split * tile_cols).to(tl.uint32) // splits.to(tl.uint32)).to(tl.int32)
     end = (((split + 1) * tile_cols).to(tl.uint32) // splits.to(tl.uint32)).to(tl.int32)
     height = tl.minimum(rows - tile_row * 64, 64).to(tl.int32)
@@ -104,13 +105,14 @@ def multiply_tiles(
     # Columns of usual tiles: whole, neither the first nor the last of the matrix.
     row_below = tl.program_id(0) + 1
     usual_first = tl.where(row_below == 1, 1, 0)
-    usual_cols = tl.where((row_below < rows + 63 >> 6) & (cols & 63 == 0), tile_cols, tile_cols - 1)
+    usual_cols = tl.where((row_below < tile_rows) & (cols & 63 == 0), tile_cols, tile_cols - 1)
     usual_cols = tl.where(row_below <= rows >> 6, usual_cols - usual_first, 0)
     usual_cols = tl.maximum(usual_cols, 0).to(tl.uint32)
     group_end = (first // group_tiles + 1) * group_tiles
     for tile_col in tl.range(_bound(first), _bound(end), num_stages=STAGES):
         tile = first_tile + tl.cast(tile_col, tl.uint32)
-        width = cols - tile_col * 64  # of what is left
+        # Of what is left. Triton has numbers of 32 bits for arguments below 2^31.
+        width = cols - tl.cast(tile_col, cols.dtype) * 64
         elements, reason = decode_tile(
             bitmap,
             offsets,
@@ -122,7 +124,7 @@ def multiply_tiles(
             most_escapes,
             tile,
             height,
-            tl.minimum(width, 64),
+            tl.minimum(width, 64).to(tl.int32),
             (tile_col - usual_first).to(tl.uint32) < usual_cols,
             CODEC,
             DTYPE,

@@ -289,6 +289,9 @@ def test_what_does_not_fit_is_refused(device: torch.device, random_packed: Matri
     }.items():
         with pytest.raises(KernelError, match=text):
             linear(matrix, x, plan=plan)
+    wide = from_arrays(random_packed(1, 1, 33 * 64, "BF16", ("raw", True)), device)
+    with pytest.raises(KernelError, match=r"a plan of 33 splits, 2112 columns have 1..32"):
+        linear(wide, x.new_ones((1, 33 * 64)), plan=replace(PLAN, splits=33))
 
 
 def test_no_tokens_are_no_work(device: torch.device, random_packed: Matrices) -> None:

@@ -64,12 +64,13 @@ def _place(row, col, tall, wide, ORDER: tl.constexpr):
     return row * wide + col
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["far_units"])
 def expand_tiles(
     bitmap,
     offsets,
     values,
     values_bytes,
+    far_units,
     out,
     tall,
     wide,
@@ -81,8 +82,8 @@ def expand_tiles(
     row, col = number // wide, number % wide
     tile = _place(row, col, tall, wide, ORDER)
     elements, _ = decode_tile(
-        bitmap, offsets, None, values, values_bytes, tall * wide, 0, tile, 64, 64,
-        "raw", tl.bfloat16, True, 0, VARIANT,
+        bitmap, offsets, None, values, values_bytes, far_units, tall * wide, 0, tile, 64, 64,
+        (tile > 0) & (tile + 1 < tall * wide), "raw", tl.bfloat16, True, 0, VARIANT,
     )  # fmt: skip
     high, low = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
     if ORDER == "blocks":
@@ -93,12 +94,13 @@ def expand_tiles(
     tl.store(out + first + tl.cast(down, tl.int64) * wide * 64 + right, elements)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["far_units"])
 def sum_rows(
     bitmap,
     offsets,
     values,
     values_bytes,
+    far_units,
     x,
     parts,
     tall,
@@ -117,8 +119,8 @@ def sum_rows(
     for col in range(_bound(split * wide // splits), _bound((split + 1) * wide // splits)):
         tile = _place(row, col, tall, wide, ORDER)
         elements, _ = decode_tile(
-            bitmap, offsets, None, values, values_bytes, tall * wide, 0, tile, 64, 64,
-            "raw", tl.bfloat16, True, 0, VARIANT,
+            bitmap, offsets, None, values, values_bytes, far_units, tall * wide, 0, tile, 64, 64,
+            (tile > 0) & (tile + 1 < tall * wide), "raw", tl.bfloat16, True, 0, VARIANT,
         )  # fmt: skip
         if ORDER == "blocks":
             high, low = step[:, None], step[None, :]

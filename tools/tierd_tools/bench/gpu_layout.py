@@ -54,6 +54,7 @@ def _sides(
 ) -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None]], int]:
     """For each order: expanding, and summing, over so many copies. Both were seen to be right."""
     from tierd_kernels.gpu.expand import DEFAULT_WAY
+    from tierd_kernels.gpu.records import far_units
     from tierd_tools import gpu_layout
 
     expands, sums, count = {}, {}, 0
@@ -72,7 +73,7 @@ def _sides(
             matrix, out = pair
             gpu_layout.expand_tiles[(tall * wide,)](
                 matrix.bitmap, matrix.offsets, matrix.values, matrix.values.numel(),
-                out, tall, wide, VARIANT=variant, ORDER=order,
+                far_units(matrix.values.numel()), out, tall, wide, VARIANT=variant, ORDER=order,
             )  # fmt: skip
 
         def add(
@@ -83,7 +84,8 @@ def _sides(
         ) -> None:
             gpu_layout.sum_rows[(tall, SPLITS)](
                 matrix.bitmap, matrix.offsets, matrix.values, matrix.values.numel(),
-                x, parts, tall, wide, SPLITS, VARIANT=variant, ORDER=order,
+                far_units(matrix.values.numel()), x, parts, tall, wide, SPLITS,
+                VARIANT=variant, ORDER=order,
             )  # fmt: skip
 
         expands[order], sums[order] = over_all(pairs, expand), over_all(matrices, add)

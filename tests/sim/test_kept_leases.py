@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tierd.core.budget import Budget
-from tierd.core.fetching import Fetcher
+from tierd.core.emptying import Emptier
 from tierd.core.model import Admit, Plan, Refuse
 from tierd.sim.__main__ import replay_command
 from tierd.sim.errors import BrokenPromise
@@ -81,7 +81,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
         pressed = property(lambda self: bool(self._books.awaiting))
         monkeypatch.setattr(Budget, "pressed", pressed)
     else:
-        monkeypatch.setattr(Fetcher, "_shrink", lambda self: None)
+        monkeypatch.setattr(Emptier, "shrink", lambda self: None)
 
 
 @pytest.mark.parametrize(

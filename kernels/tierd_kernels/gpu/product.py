@@ -80,6 +80,8 @@ def multiply_tiles(
     """
     tile_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
+    # Triton makes a constant of a single column, which would have no type.
+    cols += tl.program_id(0) * 0
     # Rows and columns are below 2^32 - 64; as a division it would ask for the sign.
     tile_rows = ((rows + 63).to(tl.uint32) >> 6).to(tl.int32)
     tile_cols = ((cols + 63).to(tl.uint32) >> 6).to(tl.int32)

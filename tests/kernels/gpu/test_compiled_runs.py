@@ -20,7 +20,7 @@ from tests.kernels.gpu.ptx.errors import PtxError
 from tests.kernels.torch_expansions import bits_of, dirty, specified
 from tierd_kernels import PackedMatrix, reference
 from tierd_kernels.gpu import compiled, plans
-from tierd_kernels.gpu.expand import Way, expand
+from tierd_kernels.gpu.expand import DEFAULT_WAY, Way, expand
 from tierd_kernels.gpu.linear import linear
 from tierd_kernels.gpu.plans import Plan
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix, from_arrays, measured
@@ -75,6 +75,17 @@ def test_a_recorded_variant_gives_what_the_reference_says(
     matrix = random_packed(6, 70, 452, variant.dtype, form, tops=TAME)
     plan = Plan(variant.how.tokens, 2, *plan_kind(variant.how))
     assert product(matrix, plan, variant.how.tokens - 3) < MOST_ERROR
+
+
+@pytest.mark.parametrize("shape", [(70, 1), (1, 1), (1, 70)], ids=str)
+def test_a_matrix_of_a_single_row_or_column_compiles_and_is_right(
+    random_packed: Matrices, shape: tuple[int, int]
+) -> None:
+    """Triton compiles a kernel of its own for an argument that is 1."""
+    matrix = random_packed(6, *shape, "BF16", ("exponent-packed", False), tops=TAME)
+    plan = plans.default_plan(from_arrays(matrix).grid, 3)
+    assert product(matrix, plan, 3) < MOST_ERROR
+    np.testing.assert_array_equal(expanded(matrix, DEFAULT_WAY), specified(matrix))
 
 
 def plan_kind(plan: Plan) -> tuple[int, int, str]:

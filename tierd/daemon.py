@@ -26,7 +26,13 @@ from tierd.diagnosis import Diagnosis
 from tierd.engine import Engine
 from tierd.garbage import Garbage
 from tierd.holders import Holders
-from tierd.io.memory_limits import auto_budget, available_bytes, available_for, check_budget
+from tierd.io.memory_limits import (
+    auto_budget,
+    available_bytes,
+    available_for,
+    check_budget,
+    check_least,
+)
 from tierd.io.pages import choose_pages
 from tierd.io.ssd import ReaderPool
 from tierd.models import Models, scan_for
@@ -103,6 +109,7 @@ class Daemon:
         limit = await loop.run_in_executor(None, available_bytes)
         budget = self.config.dram_bytes or auto_budget(limit, held_bytes=held_bytes)
         pages = choose_pages(budget, kept_fds=kept_arenas)
+        check_least(budget, pages.page_bytes)
         limit = await loop.run_in_executor(None, available_for, pages)
         check_budget(budget, limit, held_bytes=held_bytes)
         if pages.warning:

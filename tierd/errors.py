@@ -3,6 +3,7 @@
 TierdError                      code internal
     ConfigError        ValueError       never leaves the process: exit 2
     BudgetTooLarge     MemoryError      bad_request; at start exit 1, before the first page
+    BudgetTooSmall     ValueError       at start, exit 1
     ArenaError         OSError          no memory could be obtained
     SocketInUse        OSError          another daemon answers on the socket
     SocketUnusable     OSError          no socket can be made at the path
@@ -54,6 +55,10 @@ class BudgetTooLarge(TierdError, MemoryError):
     """A budget does not fit into what the machine, a memory cgroup or a GPU has left."""
 
     code = "bad_request"
+
+
+class BudgetTooSmall(TierdError, ValueError):
+    """A budget that does not hold one unit in which memory is taken."""
 
 
 class ArenaError(TierdError, OSError):

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from tierd.errors import BudgetTooLarge
+from tierd.errors import BudgetTooLarge, BudgetTooSmall
 from tierd.io.memory_limits import (
     Limit,
     auto_budget,
     available_bytes,
     available_for,
     check_budget,
+    check_least,
 )
 from tierd.io.pages import PageKind, Pages
 
@@ -213,6 +214,12 @@ def test_a_budget_above_the_limit_is_refused_with_both_numbers() -> None:
 @pytest.mark.parametrize("kind", [PageKind.SMALL, PageKind.SHMEM_THP])
 def test_pages_of_the_system_come_from_what_is_available(machine: Machine, kind: PageKind) -> None:
     assert available_for(Pages(kind, ""), machine.root) == available_bytes(machine.root)
+
+
+def test_a_budget_below_one_page_is_refused_with_both_numbers() -> None:
+    check_least(2 * MIB, 2 * MIB)
+    with pytest.raises(BudgetTooSmall, match=r"1\.0 MiB \(1048576 .*, 2\.0 MiB \(2097152 bytes\)"):
+        check_least(MIB, 2 * MIB)
 
 
 def test_reserved_pages_are_no_part_of_what_is_available_and_end_where_they_end(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tierd.errors import BudgetTooLarge
+from tierd.errors import BudgetTooLarge, BudgetTooSmall
 from tierd.io.pages import PageKind, free_hugetlb_bytes
 from tierd.sizes import format_size
 
@@ -50,6 +50,15 @@ def available_for(pages: Pages, root: Path = _ROOT) -> Limit:
     if pages.kind is PageKind.HUGETLB:
         return Limit(free_hugetlb_bytes(root), "reserved 2 MiB pages: HugePages_Free")
     return available_bytes(root)
+
+
+def check_least(budget_bytes: int, page_bytes: int) -> None:
+    """Raise BudgetTooSmall where the budget does not hold one page."""
+    if budget_bytes < page_bytes:
+        raise BudgetTooSmall(
+            f"the DRAM budget of {_exact(budget_bytes)} is below one page, {_exact(page_bytes)}: "
+            f"no layer would fit"
+        )
 
 
 def check_budget(budget_bytes: int, limit: Limit, *, held_bytes: int = 0) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tierd_client.errors import UnsupportedDevice
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from tierd_kernels.torch_matrix import TorchMatrix
@@ -93,17 +96,25 @@ class TritonKernels:
 
     def __init__(self, crossovers: Any) -> None:
         self._crossovers = crossovers
+        self._expanded: set[tuple[object, ...]] = set()
 
     def expand(self, matrix: TorchMatrix, out: torch.Tensor, faults: torch.Tensor | None) -> None:
-        from tierd_kernels.gpu import expand
+        """The first matrix of each form is tried first. Raises UnsupportedDevice."""
+        from tierd_kernels.gpu import expand, trial
 
+        form = (matrix.codec, matrix.bitmap is None, matrix.dtype, matrix.most_planes)
+        if form not in self._expanded:
+            with _right_kernels():
+                trial.Trial(matrix).expansion()
+            self._expanded.add(form)
         expand.expand(matrix, out, faults=faults)
 
     def temporary_bytes(self, matrix: TorchMatrix) -> int:
         return 0
 
     def plan(self, matrix: TorchMatrix, tokens: int) -> Any | None:
-        return self._crossovers.choice(matrix, tokens)
+        with _right_kernels():
+            return self._crossovers.choice(matrix, tokens)
 
     def linear(
         self,
@@ -118,6 +129,19 @@ class TritonKernels:
         from tierd_kernels.gpu import linear
 
         return linear.linear(matrix, x, bias, out=out, faults=faults, plan=plan)
+
+
+@contextmanager
+def _right_kernels() -> Iterator[None]:
+    """Whoever has kernels that compute something else hears what to do."""
+    from tierd_kernels.errors import WrongKernel
+
+    try:
+        yield
+    except WrongKernel as error:
+        raise UnsupportedDevice(
+            f"{error}; {VARIABLE}=torch takes operations of torch instead"
+        ) from error
 
 
 def kernels_name() -> str:

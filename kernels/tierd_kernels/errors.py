@@ -2,6 +2,7 @@
 
 KernelsError
 ├── KernelError        (ValueError)    arrays that do not fit each other, or whose contents lie
+├── WrongKernel        (RuntimeError)  what was compiled here computes something else
 ├── OtherBuild         (ImportError)   a compiled module is not of this source
 └── UnsupportedKernel  (RuntimeError)  TIERD_KERNELS names a kernel that is not here
 """
@@ -13,6 +14,10 @@ class KernelsError(Exception):
 
 class KernelError(KernelsError, ValueError):
     """An array has the wrong type, shape or contents. The output's contents are then undefined."""
+
+
+class WrongKernel(KernelsError, RuntimeError):
+    """A kernel that was compiled on this machine does not compute what the specification says."""
 
 
 class OtherBuild(KernelsError, ImportError):

@@ -13,6 +13,7 @@ from tierd_client import device_kernels
 from tierd_client.device_kernels import ROOM_BYTES, TorchKernels, TritonKernels
 from tierd_client.errors import UnsupportedDevice
 from tierd_kernels import KernelError, torch_matrix
+from tierd_kernels.errors import WrongKernel
 from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
 from tierd_kernels.torch_expand import TILE_BYTES
 from tierd_layouts import exponent_packed, packed_matrix
@@ -77,6 +78,32 @@ def test_tritons_multiply_few_tokens_as_was_measured_and_torchs_never() -> None:
     assert torch.equal(rounded, out.bfloat16())
     with pytest.raises(UnsupportedDevice):
         TorchKernels().linear(matrix, x, None, plan=plan, faults=cell)
+
+
+def test_kernels_that_compute_something_else_are_refused_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tierd_kernels.gpu import trial
+
+    def wrongly_chosen(*_: Any) -> None:
+        raise WrongKernel("a plan multiplies wrongly")
+
+    def wrongly_expanded(matrix: Any, out: torch.Tensor, **_: Any) -> None:
+        out.zero_()
+
+    advice = "; TIERD_GPU_KERNELS=torch takes operations of torch"
+    matrix, dense = stored()
+    with pytest.raises(UnsupportedDevice, match=f"a plan multiplies wrongly{advice}"):
+        triton(wrongly_chosen).plan(matrix, 1)
+    kernels = triton()
+    with monkeypatch.context() as patched:
+        patched.setattr(trial, "expand", wrongly_expanded)
+        for _ in range(2):
+            with pytest.raises(UnsupportedDevice, match=f"is expanded wrongly on cpu.*{advice}"):
+                kernels.expand(matrix, torch.empty_like(dense), None)
+    out = torch.empty_like(dense)
+    kernels.expand(matrix, out, None)
+    assert torch.equal(out.view(torch.int16), dense.view(torch.int16))
 
 
 def test_only_torchs_have_temporaries() -> None:

@@ -23,6 +23,7 @@ from tierd_kernels.gpu.crossover_file import CrossoverFile, Table, default_path
 from tierd_kernels.gpu.expand import expand
 from tierd_kernels.gpu.linear import ELEMENTS, linear, processors
 from tierd_kernels.gpu.plans import Plan, candidates, default_plan
+from tierd_kernels.gpu.trial import Trial
 from tierd_kernels.torch_matrix import DTYPES, TorchMatrix
 
 if TYPE_CHECKING:
@@ -51,12 +52,24 @@ class Timer(Protocol):
         """Seconds of one `run`."""
 
 
+class Tried(Protocol):
+    """What looks whether kernels are right before their times count: `trial.Trial`."""
+
+    def expansion(self) -> None:
+        """Raise WrongKernel."""
+
+    def product(self, plan: Plan) -> None:
+        """Raise WrongKernel."""
+
+
 class Crossovers:
     """Of one device. Thread-safe; the first choice for a new kind of matrix measures and waits.
 
     While it measures it has a dense matrix and 256 MiB on the device beside its own, and other work
     there falsifies what it finds. Where they do not fit it says so once and does not measure: 16
-    tokens are fused then. timer, path: for tests; the GPU's events, the user's cache.
+    tokens are fused then. Each kernel is tried before: one that computes something else is a
+    WrongKernel, and nothing is kept. timer, path, trial: for tests; the GPU's events, the user's
+    cache, `Trial`.
     """
 
     def __init__(
@@ -64,9 +77,11 @@ class Crossovers:
         device: torch.device | str,
         timer: Timer | None = None,
         path: Path | None = None,
+        trial: Callable[[TorchMatrix], Tried] = Trial,
     ) -> None:
         self._device = torch.device(device)
         self._timer = timer
+        self._trial = trial
         if timer is None and self._device.type != "cuda":
             raise KernelError(f"crossovers are measured on a GPU, not on {self._device}")
         self._file = CrossoverFile(path or default_path(self._device))
@@ -75,7 +90,10 @@ class Crossovers:
         self._lock = threading.Lock()
 
     def choice(self, matrix: TorchMatrix, tokens: int) -> Plan | None:
-        """The plan for `linear`; None: expand the matrix, then multiply. Raises KernelError."""
+        """The plan for `linear`; None: expand the matrix, then multiply.
+
+        Raises KernelError, WrongKernel.
+        """
         if not 0 < tokens <= TOKEN_CLASSES[-1] or matrix.dtype not in ELEMENTS:
             return None
         if not matrix.grid.tiles:
@@ -88,7 +106,7 @@ class Crossovers:
         return plans[next(most for most in TOKEN_CLASSES if tokens <= most)]
 
     def table(self, matrix: TorchMatrix) -> Table:
-        """The seconds behind the choices for such a matrix. Raises KernelError."""
+        """The seconds behind the choices for such a matrix. Raises KernelError, WrongKernel."""
         with self._lock:
             return self._table(kind(matrix), matrix)
 
@@ -117,6 +135,7 @@ class Crossovers:
         found = self._tables.get(key)
         if found is None or not _whole(found, matrix):
             try:
+                _try(matrix, self._trial(matrix))
                 found = _measured(matrix, self._timer or CudaTimer(self._device))
             finally:
                 if self._device.type == "cuda":
@@ -186,6 +205,18 @@ def _whole(table: Table, matrix: TorchMatrix) -> bool:
 def _plans(matrix: TorchMatrix, tokens: int) -> list[Plan]:
     cuda = cuda_product.usable(matrix)
     return candidates(matrix.grid, matrix.codec, tokens, processors(matrix.device), cuda)
+
+
+def _try(matrix: TorchMatrix, trial: Tried) -> None:
+    """Everything that is going to be measured, but for the number of splits. Raises WrongKernel."""
+    trial.expansion()
+    plans = {
+        (plan.tokens, plan.warps, plan.stages, plan.variant): plan
+        for tokens in TOKEN_CLASSES
+        for plan in _plans(matrix, tokens)
+    }
+    for plan in plans.values():
+        trial.product(plan)
 
 
 def _measured(matrix: TorchMatrix, timer: Timer) -> Table:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tierd_kernels import KernelError, PackedMatrix
+from tierd_kernels.errors import WrongKernel
 from tierd_kernels.gpu import cuda_product
 from tierd_kernels.gpu.crossover import TOKEN_CLASSES, Crossovers, decide, kind
 from tierd_kernels.gpu.crossover_file import CrossoverFile, Table
@@ -44,6 +45,20 @@ class PlayedTimer:
         return seconds / (8 + plan.splits)
 
 
+class PlayedTrial:
+    """Of a card whose kernels are right, but for those of one plan's tokens."""
+
+    def __init__(self, matrix: TorchMatrix, wrong: int = 0) -> None:
+        self.wrong = wrong
+
+    def expansion(self) -> None:
+        """It is right."""
+
+    def product(self, plan: Plan) -> None:
+        if plan.tokens == self.wrong:
+            raise WrongKernel(f"{plan.tokens} tokens at once")
+
+
 class RunningTimer(PlayedTimer):
     """As `PlayedTimer`, but runs what it is given."""
 
@@ -58,7 +73,7 @@ def matrix(device: torch.device, random_packed: Matrices) -> TorchMatrix:
 
 
 def crossovers(device: torch.device, timer: PlayedTimer, folder: Path) -> Crossovers:
-    return Crossovers(device, timer, folder / "cache" / "card.json")
+    return Crossovers(device, timer, folder / "cache" / "card.json", PlayedTrial)
 
 
 def test_few_tokens_are_fused_and_more_are_expanded(
@@ -146,6 +161,18 @@ def test_a_wrong_tile_is_named_before_its_times_are_kept(
     ):
         found.choice(from_arrays(packed, device), 1)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_kernel_that_is_wrong_on_this_card_is_not_measured_nor_anything_kept(
+    device: torch.device, matrix: TorchMatrix, tmp_path: Path
+) -> None:
+    timer, path = PlayedTimer(64), tmp_path / "cache" / "card.json"
+    found = Crossovers(device, timer, path, lambda matrix: PlayedTrial(matrix, wrong=64))
+    for _ in range(2):
+        with pytest.raises(WrongKernel, match="64 tokens"):
+            found.choice(matrix, 1)
+    assert not timer.calls
+    assert not path.exists()
 
 
 def test_without_memory_to_measure_few_tokens_are_fused_and_it_is_said_once(
@@ -316,7 +343,7 @@ def test_who_has_no_home_measures_and_keeps_nothing(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    assert Crossovers(device, PlayedTimer(16)).choice(matrix, 4) is not None
+    assert Crossovers(device, PlayedTimer(16), trial=PlayedTrial).choice(matrix, 4) is not None
     assert "nowhere to keep what is measured on" in caplog.text
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tierd_kernels import torch_matrix
+from tierd_kernels.gpu.records import far_units
 from tierd_tools import gpu_layout, matrix_set
 
 SHAPES = {"rows": (128, 192), "columns": (128, 192), "squares": (256, 512), "blocks": (128, 64)}
@@ -34,7 +35,7 @@ def test_expanding_puts_the_elements_back(order: str) -> None:
     out = torch.full_like(dense, 7.0)
     gpu_layout.expand_tiles[(tall * wide,)](
         matrix.bitmap, matrix.offsets, matrix.values, matrix.values.numel(),
-        out, tall, wide, VARIANT="gather", ORDER=order,
+        far_units(matrix.values.numel()), out, tall, wide, VARIANT="gather", ORDER=order,
     )  # fmt: skip
     assert torch.equal(out, dense)
 
@@ -47,7 +48,7 @@ def test_sums_are_those_of_the_matrix(order: str) -> None:
     parts = torch.full((2, dense.shape[0]), 7.0)
     gpu_layout.sum_rows[(tall, 2)](
         matrix.bitmap, matrix.offsets, matrix.values, matrix.values.numel(),
-        x, parts, tall, wide, 2, VARIANT="gather", ORDER=order,
+        far_units(matrix.values.numel()), x, parts, tall, wide, 2, VARIANT="gather", ORDER=order,
     )  # fmt: skip
     torch.testing.assert_close(parts.sum(0), dense.float() @ x.float())
 
@@ -65,7 +66,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from tierd_tools import gpu_layout, gpu_planted
-packed = {"bitmap": "*u8", "offsets": "*u8", "values": "*u8", "values_bytes": "i64"}
+packed = {"bitmap": "*u8", "offsets": "*u8", "values": "*u8"}
+packed |= {"values_bytes": "i64", "far_units": "i64"}
 size = {"tall": "i32", "wide": "i32"}
 for order in ("rows", "blocks"):
     chosen = {"VARIANT": "window", "ORDER": order}

@@ -330,8 +330,9 @@ def test_what_does_not_go_together_is_refused_before_a_model_is_made(
     monkeypatch.setenv("TIERD_GPU_KERNELS", "torch")
     with pytest.raises(UnsupportedDevice, match='"fused" on cuda is refused'):
         load_model("tiny", "fused", socket, device="cuda")
+    monkeypatch.setenv("TIERD_SOCKET", socket + "-nowhere")
     with pytest.raises(TierUnavailable, match="a private one has DRAM only"):
-        load_model(folder / "packs" / "tiny", socket=socket + "-nowhere", tier="gpu:0")
+        load_model(folder / "packs" / "tiny", tier="gpu:0")
 
 
 def test_a_real_gpu_is_refused_to_the_cpu(start: Callable[[str, int], str]) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tierd_client.lease import Lease
 
 DEFAULT_TIMEOUT_S = 60.0
+LONGEST_TIMEOUT_S = 1_000_000
 
 
 class Client:
@@ -46,7 +47,7 @@ class Client:
     $XDG_RUNTIME_DIR/tierd.sock. tier: what its leases are of, "dram" or "gpu:N". name: what
     `tierctl clients` shows. timeout: seconds to wait for any one answer. Raises DaemonNotRunning,
     DaemonTimeout, VersionMismatch, TooManyClients, TierUnavailable; ValueError for a socket "" and
-    a timeout of 0.
+    a timeout of 0 or above LONGEST_TIMEOUT_S.
 
     On a GPU tier a client that idles calls `attend` now and then (`load_model` does).
     """
@@ -61,8 +62,10 @@ class Client:
     ) -> None:
         if socket == "":  # an unset variable of a script must not end at another daemon
             raise ValueError("socket '' is no path; without one the default places are looked at")
-        if not timeout > 0:
-            raise ValueError(f"timeout is {timeout} s, expected more than 0")
+        if not 0 < timeout <= LONGEST_TIMEOUT_S:
+            raise ValueError(
+                f"timeout is {timeout} s, expected more than 0 and at most {LONGEST_TIMEOUT_S}"
+            )
         path = resolve_socket(socket, for_listening=False)
         self._connection = Connection.connect(path, timeout, check_tier(tier))
         self._counters = Counters()

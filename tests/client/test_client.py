@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -63,15 +64,16 @@ def test_a_client_without_a_name_says_which_process_it_is(daemon: FakeDaemon) ->
     assert daemon.asked("hello")[0]["client"].endswith(f"[{os.getpid()}]")
 
 
-def test_a_socket_without_a_name_and_a_timeout_of_nothing_are_refused(
+def test_a_socket_without_a_name_and_a_timeout_of_nothing_or_for_ever_are_refused(
     daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`Client(os.environ.get("MINE", ""))` must not end at another daemon."""
     monkeypatch.setenv("TIERD_SOCKET", daemon.path)
     with pytest.raises(ValueError, match="socket '' is no path"):
         Client("")
-    with pytest.raises(ValueError, match="timeout is 0 s, expected more than 0"):
-        Client(timeout=0)
+    for timeout in (0, math.inf, math.nan, 1e300):
+        with pytest.raises(ValueError, match="timeout is .* s, expected more than 0 and at most 1"):
+            Client(timeout=timeout)
 
 
 def test_a_layer_is_leased_by_name_or_by_number(client: Client) -> None:

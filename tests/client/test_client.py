@@ -72,7 +72,9 @@ def test_a_socket_without_a_name_and_a_timeout_of_nothing_or_for_ever_are_refuse
     with pytest.raises(ValueError, match="socket '' is no path"):
         Client("")
     for timeout in (0, math.inf, math.nan, 1e300):
-        with pytest.raises(ValueError, match="timeout is .* s, expected more than 0 and at most 1"):
+        with pytest.raises(
+            ValueError, match=r"timeout is .* s, expected more than 0 and at most 1"
+        ):
             Client(timeout=timeout)
 
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.kernels.random_matrices import TAME
 from tierd_kernels import PackedMatrix, linear, reference
 
 DTYPES = ["BF16", "F16", "F32"]
 MOST_ERROR = 1e-5
 """RMS of the error relative to the RMS of the exact product; the promise up to 16384 columns."""
-TAME = (64, 192)  # see random_matrices.py
 LOSSLESS = [("raw", True), ("exponent-packed", True), ("exponent-packed", False)]
 
 

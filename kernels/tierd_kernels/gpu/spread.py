@@ -34,43 +34,19 @@ def permuted(low, high, selector):
         )
 
 
+@triton.constexpr_function
+def _woven_by(which):
+    return f"prmt.b32 $0, $1, $2, {which:#06x};"
+
+
 @triton.jit
 def woven(low, high, WHICH: tl.constexpr):
     """As `permuted` with a selector that is known: an operand of the instruction, no register."""
     if INTERPRETED:
         return permuted(low, high, low * 0 + WHICH)
-    elif WHICH == 0x4140:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x4140;", "=r,r,r", [low, high], tl.uint32, True, 1
-        )
-    elif WHICH == 0x0504:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x0504;", "=r,r,r", [low, high], tl.uint32, True, 1
-        )
-    elif WHICH == 0x0706:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x0706;", "=r,r,r", [low, high], tl.uint32, True, 1
-        )
-    elif WHICH == 0x2301:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x2301;", "=r,r,r", [low, high], tl.uint32, True, 1
-        )
-    elif WHICH == 0x5410:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [low, high], tl.uint32, True, 1
-        )
-    elif WHICH == 0x6420:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [low, high], tl.uint32, True, 1
-        )
-    elif WHICH == 0x5140:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x5140;", "=r,r,r", [low, high], tl.uint32, True, 1
-        )
     else:
-        tl.static_assert(WHICH == 0x7362)
         return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x7362;", "=r,r,r", [low, high], tl.uint32, True, 1
+            _woven_by(WHICH), "=r,r,r", [low, high], tl.uint32, True, 1
         )
 
 

@@ -8,6 +8,7 @@ show it.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -48,7 +49,7 @@ class Trial:
             found = torch.empty_like(must)
             expand(self._matrix, found, tile_rows=(tile_row, tile_row + 1), faults=self._ignored())
             if not torch.equal(found.view(torch.uint8), must.view(torch.uint8)):
-                raise WrongKernel(f"tile row {tile_row} is {self._expansion_text()}")
+                raise WrongKernel(f"tile row {tile_row} is expanded wrongly {self._where()}")
 
     def product(self, plan: Plan) -> None:
         """Raise WrongKernel unless `linear` is right with this plan, but for MOST_ERROR."""
@@ -56,18 +57,23 @@ class Trial:
         x = torch.randn((tokens, matrix.cols), device=matrix.device).to(DTYPES[matrix.dtype])
         found = torch.empty((tokens, matrix.rows), dtype=torch.float32, device=matrix.device)
         linear(matrix, x, out=found, faults=self._ignored(), plan=plan)
-        for tile_row in self._tile_rows:
-            # Levels are multiplied unrounded; as float32 they are.
-            exact = matrix if matrix.scales is None else replace(matrix, dtype="F32")
-            weights = self._expanded(exact, tile_row).double()
+        for tile_row, weights in self._exact.items():
             part = found[:, tile_row * 64 : tile_row * 64 + len(weights)]
-            error = _error(part, x.double(), weights)
+            error = _error(part, x.double(), weights.double())
             if not error <= MOST_ERROR:  # also NaN
                 raise WrongKernel(
-                    f"{plan} of a {matrix.codec} matrix [{matrix.rows}, {matrix.cols}] multiplies "
-                    f"wrongly on {_name(matrix.device)}: off by {error:.1e}, {MOST_ERROR:.0e} at "
-                    f"most"
+                    f"{plan} multiplies wrongly {self._where()}: "
+                    f"off by {error:.1e}, {MOST_ERROR:.0e} at most"
                 )
+
+    @cached_property
+    def _exact(self) -> dict[int, torch.Tensor]:
+        """Of each tile row the weights, once for all plans. Levels are multiplied unrounded; as
+        float32 they are.
+        """
+        matrix = self._matrix
+        exact = matrix if matrix.scales is None else replace(matrix, dtype="F32")
+        return {tile_row: self._expanded(exact, tile_row) for tile_row in self._tile_rows}
 
     def _expanded(self, matrix: TorchMatrix, tile_row: int) -> torch.Tensor:
         height = min(64, matrix.rows - tile_row * 64)
@@ -81,10 +87,10 @@ class Trial:
         """Wrong tiles are zeros on both sides; who uses the matrix hears of them."""
         return new_faults(self._matrix.device)
 
-    def _expansion_text(self) -> str:
+    def _where(self) -> str:
         matrix = self._matrix
         return (
-            f"expanded wrongly on {_name(matrix.device)}, of a {matrix.codec} matrix "
+            f"on {_name(matrix.device)}, of a {matrix.codec} matrix "
             f"[{matrix.rows}, {matrix.cols}] of {matrix.dtype}"
         )
 

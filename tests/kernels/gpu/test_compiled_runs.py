@@ -17,6 +17,7 @@ import torch
 
 from tests.kernels.gpu.ptx import machine
 from tests.kernels.gpu.ptx.errors import PtxError
+from tests.kernels.random_matrices import TAME
 from tests.kernels.torch_expansions import bits_of, dirty, specified
 from tierd_kernels import PackedMatrix, reference
 from tierd_kernels.gpu import compiled, plans
@@ -34,7 +35,6 @@ DEVICE = os.environ.get("TIERD_KERNELS_DEVICE", "")
 pytestmark = pytest.mark.skipif(
     not DEVICE.startswith("sm_"), reason="for TIERD_KERNELS_DEVICE=sm_80, sm_90, sm_100: make ptx"
 )
-TAME = (64, 192)  # see random_matrices.py
 MOST_ERROR = 1e-6
 """RMS, of the sums before they are rounded; the machine's tensor cores do not cut off."""
 

@@ -22,6 +22,7 @@ import torch
 from tests.kernels.gpu.ptx.machine import kernel as machine_kernel
 from tests.kernels.gpu.ptx.machine import launch as machine_launch
 from tests.kernels.gpu.ptx.memory import Array
+from tests.kernels.random_matrices import TAME
 from tierd_kernels import KernelError, PackedMatrix, reference
 from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
 from tierd_kernels.gpu import cuda_product, nvcc
@@ -37,7 +38,6 @@ ARCHITECTURE = int(DEVICE.removeprefix("sm_")) if DEVICE.startswith("sm_") else 
 MOST_ERROR = 1e-6
 """RMS of the error relative to the RMS of the exact product: a tenth of what is promised."""
 FORM = ("exponent-packed", True)
-TAME = (64, 192)  # see random_matrices.py
 PLAN = Plan(16, 1, *CUDA)
 INT8 = ("int8", True)
 NAMES = ("bitmap", "offsets", "heads", "scales", "values", "x", "parts", "faults")

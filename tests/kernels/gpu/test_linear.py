@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tests.kernels.random_matrices import TAME
 from tierd_kernels import KernelError, PackedMatrix, reference
 from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
 from tierd_kernels.gpu.linear import linear
@@ -22,7 +23,6 @@ Bits = Callable[..., Any]
 
 MOST_ERROR = 1e-5
 """RMS of the error relative to the RMS of the exact product."""
-TAME = (64, 192)  # see random_matrices.py
 LOSSLESS = [("raw", True), ("exponent-packed", True), ("exponent-packed", False)]
 PLAN = Plan(16, 2, *VARIANTS[0])
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels.random_matrices import TAME
 from tierd_kernels import PackedMatrix
 from tierd_kernels.errors import WrongKernel
 from tierd_kernels.gpu import trial
@@ -19,7 +20,6 @@ from tierd_kernels.torch_matrix import from_arrays
 
 Matrices = Callable[..., PackedMatrix]
 
-TAME = (64, 192)  # see random_matrices.py
 PLAN = Plan(16, 2, *VARIANTS[0])
 
 

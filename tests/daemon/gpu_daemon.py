@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tests.daemon.conftest import OpenedOnGpu
+from tests.daemon.conftest import OpenedOnGpu, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,3 +38,13 @@ def on_gpu(connect: Connect, daemon: RunningDaemon, model: str = "m") -> OpenedO
 def gpu_status(daemon: RunningDaemon, number: int = 0) -> dict[str, Any]:
     (found,) = [gpu for gpu in daemon.status()["gpus"] if gpu["tier"] == f"gpu:{number}"]
     return dict(found)
+
+
+def obey_until_kept(opened: OpenedOnGpu, daemon: RunningDaemon, what: str, *seconds: float) -> None:
+    """Wait, giving back what is asked for, until nothing is above the budget."""
+
+    def kept() -> bool:
+        opened.obey()
+        return bool(gpu_status(daemon)["above_budget_bytes"] == 0)
+
+    wait_until(kept, what, *seconds)

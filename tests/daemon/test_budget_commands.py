@@ -18,6 +18,7 @@ from tests.daemon.gpu_daemon import (
     LAYERS,
     arguments,
     gpu_status,
+    obey_until_kept,
     on_gpu,
 )
 from tierd import budget_commands
@@ -112,11 +113,7 @@ def test_a_client_that_has_the_chunks_and_dies_holds_nothing_up(
     assert gpu_status(daemon)["above_budget_bytes"] > 0
     other.client.close()
 
-    def kept() -> bool:
-        opened.obey()
-        return bool(gpu_status(daemon)["above_budget_bytes"] == 0)
-
-    wait_until(kept, "the budget is kept", 2.0)
+    obey_until_kept(opened, daemon, "the budget is kept", 2.0)
 
 
 #: `python -m tierd` that does not wait for 5 s before it names who does not answer.

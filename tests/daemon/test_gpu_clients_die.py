@@ -18,6 +18,7 @@ from tests.daemon.gpu_daemon import (
     LAYERS,
     arguments,
     gpu_status,
+    obey_until_kept,
     on_gpu,
 )
 
@@ -118,11 +119,7 @@ def test_a_client_that_is_killed_at_any_step_leaves_nothing_behind(
         observer.release(lease)
         observer.obey()
 
-    def kept() -> bool:
-        observer.obey()
-        return bool(gpu_status(daemon)["above_budget_bytes"] == 0)
-
-    wait_until(kept, "no chunk waits for the dead")
+    obey_until_kept(observer, daemon, "no chunk waits for the dead")
     wait_until(lambda: len(os.listdir(f"/proc/{daemon.pid}/fd")) <= fds + 4, "descriptors", 5.0)
 
 

@@ -17,6 +17,7 @@ from tests.daemon.gpu_daemon import (
     LAYERS,
     arguments,
     gpu_status,
+    obey_until_kept,
     on_gpu,
 )
 
@@ -361,11 +362,7 @@ def test_a_client_that_never_answers_is_disconnected_and_the_others_go_on(
         other.release(lease)
         other.obey()
 
-    def kept() -> bool:
-        other.obey()
-        return bool(gpu_status(daemon)["above_budget_bytes"] == 0)
-
-    wait_until(kept, "the budget is kept")
+    obey_until_kept(other, daemon, "the budget is kept")
     assert "and did not answer for" in daemon.log_text()
     with pytest.raises((EOFError, ConnectionResetError, BrokenPipeError)):
         stopped.client.call("status")

@@ -88,8 +88,8 @@ class Walk:
         self._meet(lambda status: status["dram"]["in_flight_bytes"], "it is read from the SSD")
 
     def wait_for_copy(self) -> None:
-        # Nobody has a lease in DRAM but who copies from it.
-        self._meet(lambda status: status["dram"]["leased_bytes"], "it is copied to the GPU")
+        # Nobody has a lease in DRAM but who copies from it: this layer, or one ahead of it.
+        self._meet(lambda status: status["dram"]["leased_bytes"], "a layer is copied to the GPU")
 
     def wait_for_grant(self) -> None:
         self.client.wait_readable()

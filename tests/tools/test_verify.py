@@ -122,6 +122,16 @@ def test_a_pack_without_configuration_is_no_model(packed: Path) -> None:
     (packed / "config.json").unlink()
     with pytest.raises(VerifyError, match=r"no config\.json"):
         verify(packed)
+    (packed / "config.json").mkdir()
+    with pytest.raises(VerifyError, match=r"no config\.json"):
+        verify(packed)
+
+
+def test_what_is_no_file_is_no_control_file(packed: Path) -> None:
+    before = verify(packed).control_files
+    (packed / "folder.json").mkdir()
+    (packed / "link.json").symlink_to("nowhere")
+    assert verify(packed).control_files == before
 
 
 @pytest.mark.parametrize(

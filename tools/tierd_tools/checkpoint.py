@@ -61,7 +61,7 @@ class Checkpoint:
     def open(cls, model_dir: str | os.PathLike[str]) -> Checkpoint:
         """Raises CheckpointMissing or CheckpointError, by the name of what is wrong."""
         path = Path(model_dir)
-        files = _plain_files(path)
+        files = plain_files(path)
         if PACK_INDEX in files:
             raise CheckpointError(f"{path} is a tierd pack already ({PACK_INDEX}); unpack it first")
         if CONFIG not in files:
@@ -124,7 +124,7 @@ def control_file_names(names: Iterable[str]) -> list[str]:
     return sorted(n for n in names if matches(n, _CONTROL) and not matches(n, _NOT_CONTROL))
 
 
-def _plain_files(path: Path) -> frozenset[str]:
+def plain_files(path: Path) -> frozenset[str]:
     try:
         with os.scandir(path) as entries:
             return frozenset(entry.name for entry in entries if entry.is_file())
@@ -138,15 +138,20 @@ def _plain_files(path: Path) -> frozenset[str]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """No model can be built from a pack whose config.json is not a JSON object."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, not a JSON object")
+    return config
+
+
+def read_json(path: Path) -> object:
+    """Whatever it holds. Raises CheckpointError."""
     try:
-        config = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}, not a JSON object")
-    return config
 
 
 def _import_note(

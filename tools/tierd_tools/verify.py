@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter
@@ -12,8 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tierd_layouts.container import open_pack, pack_folder, read_layer, validate_layer
-from tierd_tools.checkpoint import CONFIG, PACK_INDEX
-from tierd_tools.errors import VerifyError
+from tierd_tools.checkpoint import (
+    CONFIG,
+    control_file_names,
+    plain_files,
+    read_config,
+    read_json,
+)
+from tierd_tools.errors import CheckpointError, VerifyError
 from tierd_tools.in_flight import in_order
 from tierd_tools.pack_staging import size_text
 from tierd_tools.progress import Progress, SilentProgress
@@ -55,16 +60,15 @@ class VerifyReport:
 def _check_control_files(pack: Path) -> int:
     """That a model can be built from them, as far as that is known without one: no index has their
     hashes. Returns how many are JSON. Raises VerifyError."""
-    names = sorted(path.name for path in pack.glob("*.json") if path.name != PACK_INDEX)
-    if CONFIG not in names:
-        raise VerifyError(f"{pack} has no {CONFIG}: no model can be built from it")
-    for name in names:
-        try:
-            found = json.loads((pack / name).read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise VerifyError(f"{pack / name} is not JSON: {error}") from error
-        if name == CONFIG and not isinstance(found, dict):
-            raise VerifyError(f"{pack / name} holds a {type(found).__name__}, not a JSON object")
+    try:
+        names = [n for n in control_file_names(plain_files(pack)) if n.endswith(".json")]
+        if CONFIG not in names:
+            raise VerifyError(f"{pack} has no {CONFIG}: no model can be built from it")
+        for name in names:
+            read = read_config if name == CONFIG else read_json
+            read(pack / name)
+    except CheckpointError as error:
+        raise VerifyError(str(error)) from error
     return len(names)
 
 

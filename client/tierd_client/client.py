@@ -60,8 +60,6 @@ class Client:
         name: str | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        if socket == "":  # an unset variable of a script must not end at another daemon
-            raise ValueError("socket '' is no path; without one the default places are looked at")
         if not 0 < timeout <= LONGEST_TIMEOUT_S:
             raise ValueError(
                 f"timeout is {timeout} s, expected more than 0 and at most {LONGEST_TIMEOUT_S}"

@@ -7,7 +7,8 @@
     │   ├── ShardError                   a safetensors file
     │   ├── IndexInvalid                 tierd.json
     │   ├── ChecksumMismatch             a layer's bytes are not those that the index promises
-    │   ├── FrameTooLarge, MalformedFrame, SocketPathTooLong      the socket
+    │   ├── FrameTooLarge, MalformedFrame
+    │   ├── SocketPathEmpty, SocketPathTooLong                    the socket
     │   └── SlotTableInvalid             the slot table
     ├── LayerNotFound, TensorNotFound (KeyError)
     └── NoSocketPath (FileNotFoundError)
@@ -303,6 +304,10 @@ class FrameTooLarge(FormatError):
 
 class MalformedFrame(FormatError):
     """A frame's body is not one msgpack map within the limits. The next frame is not affected."""
+
+
+class SocketPathEmpty(FormatError):
+    """A Unix socket was named, and its name is empty: an unset variable of a script."""
 
 
 class SocketPathTooLong(FormatError):

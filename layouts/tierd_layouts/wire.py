@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack  # type: ignore[import-untyped]
 
-from tierd_layouts.errors import FrameTooLarge, MalformedFrame, NoSocketPath, SocketPathTooLong
+from tierd_layouts.errors import (
+    FrameTooLarge,
+    MalformedFrame,
+    NoSocketPath,
+    SocketPathEmpty,
+    SocketPathTooLong,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -182,8 +188,14 @@ def resolve_socket(
 
     Fits: for a client, the socket exists; for the daemon (`for_listening`), its directory is
     writable. A client that finds none gets the last candidate, so that its error can name it.
-    Raises SocketPathTooLong; NoSocketPath when the daemon may write in neither directory.
+    Raises SocketPathEmpty, SocketPathTooLong; NoSocketPath when the daemon may write in neither
+    directory.
     """
+    if explicit == "":  # an unset variable of a script must not end at another daemon
+        raise SocketPathEmpty(
+            "socket '' is no path; where none is named (no --socket, None) the usual places are "
+            "looked at"
+        )
     environ = os.environ if environ is None else environ
     chosen = explicit or environ.get(SOCKET_VARIABLE)
     if chosen:

@@ -12,7 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tierd_layouts import wire
-from tierd_layouts.errors import FrameTooLarge, MalformedFrame, NoSocketPath, SocketPathTooLong
+from tierd_layouts.errors import (
+    FrameTooLarge,
+    MalformedFrame,
+    NoSocketPath,
+    SocketPathEmpty,
+    SocketPathTooLong,
+)
 from tierd_layouts.wire import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, FrameDecoder, encode
 
 if TYPE_CHECKING:
@@ -250,6 +256,17 @@ def test_a_daemon_that_can_write_nowhere_is_told_what_to_give(system_socket: Pat
 def test_a_path_that_no_socket_can_have_is_refused(path: str) -> None:
     with pytest.raises(SocketPathTooLong, match="the limit is 107"):
         wire.resolve_socket(path, for_listening=False)
+
+
+@pytest.mark.parametrize("for_listening", [True, False])
+def test_an_empty_path_is_refused_and_an_empty_variable_is_none(
+    for_listening: bool, system_socket: Path
+) -> None:
+    with pytest.raises(SocketPathEmpty, match="socket '' is no path"):
+        wire.resolve_socket("", for_listening=for_listening, environ={"TIERD_SOCKET": "/other"})
+    system_socket.parent.mkdir(parents=True)
+    found = wire.resolve_socket(None, for_listening=for_listening, environ={"TIERD_SOCKET": ""})
+    assert found == str(system_socket)
 
 
 def test_the_default_is_the_rule_without_an_explicit_path(monkeypatch: pytest.MonkeyPatch) -> None:

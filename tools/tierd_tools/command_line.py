@@ -22,13 +22,6 @@ def add_socket(command: argparse.ArgumentParser) -> None:
     command.add_argument("--socket", help="default: $TIERD_SOCKET, then the usual places")
 
 
-def asked_socket(arguments: argparse.Namespace) -> str | None:
-    """What `--socket` says. Raises BadSetting."""
-    if arguments.socket == "":  # `--socket "$UNSET"` must not end at another daemon
-        raise BadSetting("--socket '' is no path")
-    return arguments.socket  # type: ignore[no-any-return]
-
-
 def asked_model(arguments: argparse.Namespace) -> str:
     """The name of a model that is served. Raises BadSetting for what can be no name."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tierd.sizes import parse_size
-from tierd_tools.command_line import add_socket, asked_model, asked_socket
+from tierd_tools.command_line import add_socket, asked_model
 from tierd_tools.diagnostics import ask
 from tierd_tools.errors import BadSetting
 
@@ -49,7 +49,7 @@ def _ask(arguments: argparse.Namespace) -> Reply:
         fields["model"] = asked_model(arguments)
     if layers := getattr(arguments, "layers", None):
         fields["layers"] = layers
-    return ask(asked_socket(arguments), arguments.command, **fields)
+    return ask(arguments.socket, arguments.command, **fields)
 
 
 def _budget(arguments: argparse.Namespace) -> Reply:
@@ -57,4 +57,4 @@ def _budget(arguments: argparse.Namespace) -> Reply:
         nbytes = parse_size(arguments.size)
     except ValueError as error:
         raise BadSetting(f"budget: {error}") from error
-    return ask(asked_socket(arguments), "budget", tier=arguments.tier, bytes=nbytes)
+    return ask(arguments.socket, "budget", tier=arguments.tier, bytes=nbytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tierd_tools.command_line import add_socket, asked_model, asked_socket
+from tierd_tools.command_line import add_socket, asked_model
 from tierd_tools.errors import BadSetting
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _why(arguments: argparse.Namespace) -> Reply:
     from tierd_tools import why
 
     model = asked_model(arguments)
-    reply = why.why(asked_socket(arguments), model, arguments.layer, arguments.tier)
+    reply = why.why(arguments.socket, model, arguments.layer, arguments.tier)
     if not (arguments.history or arguments.json):
         del reply["history"]
     return reply
@@ -64,7 +64,7 @@ def _trace(arguments: argparse.Namespace) -> Any:
 
     if not 0 <= arguments.seconds < 1e6:
         raise BadSetting(f"--seconds {arguments.seconds} is not a number from 0 to 1000000")
-    return trace.trace(asked_socket(arguments), arguments.output, arguments.seconds)
+    return trace.trace(arguments.socket, arguments.output, arguments.seconds)
 
 
 def _replay(arguments: argparse.Namespace) -> Reply:

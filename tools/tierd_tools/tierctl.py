@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from tierd_layouts.errors import FormatError, SocketPathTooLong
+from tierd_layouts.errors import FormatError, SocketPathEmpty, SocketPathTooLong
 from tierd_tools import daemon_commands, pack_commands, predict_command, record_commands, render
 from tierd_tools.doctor import command as doctor_command
 from tierd_tools.errors import BadSetting, ToolError
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _show(arguments, result)
         sys.stdout.flush()
         return FAILURE if _failed(result) else 0
-    except (BadSetting, SocketPathTooLong) as error:
+    except (BadSetting, SocketPathEmpty, SocketPathTooLong) as error:
         print(f"tierctl: {error}", file=sys.stderr)
         return USAGE
     except BrokenPipeError:  # `tierctl ... | head`: nobody wants the rest

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tierd_tools.command_line import add_socket, asked_socket
+from tierd_tools.command_line import add_socket
 from tierd_tools.doctor.finding import Diagnosis, Finding, show
 from tierd_tools.errors import BadSetting
 
@@ -40,7 +40,7 @@ def add(command: Command) -> None:
 def _doctor(arguments: argparse.Namespace) -> Reply:
     if any(number < 0 for number in arguments.gpu):
         raise BadSetting(f"--gpu {min(arguments.gpu)} is no number of a GPU")
-    return examine(asked_socket(arguments), arguments.packs, arguments.gpu).as_reply()
+    return examine(arguments.socket, arguments.packs, arguments.gpu).as_reply()
 
 
 def examine(

@@ -140,14 +140,14 @@ class Costs:
         counters = self._pool.devices().get(number)
         if counters is None:
             return
-        device.unseen_bytes = 0
-        nbytes = counters.read_bytes - device.read_bytes
+        read_bytes = counters.read_bytes - device.read_bytes
         busy_ns = counters.busy_ns - device.busy_ns
-        if nbytes < OBSERVED_BYTES or busy_ns <= 0:
-            return
+        if read_bytes < OBSERVED_BYTES or busy_ns <= 0:
+            return  # parts of these layers were counted before: the next one may be enough
+        device.unseen_bytes = 0
         device.read_bytes, device.busy_ns = counters.read_bytes, counters.busy_ns
         sample = Sample(
-            counters.chunk_bytes, counters.readers, max(nbytes * SECOND_NS // busy_ns, 1)
+            counters.chunk_bytes, counters.readers, max(read_bytes * SECOND_NS // busy_ns, 1)
         )
         if device.cost is None:
             device.cost = DeviceCost([sample], self._config.ssd_bandwidth)

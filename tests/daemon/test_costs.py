@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.daemon.conftest import MIB, wait_until, write_pack
+from tierd.config import load
+from tierd.costs import Costs
+from tierd.io.ssd_lane import DeviceStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,3 +117,30 @@ def test_a_pack_that_is_too_small_to_measure_changes_nothing(
     rows = {row["key"]: row for row in daemon.ask("config")["config"]}
     assert rows["readers"]["source"] == "default"
     assert rows["read_chunk"]["value"] == "auto"
+
+
+def test_what_was_counted_before_its_layer_ended_delays_a_measurement_by_no_more_than_a_layer(
+    tmp_path: Path,
+) -> None:
+    """Counters run ahead of ended layers, by 32 MiB here: chunks of layers that are under way."""
+    counters = DeviceStatistics(4, MIB, 0, 0, 0, 0, 0, 0, ())
+    config = load(["--models", str(tmp_path), "--socket", "/s"], {})
+    measured: list[Any] = []
+    played: dict[str, Any] = {
+        "registry": SimpleNamespace(by_model={}),
+        "pool": SimpleNamespace(
+            chunk_bytes=MIB, devices=lambda: {7: counters}, configure=lambda **_: None
+        ),
+        "engine": SimpleNamespace(now=lambda: 0, submit=measured.append),
+    }
+    costs = Costs(config, **played, in_use=lambda: True)
+
+    def read(nbytes: int, *, counted: int) -> int:
+        nonlocal counters
+        counters = replace(counters, read_bytes=counted, busy_ns=counted)
+        costs.read_done(7, nbytes)
+        return len(measured)
+
+    assert read(64 * MIB, counted=96 * MIB) == 1
+    assert read(64 * MIB, counted=128 * MIB) == 1, "since then 32 MiB were read"
+    assert read(32 * MIB, counted=160 * MIB) == 2

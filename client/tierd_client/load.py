@@ -6,6 +6,7 @@ gives every weight its place (see `placement`).
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from tierd_client.source import Source, control_directory, open_source, pack_dir
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,10 +103,17 @@ def load_tokenizer(
 def _tokenizer(directory: Path, name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    try:
+    with _read_by_transformers(f"{name}: its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+@contextmanager
+def _read_by_transformers(refusal: str) -> Iterator[None]:
+    """What it raises for files that it cannot use becomes UnsupportedModel."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        raise UnsupportedModel(f"{name}: its tokenizer cannot be loaded: {error}") from error
+        raise UnsupportedModel(f"{refusal}: {error}") from error
 
 
 def _load(source: Source, compute: Compute, tokens_per_pass: int, graphs: bool) -> Any:
@@ -149,7 +158,7 @@ def _empty_model(opened: OpenedModel, directory: Path) -> tuple[Any, dict[str, S
         )
     stored = stored_tensors(opened.index)
     made = placeholders(stored)
-    try:
+    with _read_by_transformers(f"{opened.name}: no causal LM of transformers"):
         # Code from a model folder is never run, and never asked about at the terminal.
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
@@ -158,17 +167,11 @@ def _empty_model(opened: OpenedModel, directory: Path) -> tuple[Any, dict[str, S
             config.dtype = next(t.dtype for t in made.values() if t.is_floating_point())
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UnsupportedModel(f"{opened.name}: no causal LM of transformers: {error}") from error
     mapping = map_checkpoint(skeleton, stored)
     generation = None
     if "generation_config.json" in opened.files:
-        try:
+        with _read_by_transformers(f"{opened.name}: generation_config.json cannot be used"):
             generation = GenerationConfig.from_pretrained(directory)
-        except (ValueError, TypeError, OSError) as error:
-            raise UnsupportedModel(
-                f"{opened.name}: generation_config.json cannot be used: {error}"
-            ) from error
     with progress_bars.left_out():
         model, info = type(skeleton).from_pretrained(
             None,

@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.client.small_checkpoints import SIZES, save
+from tests.client.small_checkpoints import IDS, SIZES, save
 from tierd_client import load_model, load_tokenizer
 from tierd_client.errors import (
     ClientClosed,
@@ -48,8 +48,6 @@ from tierd_tools.unpack import unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-IDS = torch.arange(3, 33).view(2, 15)
 
 
 @dataclass(frozen=True)
@@ -286,6 +284,7 @@ def test_mixtures_of_experts_are_refused_with_the_list(tmp_path: Path) -> None:
     ("change", "text"),
     [
         ({"model_type": "nobody-knows"}, "no causal LM of transformers.*nobody-knows"),
+        ({"model_type": ["llama"]}, "no causal LM of transformers"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
         ({"num_hidden_layers": 4}, r"misses 9 \(model.layers.3"),
         ({"num_hidden_layers": 2}, r"has no place for 9 \(model.layers.2"),

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.client.fake_streams import FakeStreams
-from tests.client.small_checkpoints import SIZES, save
+from tests.client.small_checkpoints import IDS, SIZES, save
 from tests.daemon.conftest import RunningDaemon
 from tierd_client import load, load_model, tensors
 from tierd_client.compute import Arithmetic
@@ -24,8 +24,6 @@ from tierd_tools.unpack import unpack
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-IDS = torch.arange(3, 33).view(2, 15)
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 MAX_NAME = 256
 MAX_PARKED = 16  # requests of a connection
-MAX_LEASE = (1 << 63) - 1
 
 
 def hello(daemon: Daemon, session: Session, request: int, message: dict[str, Any]) -> None:
@@ -35,7 +34,7 @@ def hello(daemon: Daemon, session: Session, request: int, message: dict[str, Any
             f"{wire.PROTOCOL_VERSION}"
         )
     name = fields.text(message, "client")[:MAX_NAME]
-    held = fields.numbers(message.get("held", []), "held", 1, MAX_LEASE)
+    held = fields.numbers(message.get("held", []), "held", 1, fields.MAX_LEASE)
     tier = fields.text({"tier": wire.DRAM_TIER, **message}, "tier")
     connection = session.connection
     pid = connection.peer.pid

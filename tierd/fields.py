@@ -6,6 +6,8 @@ from typing import Any
 
 from tierd.errors import BadRequest
 
+MAX_LEASE = (1 << 63) - 1  #: number of a lease
+
 
 def text(message: dict[str, Any], field: str) -> str:
     value = message.get(field)

@@ -22,7 +22,6 @@ MAX_LOOKAHEAD = MAX_LEASES
 #: Of each layer, on average: the core walks a plan while layers of it are missing.
 MAX_PLAN_USES = 16
 MAX_TOKENS_PER_PASS = 1 << 24
-MAX_LEASE = (1 << 63) - 1  # its number
 
 
 def plan(daemon: Daemon, session: Session, request: int, message: dict[str, Any]) -> None:
@@ -94,7 +93,7 @@ def release(daemon: Daemon, session: Session, request: int, message: dict[str, A
     session.check_greeted()
     session.released_ns = time.monotonic_ns()
     unknown: list[int] = []
-    for lease in fields.numbers(message.get("leases"), "leases", 1, MAX_LEASE):
+    for lease in fields.numbers(message.get("leases"), "leases", 1, fields.MAX_LEASE):
         if session.leases.pop(lease, None) is not None:
             daemon.clients.release(session, lease)
         elif session.gpu is not None or not daemon.clients.release_orphan(session, lease):

@@ -1,8 +1,8 @@
 """A packed matrix as torch tensors, on any device: what is asked of it before anybody reads it.
 
 As `tierd_layouts.packed_matrix.PackedMatrix`, but its arrays are bytes wherever a lease put them.
-This module and `torch_expand` are the only ones of the package that import torch; `tierd_kernels`
-itself imports neither.
+Besides `gpu/` only this module, `torch_expand`, `torch_records` and `faults` import torch;
+`tierd_kernels` itself imports none of them.
 """
 
 from __future__ import annotations

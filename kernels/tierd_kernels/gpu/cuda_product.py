@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,12 +27,9 @@ SOURCE: Final = Path(__file__).with_name("product.cu")
 NAME: Final = "multiply_packed"
 MOST_PLANES: Final = 4
 """That the kernel decodes. Unpruned weights have 3, pruned ones fewer."""
-THREADS: Final = 128
 BLOCK_OPERAND: Final = "0x6420"
 """Of the one instruction of a block of 512 exponent-packed elements that has it: how it is found in
 the SASS."""
-_ALIGNED_BYTES: Final = 16
-"""Of bitmap and values: in a layer every array starts on a multiple of 256."""
 
 Launch = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
 """Of a grid, a program's threads, and the arguments: addresses and numpy's numbers."""
@@ -92,7 +88,8 @@ def multiply(
         np.uint32(group_tiles(matrix)),
         np.uint32(plan.splits),
     )
-    loaded(options(matrix, plan.tokens), matrix.device)(grid, (THREADS, 1, 1), arguments)
+    threads = (32 * plan.warps, 1, 1)
+    loaded(options(matrix, plan.tokens), matrix.device)(grid, threads, arguments)
 
 
 @cache
@@ -112,9 +109,7 @@ def loaded(options: tuple[str, ...], device: torch.device) -> Launch:
         raise KernelError(f"CuPy does not compile {SOURCE.name} for {device}: {error}") from error
 
     def launch(grid: tuple[int, ...], threads: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        with ExitStack() as stack:
-            stack.enter_context(cupy.cuda.Device(device.index))
-            stack.enter_context(stream_of(torch.cuda.current_stream(device)))
+        with cupy.cuda.Device(device.index), stream_of(torch.cuda.current_stream(device)):
             kernel(grid, threads, arguments)
 
     return launch
@@ -138,10 +133,6 @@ def _unfit(matrix: TorchMatrix) -> str:
         return "it is in dense form, not masked"
     if matrix.heads is not None and matrix.most_planes > MOST_PLANES:
         return f"it may have {matrix.most_planes} planes, {MOST_PLANES} at most are decoded"
-    for name in ("bitmap", "values"):
-        array = matrix.arrays()[name]
-        if array.numel() and array.data_ptr() % _ALIGNED_BYTES:
-            return f"{name} does not start on a multiple of {_ALIGNED_BYTES} bytes"
     return ""
 
 

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -35,7 +36,7 @@ from tierd_layouts.codecs import fixed_bytes
 from tierd_layouts.tile_grid import TileGrid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ARCHITECTURES: Final = (80, 90, 100)
 MEASURED: Final = 90
@@ -191,21 +192,37 @@ class _NoGpu:
         return 0
 
 
-def _compiled(kernel: Kernel) -> Any:
-    """What Triton makes of the first launch."""
-    made: list[Any] = []
-    run = JITFunction.run
+@contextmanager
+def compiling_for(
+    architecture: int, then: Callable[[Any, Any, Any, tuple[Any, ...], bool], None]
+) -> Iterator[None]:
+    """Within, what is launched is compiled for this processor and not run.
+
+    then: called with the function, what Triton made of it, the grid, the arguments, and whether the
+    launch was a warmup, which runs nothing anyway.
+    """
+    run, before = JITFunction.run, driver._active
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        made.append(run(self, *arguments, grid=grid, warmup=True, **options))
+        made = run(self, *arguments, grid=grid, warmup=True, **options)
+        then(self, made, grid, arguments, warmup)
+        return made
 
-    driver.set_active(_NoGpu(kernel.architecture))
+    driver.set_active(_NoGpu(architecture))
     JITFunction.run = compile_only
     try:
-        _launch(kernel)
+        yield
     finally:
         JITFunction.run = run
-    return made[0]
+        driver._active = before
+
+
+def _compiled(kernel: Kernel) -> Any:
+    """What Triton makes of the first launch."""
+    found: list[Any] = []
+    with compiling_for(kernel.architecture, lambda _, made, *__: found.append(made)):
+        _launch(kernel)
+    return found[0]
 
 
 def _launch(kernel: Kernel) -> None:

@@ -13,22 +13,27 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.kernels.gpu.products import exact, numbers
 from tests.kernels.gpu.ptx.machine import kernel as machine_kernel
 from tests.kernels.gpu.ptx.machine import launch as machine_launch
-from tests.kernels.gpu.ptx.memory import Array
+from tests.kernels.gpu.ptx.triton_launch import array
 from tests.kernels.random_matrices import TAME
+from tests.kernels.torch_expansions import WRONG_ESCAPES, tile_of_escapes
 from tierd_kernels import KernelError, PackedMatrix, reference
 from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
 from tierd_kernels.gpu import cuda_product, nvcc
 from tierd_kernels.gpu.linear import linear
 from tierd_kernels.gpu.plans import CUDA, CUDA_TOKENS, Plan
-from tierd_kernels.torch_matrix import DTYPES, TorchMatrix, from_arrays
+from tierd_kernels.torch_matrix import TorchMatrix, from_arrays
+
+if TYPE_CHECKING:
+    from tests.kernels.gpu.ptx.memory import Array
 
 Matrices = Callable[..., PackedMatrix]
 Bits = Callable[..., Any]
@@ -68,12 +73,9 @@ def arrays(monkeypatch: pytest.MonkeyPatch) -> dict[int, Array]:
     def noted(tensor: torch.Tensor | None) -> Any:
         if tensor is None:
             return address(tensor)
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        extent = sum((n - 1) * stride for n, stride in steps) + 1 if tensor.numel() else 0
         written = tensor.dtype in (torch.float32, torch.int64)
         found = address(tensor)
-        name = f"{tensor.dtype} {list(tensor.shape)}"
-        known[int(found)] = Array(name, int(found), extent * tensor.itemsize, written)
+        known[int(found)] = array(f"{tensor.dtype} {list(tensor.shape)}", tensor, written)
         return found
 
     monkeypatch.setattr(cuda_product, "loaded", loaded)
@@ -95,14 +97,6 @@ def packed(random_packed: Matrices, seed: int, rows: int, cols: int, **how: Any)
 
 def there(matrix: PackedMatrix, device: torch.device) -> TorchMatrix:
     return replace(from_arrays(matrix, device), most_planes=cuda_product.MOST_PLANES)
-
-
-def numbers(bits: Any, dtype: str, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(bits.view(np.int16)).view(DTYPES[dtype]).to(device)
-
-
-def exact(matrix: PackedMatrix, x: torch.Tensor) -> Any:
-    return x.double().cpu().numpy() @ reference.weights(matrix).T
 
 
 def near(ours: torch.Tensor, exactly: Any) -> bool:
@@ -261,41 +255,35 @@ WRONG = [
     (offset_far_away, "offsets do not fit its record"),
     (offset_descends, "offsets do not fit its record"),
 ]
+WRONG_LEVELS = [
+    (no_bits, "offsets do not fit its record"),
+    (bit_outside, "bitmap has bits outside the matrix"),
+    (offset_far_away, "offsets do not fit its record"),
+    (offset_descends, "offsets do not fit its record"),
+]
+"""Int8 has no heads: a tile without bits is one whose offsets do not fit."""
 
 
-@pytest.mark.parametrize("spoil", [no_bits, bit_outside, offset_far_away, offset_descends])
-def test_a_wrong_tile_of_int8_counts_as_zeros(
-    arrays: object,
-    device: torch.device,
-    random_packed: Matrices,
-    spoil: Callable[[PackedMatrix, int], None],
-) -> None:
-    matrix = packed(random_packed, 4, 130, 130, form=INT8)
-    assert matrix.offsets[5] < matrix.offsets[6]
-    weights = reference.weights(matrix)
-    spoil(matrix, 5)
-    weights[64:128, 128:] = 0
-    if "offset" in spoil.__name__:
-        weights[128:, :64] = 0
-    x = torch.ones((1, 130), dtype=torch.bfloat16, device=device)
-    faults = new_faults(device)
-    ours = product(there(matrix, device), x, faults=faults)
-    assert near(ours, x.double().cpu().numpy() @ weights.T)
-    reason = "bitmap has bits outside the matrix" if spoil == bit_outside else WRONG[-1][1]
-    assert fault_text(int(faults)) == f"tile 5: {reason}"
-
-
-@pytest.mark.parametrize(("spoil", "reason"), WRONG, ids=lambda one: getattr(one, "__name__", ""))
+@pytest.mark.parametrize(
+    ("form", "spoil", "reason"),
+    [(form, *each) for form, wrong in ((FORM, WRONG), (INT8, WRONG_LEVELS)) for each in wrong],
+    ids=lambda one: one[0] if isinstance(one, tuple) else getattr(one, "__name__", ""),
+)
 def test_a_wrong_tile_counts_as_zeros_and_is_named(
     arrays: object,
     device: torch.device,
     random_packed: Matrices,
     random_x: Bits,
+    form: tuple[str, bool],
     spoil: Callable[[PackedMatrix, int], None],
     reason: str,
 ) -> None:
     """Tile 5 of nine: the last one of its row, which has 2 columns."""
-    matrix = copied(random_packed, 130, 130)
+    if form == FORM:
+        matrix = copied(random_packed, 130, 130)
+    else:
+        matrix = packed(random_packed, 4, 130, 130, form=form)
+    assert matrix.offsets[5] < matrix.offsets[6]
     weights = reference.weights(matrix)
     spoil(matrix, 5)
     spoiled = [5, 6] if "offset" in spoil.__name__ else [5]  # an offset is of two tiles
@@ -318,22 +306,30 @@ def copied(random_packed: Matrices, rows: int, cols: int) -> PackedMatrix:
     raise AssertionError("no tile with escapes")
 
 
+ROW = np.array([2**64 - 1] + [0] * 63, np.uint64)
+"""The bitmap of a tile of escapes, for there are only masked matrices in CUDA."""
+PADS = [0] * 40
+"""Pads of more escapes than a warp has lanes."""
+
+
 @pytest.mark.parametrize(
-    ("place", "value"), [(0, 0xFFFF), (1, 0), (39, 4096)], ids=["first", "second", "last"]
+    ("ordinals", "pads"),
+    [*WRONG_ESCAPES, ([*range(38), 60, 39], PADS), ([*range(39), 64], PADS)],
 )
 def test_escapes_that_do_not_ascend_are_found_before_they_are_followed(
-    arrays: object, device: torch.device, random_packed: Matrices, place: int, value: int
+    arrays: object, device: torch.device, ordinals: list[int], pads: list[int]
 ) -> None:
-    matrix = copied(random_packed, 130, 130)
-    head, end = int(matrix.heads[5]), int(matrix.offsets[6]) * 16  # type: ignore[index]
-    count = int(np.bitwise_count(matrix.bitmap[5 * 64 : 6 * 64]).sum())  # type: ignore[index]
-    needed = -(-count // 8) * 8 + (head >> 8 & 0xFF) * -(-count // 64) * 8 + 4 * (head >> 16)
-    at = end - -(-needed // 16) * 16 + needed - 4 * (head >> 16) + 4 * place
-    matrix.values[at : at + 2] = np.frombuffer(np.uint16(value).tobytes(), np.uint8)
+    matrix = replace(tile_of_escapes(ordinals, pads), bitmap=ROW)
     faults = new_faults(device)
-    x = torch.ones((1, 130), dtype=torch.bfloat16, device=device)
+    x = torch.ones((1, 64), dtype=torch.bfloat16, device=device)
     product(there(matrix, device), x, faults=faults)
-    assert fault_text(int(faults)) == "tile 5: escapes do not ascend within its elements"
+    assert fault_text(int(faults)) == "tile 0: escapes do not ascend within its elements"
+
+
+def test_escapes_that_ascend_are_followed(arrays: object, device: torch.device) -> None:
+    matrix = replace(tile_of_escapes([*range(24, 64)], PADS), bitmap=ROW)
+    x = torch.ones((1, 64), dtype=torch.bfloat16, device=device)
+    assert near(product(there(matrix, device), x), exact(matrix, x))
 
 
 def test_a_cell_stays_empty_while_nothing_is_wrong(
@@ -360,12 +356,13 @@ def test_what_it_cannot_multiply_is_refused(device: torch.device, random_packed:
             random_packed(1, 64, 64, "BF16", ("exponent-packed", False)), device
         ),
         "it may have 8 planes, 4 at most": replace(matrix, most_planes=8),
-        "values does not start on a multiple of 16 bytes": replace(matrix, values=shifted),
     }
     for text, unfit in refused.items():
         assert not cuda_product.usable(unfit)
         with pytest.raises(KernelError, match=text):
             linear(unfit, x, plan=PLAN)
+    with pytest.raises(KernelError, match="values does not start on a multiple of 16 bytes"):
+        linear(replace(matrix, values=shifted), x, plan=PLAN)
     levels = there(packed(random_packed, 9, 64, 64, form=INT8), device)
     with pytest.raises(KernelError, match="for 64 tokens at once, int8 has 32 in CUDA"):
         linear(levels, x, plan=replace(PLAN, tokens=64))

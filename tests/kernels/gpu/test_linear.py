@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tests.kernels.gpu.products import error, exact, numbers, single
 from tests.kernels.random_matrices import TAME
 from tierd_kernels import KernelError, PackedMatrix, reference
 from tierd_kernels.faults import NO_FAULT, fault_text, new_faults
@@ -32,25 +33,6 @@ def infinities() -> Iterator[None]:
     """As on a GPU, numbers that are none are no reason for a warning; the interpreter is numpy."""
     with np.errstate(over="ignore", invalid="ignore"):
         yield
-
-
-def numbers(bits: Any, dtype: str, device: torch.device) -> torch.Tensor:
-    """A tensor of `dtype` from its bits."""
-    return torch.from_numpy(bits.view(np.int16)).view(DTYPES[dtype]).to(device)
-
-
-def exact(matrix: PackedMatrix, x: torch.Tensor) -> Any:
-    return x.double().cpu().numpy() @ reference.weights(matrix).T
-
-
-def error(ours: torch.Tensor, exactly: Any) -> float:
-    difference = ours.double().cpu().numpy() - exactly
-    return float(np.sqrt(np.mean(difference**2) / np.mean(exactly**2)))
-
-
-def single(rows: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """A float32 output that nothing has written to."""
-    return torch.full((tokens, rows), torch.nan, device=device)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])

@@ -11,12 +11,11 @@ from unittest.mock import patch
 
 import torch
 import triton.language as tl
-from triton.runtime import JITFunction, driver
 
 from tests.kernels.gpu.ptx import machine
 from tests.kernels.gpu.ptx.memory import Array
 from tierd_kernels.gpu import arrays
-from tierd_kernels.gpu.compiled import _NoGpu
+from tierd_kernels.gpu.compiled import compiling_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,25 +27,18 @@ WRITTEN: Final = frozenset({"out", "parts", "faults"})
 @contextmanager
 def launches_on(architecture: int) -> Iterator[None]:
     """Within, every launch is compiled for it (80, 90, 100) and run here, on arrays of the CPU."""
-    run = JITFunction.run
 
-    def run_here(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        made = run(self, *arguments, grid=grid, warmup=True, **options)
+    def run_here(
+        function: Any, made: Any, grid: Any, arguments: tuple[Any, ...], warmup: bool
+    ) -> None:
         if not warmup:
-            launch_compiled(made, grid, self.arg_names, arguments)
-        return made
+            launch_compiled(made, grid, function.arg_names, arguments)
 
-    before = driver._active
-    driver.set_active(_NoGpu(architecture))
-    JITFunction.run = run_here
-    try:
-        # The host's checks shall want arrays of the CPU.
-        interpreted = patch.object(arrays, "INTERPRETED", tl.constexpr(True))
-        with interpreted, patch.object(torch.Tensor, "new_empty", _new_nan):
-            yield
-    finally:
-        JITFunction.run = run
-        driver._active = before
+    # The host's checks shall want arrays of the CPU.
+    interpreted = patch.object(arrays, "INTERPRETED", tl.constexpr(True))
+    new_nan = patch.object(torch.Tensor, "new_empty", _new_nan)
+    with compiling_for(architecture, run_here), interpreted, new_nan:
+        yield
 
 
 def _new_nan(tensor: torch.Tensor, shape: Any, **options: Any) -> torch.Tensor:
@@ -68,7 +60,7 @@ def launch_compiled(made: Any, grid: Any, names: list[str], arguments: tuple[Any
             continue
         value = given[name]
         if isinstance(value, torch.Tensor):
-            given_arrays.append(_array(name, value))
+            given_arrays.append(array(name, value, name in WRITTEN))
             value = value.data_ptr()
         values.append(value)
     assert not made.metadata.global_scratch_size
@@ -78,10 +70,10 @@ def launch_compiled(made: Any, grid: Any, names: list[str], arguments: tuple[Any
     machine.launch(kernel, grid, threads, [*values, *scratch], given_arrays, made.metadata.shared)
 
 
-def _array(name: str, tensor: torch.Tensor) -> Array:
+def array(name: str, tensor: torch.Tensor, written: bool) -> Array:
     """The bytes from its first element to its last one."""
     extent = 0
     if tensor.numel():
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         extent = (sum((n - 1) * stride for n, stride in steps) + 1) * tensor.itemsize
-    return Array(name, tensor.data_ptr(), extent, name in WRITTEN)
+    return Array(name, tensor.data_ptr(), extent, written)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -211,9 +212,7 @@ def _try(matrix: TorchMatrix, trial: Tried) -> None:
     """Everything that is going to be measured, but for the number of splits. Raises WrongKernel."""
     trial.expansion()
     plans = {
-        (plan.tokens, plan.warps, plan.stages, plan.variant): plan
-        for tokens in TOKEN_CLASSES
-        for plan in _plans(matrix, tokens)
+        replace(plan, splits=1): plan for tokens in TOKEN_CLASSES for plan in _plans(matrix, tokens)
     }
     for plan in plans.values():
         trial.product(plan)

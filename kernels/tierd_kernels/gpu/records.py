@@ -14,17 +14,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tierd_kernels.faults import REASONS
+from tierd_kernels.faults import BITS, ESCAPES, HEAD, OFFSETS, REASONS
 from tierd_kernels.gpu.escapes import escapes_are_wrong
 from tierd_kernels.gpu.octets import bits_inside
 from tierd_kernels.gpu.spread import permuted
 
 NO_REASON = tl.constexpr(len(REASONS))
 """Of a tile in which nothing is wrong; the others are numbers of REASONS."""
-_BITS = tl.constexpr(0)
-_HEAD = tl.constexpr(1)
-_OFFSETS = tl.constexpr(2)
-_ESCAPES = tl.constexpr(3)
+_BITS = tl.constexpr(BITS)
+_HEAD = tl.constexpr(HEAD)
+_OFFSETS = tl.constexpr(OFFSETS)
+_ESCAPES = tl.constexpr(ESCAPES)
 _MORE = tl.constexpr(8192 // 16)
 """Units. Windows begin inside a record, or in 8 bit planes of 512 bytes after it."""
 _LONGEST = tl.constexpr(4096 * (4 + 1 + 4) // 16)

@@ -20,7 +20,7 @@ _COMMENT: Final = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _LINE_DIRECTIVE: Final = re.compile(r"^[ \t]*\.(loc|file)\b[^\n]*", re.MULTILINE)
 _ENTRY: Final = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{;]*)\{")
 _PARAMETER: Final = re.compile(
-    r"\.param\s+(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)"
+    r"\.param\s+(?:\.align\s+\d+\s+)?\.(?P<type>\w+)"
     r"(?:\s+\.ptr(?:\s+\.\w+)*?(?:\s+\.align\s+\d+)?)?\s+(?P<name>[\w$]+)(?:\[(?P<count>\d+)\])?"
 )
 _SHARED: Final = re.compile(
@@ -46,8 +46,6 @@ class Instruction:
 @dataclass(frozen=True, slots=True)
 class Parameter:
     name: str
-    type: str
-    offset_bytes: int
     nbytes: int
 
 
@@ -90,17 +88,12 @@ def _blank(comment: re.Match[str]) -> str:
 
 
 def _parameters(text: str) -> list[Parameter]:
-    found, offset = [], 0
+    found = []
     for declared in filter(None, map(str.strip, text.split(","))):
         match = _PARAMETER.fullmatch(declared)
         if match is None or match["type"] not in BYTES:
             raise UnknownPtx(f"parameter {declared!r}")
-        one = BYTES[match["type"]]
-        nbytes = one * int(match["count"] or 1)
-        align = int(match["align"] or one)
-        offset = -(-offset // align) * align
-        found.append(Parameter(match["name"], match["type"], offset, nbytes))
-        offset += nbytes
+        found.append(Parameter(match["name"], BYTES[match["type"]] * int(match["count"] or 1)))
     return found
 
 
@@ -131,7 +124,6 @@ class _Body:
         self._text = text
         self._at = start
         self._scopes: list[dict[str, str]] = [{}]
-        self._families: dict[str, str] = {}
         self._blocks = 0
 
     def read(self) -> int:
